@@ -1,0 +1,96 @@
+"""What is kept from one step to the next: one pytree for each stack of layers, with the layers in front."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from chipmunk_jax.sparsity import Sparsity
+from pallas_kernels.groups import group_count
+
+
+@struct.dataclass
+class Columns:
+    """Chosen columns of each group: distinct, ascending; only the first counts of them are valid."""
+
+    indices: jax.Array  # i32 [.., G, K]
+    counts: jax.Array  # i32 [.., G]
+
+
+@struct.dataclass
+class AttentionCache:
+    """Of L layers' attention."""
+
+    columns: Columns  # [L, B, H, G, K]: keys, a list for each head and query group
+    residual: jax.Array  # bf16 [L, B, N, H, d]: dense output minus attention over the columns, at the last full step
+    lse: jax.Array  # f32 [L, B, H, N]: log-sum-exp of the scaled logits, natural logarithm, at the last measured step
+
+
+@struct.dataclass
+class MlpCache:
+    """Of L layers' MLP. With `activations`, out moves with every step; without, it is the residual of the last full step."""
+
+    columns: Columns  # [L, B, G, K]: neurons, a list for each row group
+    out: jax.Array  # bf16 [L, B, N, D]: the output as it stands, or dense output minus that of the chosen neurons
+    activations: jax.Array | None  # bf16 [L, B, F, N]: post-GELU, transposed
+    group_mean: jax.Array | None  # f32 [L, B, G, F]: of the pre-activations, when a neuron was last chosen
+
+
+@struct.dataclass
+class LayerCache:
+    """Of one stack of layers; None where a part is always dense."""
+
+    attention: AttentionCache | None
+    mlp: MlpCache | None
+
+
+@struct.dataclass
+class Stack:
+    """Sizes of one stack of equal layers, as the caches need them. All static."""
+
+    layers: int = struct.field(pytree_node=False)  # L
+    tokens: int = struct.field(pytree_node=False)  # N of its attention
+    heads: int = struct.field(pytree_node=False)  # H
+    head_dim: int = struct.field(pytree_node=False)  # d
+    mlp_tokens: int = struct.field(pytree_node=False)  # N of its sparse MLP
+    width: int = struct.field(pytree_node=False)  # D
+    mlp_width: int = struct.field(pytree_node=False)  # F
+
+
+def zeros(stacks: dict[str, Stack], sparsity: Sparsity, batch: int, dtype: jnp.dtype) -> dict[str, LayerCache]:
+    """Empty caches of every stack. The first steps of a plan write each entry before any reads it."""
+    return {name: _stack_zeros(stack, sparsity, batch, dtype) for name, stack in stacks.items()}
+
+
+def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype) -> LayerCache:
+    attention = mlp = None
+    lead = (stack.layers, batch)
+    if config := sparsity.attention:
+        heads = (*lead, stack.heads)
+        attention = AttentionCache(
+            columns=_no_columns((*heads, group_count(stack.tokens, config.group)), config.capacity(stack.tokens)),
+            residual=jnp.zeros((*lead, stack.tokens, stack.heads, stack.head_dim), dtype),
+            lse=jnp.zeros((*heads, stack.tokens), jnp.float32),
+        )
+    if config := sparsity.mlp:
+        groups = group_count(stack.mlp_tokens, config.group)
+        keep_all = config.cache == "activations"
+        mlp = MlpCache(
+            columns=_no_columns((*lead, groups), config.capacity(stack.mlp_width)),
+            out=jnp.zeros((*lead, stack.mlp_tokens, stack.width), dtype),
+            activations=jnp.zeros((*lead, stack.mlp_width, stack.mlp_tokens), dtype) if keep_all else None,
+            group_mean=jnp.zeros((*lead, groups, stack.mlp_width), jnp.float32) if keep_all else None,
+        )
+    return LayerCache(attention, mlp)
+
+
+def _no_columns(lists: tuple[int, ...], capacity: int) -> Columns:
+    return Columns(jnp.zeros((*lists, capacity), jnp.int32), jnp.zeros(lists, jnp.int32))
+
+
+def nbytes(stacks: dict[str, Stack], sparsity: Sparsity | None, batch: int, dtype: jnp.dtype) -> dict[str, int]:
+    """Bytes of each part of the caches, {"double.attention.residual": ...}, without allocating any."""
+    if sparsity is None:
+        return {}
+    shapes = jax.eval_shape(lambda: zeros(stacks, sparsity, batch, dtype))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): a.size * a.dtype.itemsize for path, a in leaves}

@@ -1,0 +1,202 @@
+"""The algorithm: attention and MLP evaluated as a stale part plus fresh columns (Chipmunk, section 3).
+
+    full step    out = dense(x),                cache <- out - columns(x)
+    delta step   out = cache + columns(x)
+
+`attend` and `feed_forward` are all that a model calls. Without a cache they are the textbook's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from chipmunk_jax.cache import AttentionCache, Columns, LayerCache, MlpCache
+from chipmunk_jax.schedule import Share, Step
+from pallas_kernels import (
+    column_attention,
+    column_fc1,
+    column_fc2,
+    column_sums,
+    dense_attention,
+    store_attention_residual,
+    store_column_fc2,
+    topk_columns,
+)
+from pallas_kernels.groups import split_groups
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache | None, step: Step
+) -> tuple[jax.Array, LayerCache | None]:
+    """softmax(q k^T / sqrt(d)) v, exact or by its columns as the step's phase says: [B, N, H, d]; and the cache.
+
+    Args:
+        q, k, v: [B, N, H, d], position-encoded.
+        cache: of the layer's whole stack, or None for dense attention.
+        step: which phase, which layer.
+    """
+    if cache is None or cache.attention is None:
+        return dense_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation=step.implementation)[0], cache
+    phases = (_dense_attention, _measure, _select, _refresh, _delta)  # in the order of AttentionPhase
+    with jax.named_scope("attend"):
+        out, attention = lax.switch(step.attention.phase, phases, q, k, v, cache.attention, step)
+    return out, cache.replace(attention=attention)
+
+
+def _dense_attention(q, k, v, cache: AttentionCache, step: Step):
+    return _dense_with_lse(q, k, v, step)[0], cache
+
+
+def _measure(q, k, v, cache: AttentionCache, step: Step):
+    out, lse = _dense_with_lse(q, k, v, step)
+    return out, cache.replace(lse=cache.lse.at[step.layer].set(lse))
+
+
+def _select(q, k, v, cache: AttentionCache, step: Step):
+    sums = column_sums(q, k, cache.lse[step.layer], **_tiling(q, step))  # read before the new one takes its place
+    columns = _choose(sums, cache.columns, step.attention, step)
+    out, cache = _measure(q, k, v, cache.replace(columns=columns), step)
+    return out, _store_residual(out, q, k, v, cache, step)
+
+
+def _refresh(q, k, v, cache: AttentionCache, step: Step):
+    out, _ = _dense_with_lse(q, k, v, step)
+    return out, _store_residual(out, q, k, v, cache, step)
+
+
+def _delta(q, k, v, cache: AttentionCache, step: Step):
+    columns = (cache.columns.indices, cache.columns.counts, step.layer)
+    return column_attention(q, k, v, *columns, residual=cache.residual, **_tiling(q, step)), cache
+
+
+def _dense_with_lse(q, k, v, step: Step):
+    return dense_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+
+
+def _store_residual(out, q, k, v, cache: AttentionCache, step: Step) -> AttentionCache:
+    columns = (cache.columns.indices, cache.columns.counts, step.layer)
+    residual = store_attention_residual(out, q, k, v, *columns, residual=cache.residual, **_tiling(q, step))
+    return cache.replace(residual=residual)
+
+
+def _tiling(q, step: Step) -> dict:
+    return dict(group=step.attention.group, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+
+
+class MlpWeights(NamedTuple):
+    """The MLPs of all layers of a stack, a neuron a row."""
+
+    fc1: jax.Array  # [L, F, D]
+    b1: jax.Array  # [L, F]
+    fc2: jax.Array  # [L, F, D]
+    b2: jax.Array  # [L, D]
+
+
+def feed_forward(
+    x: jax.Array, mlp: MlpWeights, cache: LayerCache | None, step: Step
+) -> tuple[jax.Array, LayerCache | None]:
+    """gelu_tanh(x fc1^T + b1) fc2 + b2, exact or by its neurons as the step's phase says: [B, N, D]; and the cache.
+
+    Args:
+        x: [B, N, D].
+        mlp: weights of the layer's whole stack.
+        cache: of the layer's whole stack, or None for a dense MLP.
+        step: which phase, which layer.
+    """
+    if cache is None or cache.mlp is None:
+        return _dense_mlp(x, mlp, None, step)[0], cache
+    full = _full_residual if cache.mlp.activations is None else _full_activations
+    delta = _delta_residual if cache.mlp.activations is None else _delta_activations
+    phases = (_dense_mlp, full, _select_delta, delta)  # in the order of MlpPhase
+    if cache.mlp.activations is None:
+        phases = (_dense_mlp, full, delta, delta)
+    with jax.named_scope("feed_forward"):
+        out, updated = lax.switch(step.mlp.phase, phases, x, mlp, cache.mlp, step)
+    return out, cache.replace(mlp=updated)
+
+
+def _dense_mlp(x, mlp: MlpWeights, cache: MlpCache | None, step: Step):
+    hidden = jnp.einsum("bnd,fd->bnf", x, mlp.fc1[step.layer]) + mlp.b1[step.layer]
+    out = jax.nn.gelu(hidden, approximate=True) @ mlp.fc2[step.layer] + mlp.b2[step.layer]
+    return out, cache
+
+
+def _full_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
+    layer = step.layer
+    hidden = jnp.einsum("fd,bnd->bfn", mlp.fc1[layer], x) + mlp.b1[layer][:, None]  # transposed, as it is kept
+    activations = jax.nn.gelu(hidden, approximate=True)
+    out = jnp.einsum("bfn,fd->bnd", activations, mlp.fc2[layer]) + mlp.b2[layer]
+    cache = cache.replace(
+        activations=cache.activations.at[layer].set(activations),
+        out=cache.out.at[layer].set(out),
+        group_mean=cache.group_mean.at[layer].set(_group_mean(x, mlp, step)),
+    )
+    return out, cache
+
+
+def _select_delta(x, mlp: MlpWeights, cache: MlpCache, step: Step):
+    mean, cached = _group_mean(x, mlp, step), cache.group_mean[step.layer]
+    columns = _choose(jnp.abs(mean - cached), cache.columns, step.mlp, step)
+    # Only the chosen neurons' means move on: what the others drift adds up until they are chosen.
+    moved = _store_chosen(cached, mean, columns.indices[step.layer], columns.counts[step.layer])
+    cache = cache.replace(columns=columns, group_mean=cache.group_mean.at[step.layer].set(moved))
+    return _delta_activations(x, mlp, cache, step)
+
+
+def _delta_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
+    columns, options = _neurons(cache, step)
+    change, activations = column_fc1(x, mlp.fc1, mlp.b1, *columns, activations=cache.activations, **options)
+    out = store_column_fc2(change, mlp.fc2, *columns, out=cache.out, **options)
+    return out[step.layer], cache.replace(activations=activations, out=out)
+
+
+def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
+    layer = step.layer
+    hidden = jnp.einsum("bnd,fd->bnf", x, mlp.fc1[layer]) + mlp.b1[layer]
+    activations = jax.nn.gelu(hidden, approximate=True)
+    out = activations @ mlp.fc2[layer] + mlp.b2[layer]
+    # A neuron matters by what it can add: the mean size of its activation times the length of its row.
+    size = split_groups(jnp.abs(activations.astype(jnp.float32)), step.mlp.group).mean(-2)  # [B, G, F]
+    score = size * jnp.linalg.norm(mlp.fc2[layer].astype(jnp.float32), axis=-1)
+    cache = cache.replace(columns=_choose(score, cache.columns, step.mlp, step))
+    columns, options = _neurons(cache, step)
+    chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
+    return out, cache.replace(out=store_column_fc2(chosen, mlp.fc2, *columns, out=cache.out, dense=out, **options))
+
+
+def _delta_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
+    columns, options = _neurons(cache, step)
+    chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
+    return column_fc2(chosen, mlp.fc2, *columns, residual=cache.out, **options), cache
+
+
+def _neurons(cache: MlpCache, step: Step) -> tuple[tuple, dict]:
+    columns = (cache.columns.indices, cache.columns.counts, step.layer)
+    return columns, dict(group=step.mlp.group, implementation=step.implementation)
+
+
+def _group_mean(x, mlp: MlpWeights, step: Step):
+    """Mean pre-activation of every group, f32 [B, G, F]: fc1 of the mean row, as fc1 is linear."""
+    rows = jnp.minimum(step.mlp.group, x.shape[1] - step.mlp.group * jnp.arange(-(-x.shape[1] // step.mlp.group)))
+    mean = split_groups(x.astype(jnp.float32), step.mlp.group).sum(-2) / rows[:, None]
+    hidden = jnp.einsum("bgd,fd->bgf", mean.astype(x.dtype), mlp.fc1[step.layer], preferred_element_type=jnp.float32)
+    return hidden + mlp.b1[step.layer].astype(jnp.float32)
+
+
+def _choose(scores: jax.Array, columns: Columns, share: Share, step: Step) -> Columns:
+    """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n]."""
+    capacity = columns.indices.shape[-1]
+    lucky = jax.random.bernoulli(step.key, share.random, scores.shape)
+    scores = jnp.where(lucky, jnp.inf, scores)
+    indices, counts = topk_columns(scores, share.keep, capacity=capacity, implementation=step.implementation)
+    return Columns(columns.indices.at[step.layer].set(indices), columns.counts.at[step.layer].set(counts))
+
+
+def _store_chosen(old: jax.Array, new: jax.Array, indices: jax.Array, counts: jax.Array) -> jax.Array:
+    """old [B, G, F] with the entries listed in indices [B, G, K] taken from new."""
+    where = jnp.where(jnp.arange(indices.shape[-1]) < counts[..., None], indices, old.shape[-1])
+    chosen = jnp.zeros((*old.shape[:-1], old.shape[-1]), bool)
+    chosen = jax.vmap(jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop")))(chosen, where)
+    return jnp.where(chosen, new, old)

@@ -1,0 +1,128 @@
+"""What each step does, known before anything is traced: plan() turns a config into a table of phases.
+
+A `Step` is one row of that table, and everything in it is data: another schedule, seed or share of columns never recompiles.
+"""
+
+from enum import IntEnum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
+from pallas_kernels import Implementation
+
+
+class AttentionPhase(IntEnum):
+    """What a layer's attention computes, keeps and reads."""
+
+    DENSE = 0  #    dense; no cache
+    MEASURE = 1  #  dense; keeps the log-sum-exp
+    SELECT = 2  #   dense; keeps the log-sum-exp, chooses columns by their sums against the previous one, keeps the residual
+    REFRESH = 3  #  dense; keeps the residual over the columns chosen before
+    DELTA = 4  #    residual + attention over the chosen columns
+
+
+class MlpPhase(IntEnum):
+    """What a layer's MLP computes, keeps and reads."""
+
+    DENSE = 0  #         dense; no cache
+    FULL = 1  #          dense; keeps activations, output and group means, or chooses neurons and keeps the residual
+    SELECT_DELTA = 2  #  chooses the neurons that changed most, then as DELTA
+    DELTA = 3  #         recomputes the chosen neurons
+
+
+@struct.dataclass
+class Share:
+    """How an attention or an MLP is evaluated in one step, all scalars (of plan(): phase [steps])."""
+
+    phase: jax.Array  # i32, an AttentionPhase or MlpPhase
+    keep: jax.Array  # i32, columns a group
+    random: jax.Array  # f32, probability of a column to be kept whatever its score
+    dense_layers: jax.Array  # i32, the first layers of the model, always dense
+    group: int = struct.field(pytree_node=False)  # rows that share a list
+
+
+@struct.dataclass
+class Step:
+    """One step as seen by one layer."""
+
+    attention: Share | None = None
+    mlp: Share | None = None
+    key: jax.Array | None = None  # PRNG key of this step
+    layer: jax.Array | int = 0  # i32, the layer's place in its stack
+    implementation: Implementation | None = struct.field(pytree_node=False, default=None)
+
+    def at_layer(self, layer: jax.Array, depth: jax.Array) -> "Step":
+        """This step as the layer sees it that stands at `layer` of its stack and at `depth` of the whole model."""
+        return self.replace(
+            attention=_at_depth(self.attention, depth),
+            mlp=_at_depth(self.mlp, depth),
+            key=None if self.key is None else jax.random.fold_in(self.key, depth),
+            layer=layer,
+        )
+
+
+def _at_depth(share: Share | None, depth: jax.Array) -> Share | None:
+    # DENSE is 0 in both enums.
+    return share and share.replace(phase=jnp.where(depth < share.dense_layers, 0, share.phase))
+
+
+def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step:
+    """A Step whose phases are arrays i32[steps]: the table that the step loop scans over.
+
+    Args:
+        sparsity: what to recompute, and when.
+        steps: of the sampler.
+        tokens: N of the attention, text included; its columns.
+        mlp_width: F, the columns of the MLP.
+
+    Raises:
+        ValueError: a schedule that the steps cannot follow.
+    """
+    attention, mlp = sparsity.attention, sparsity.mlp
+    for config in (attention, mlp):
+        if config and config.full_step_schedule and max(config.full_step_schedule) >= steps:
+            late = max(config.full_step_schedule)
+            raise ValueError(f"full_step_schedule names step {late}, but there are {steps} steps (0 to {steps - 1})")
+    return Step(
+        attention=attention and _share(attention, attention_phases(attention, steps), tokens),
+        mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
+    )
+
+
+def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns: int) -> Share:
+    return Share(
+        phase=phases,
+        keep=np.int32(config.kept(columns)),
+        random=np.float32(config.random_keys),
+        dense_layers=np.int32(config.first_n_dense_layers),
+        group=config.group,
+    )
+
+
+def full_steps(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
+    """bool[steps]: where everything is recomputed."""
+    if config.full_step_schedule:
+        return np.isin(np.arange(steps), config.full_step_schedule)
+    return np.arange(steps) % config.full_step_every == 0
+
+
+def attention_phases(config: AttentionSparsity, steps: int) -> np.ndarray:
+    """AttentionPhase of every step, i32[steps]. Steps 0 and 1 are full: the first measures, the second can select."""
+    later = AttentionPhase.SELECT if config.recompute_mask else AttentionPhase.REFRESH
+    phases = np.where(full_steps(config, steps), later, AttentionPhase.DELTA)
+    phases[:2] = [AttentionPhase.MEASURE, AttentionPhase.SELECT][:steps]
+    return phases.astype(np.int32)
+
+
+def mlp_phases(config: MlpSparsity, steps: int) -> np.ndarray:
+    """MlpPhase of every step, i32[steps]."""
+    step = np.arange(steps)
+    if config.cache == "residual":  # the neurons of a residual stay until it is remade
+        select = np.zeros(steps, bool)
+    else:  # every step until the first full one after the start has passed, then every select_every
+        select = (step < config.full_step_every) | (step % config.select_every == 0)
+    phases = np.where(select, MlpPhase.SELECT_DELTA, MlpPhase.DELTA)
+    return np.where(full_steps(config, steps), MlpPhase.FULL, phases).astype(np.int32)

@@ -1,0 +1,206 @@
+"""What to recompute at each step and what to keep: frozen configs, presets, files.
+
+Fields keep the names of the original's YAML where these are plain. All fractions are of the columns: keys of an attention,
+neurons of an MLP.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+COLUMN_TILE = 64  # the kernels' step: keeping a multiple of it leaves no tile half used
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ColumnSparsity:
+    """What attention and MLP share."""
+
+    top_keys: float  # kept because of their score, fraction in (0, 1]; 1 keeps all
+    random_keys: float = 0.0  # kept by chance, fraction in [0, 1)
+    max_keys: float | None = None  # static room for the lists, fraction; None: just enough. More room, fewer compilations
+    first_n_dense_layers: int = 2
+    full_step_every: int = 10
+    full_step_schedule: tuple[int, ...] | None = None  # full steps by number, in place of full_step_every
+    group: int = 128  # rows that share a list of columns, a multiple of 64
+
+    def __post_init__(self):
+        if self.full_step_schedule is not None:
+            object.__setattr__(self, "full_step_schedule", tuple(sorted(self.full_step_schedule)))
+        self._check_fractions()
+        _require(self.group >= 64 and self.group % 64 == 0, "group", self.group, "a multiple of 64")
+        _require(self.full_step_every >= 1, "full_step_every", self.full_step_every, "at least 1")
+        _require(self.first_n_dense_layers >= 0, "first_n_dense_layers", self.first_n_dense_layers, "0 or more")
+
+    def _check_fractions(self):
+        _require(0 < self.top_keys <= 1, "top_keys", self.top_keys, "a fraction above 0 and up to 1")
+        _require(0 <= self.random_keys < 1, "random_keys", self.random_keys, "a fraction from 0 to below 1")
+        if self.max_keys is not None:
+            _require(0 < self.max_keys <= 1, "max_keys", self.max_keys, "a fraction above 0 and up to 1")
+            _require(self.max_keys >= self._fraction(), "max_keys", self.max_keys, f"at least {self._fraction():.3g}")
+
+    def _fraction(self) -> float:
+        # Random columns fall among the top ones too; those are then kept once.
+        return self.top_keys + self.random_keys * (1 - self.top_keys)
+
+    def kept(self, columns: int) -> int:
+        """Columns that a group keeps of so many: the nearest multiple of 64, at least one, at most all."""
+        return _columns(self._fraction(), columns)
+
+    def capacity(self, columns: int) -> int:
+        """Static length of a group's list."""
+        return max(self.kept(columns), _columns(self.max_keys or 0.0, columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSparsity(_ColumnSparsity):
+    """Column-sparse attention (Chipmunk, section 3): keys a head and group of queries. Defaults: the paper's, for FLUX."""
+
+    top_keys: float = 0.165
+    recompute_mask: bool = False  # choose keys anew at each full step, not at the second alone
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.full_step_schedule is not None:
+            _require(
+                self.full_step_schedule[:2] == (0, 1), "full_step_schedule", self.full_step_schedule,
+                "steps 0 and 1 among them (step 0 measures what step 1 selects by)",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpSparsity(_ColumnSparsity):
+    """Column-sparse MLP (Chipmunk, section 3): neurons a group of rows. Defaults: the paper's, for FLUX."""
+
+    top_keys: float = 0.3
+    random_keys: float = 0.05
+    select_every: int = 2  # delta steps between two choices of neurons, once the first full_step_every steps are over
+    # "activations": all post-GELU activations are kept and moved, neurons may change at any step (the paper's).
+    # "residual": only the output less that of neurons fixed until the next full step; a 4th to a 40th of the memory.
+    cache: Literal["activations", "residual"] = "activations"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.select_every >= 1, "select_every", self.select_every, "at least 1")
+        _require(self.cache in ("activations", "residual"), "cache", self.cache, "'activations' or 'residual'")
+        if self.full_step_schedule is not None:
+            _require(
+                self.full_step_schedule[:1] == (0,), "full_step_schedule", self.full_step_schedule,
+                "step 0 among them (it fills the cache)",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """A whole configuration. None in place of a part leaves it dense."""
+
+    attention: AttentionSparsity | None = dataclasses.field(default_factory=AttentionSparsity)
+    mlp: MlpSparsity | None = dataclasses.field(default_factory=MlpSparsity)
+    patches: tuple[int, ...] = (8, 4)  # sides of the nested square patches that image tokens are ordered by; () leaves rows
+
+    def __post_init__(self):
+        object.__setattr__(self, "patches", tuple(self.patches))
+        sizes = [*self.patches]
+        nested = all(isinstance(p, int) and p > 0 for p in sizes) and all(a % b == 0 for a, b in zip(sizes, sizes[1:], strict=False))
+        _require(nested, "patches", self.patches, "sides that divide each other, the largest first")
+
+
+def load_sparsity(source: str | Path | dict[str, Any] | Sparsity, overrides: dict[str, Any] | None = None) -> Sparsity:
+    """A Sparsity from a preset's name, a YAML or JSON file, or nested dictionaries; overrides win.
+
+    Args:
+        source: "flux", a path that ends in .yaml, .yml or .json, {"attention": {"top_keys": 0.2}, "mlp": None}, or a Sparsity.
+            Keys left out keep their defaults.
+        overrides: {"attention.top_keys": 0.2}, by dotted names.
+
+    Raises:
+        ValueError: an unknown preset or key, or a value out of its range; FileNotFoundError: no such file.
+    """
+    tree = to_dict(source) if isinstance(source, Sparsity) else _read(source)
+    for name, value in (overrides or {}).items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node[parent] = node = dict(node.get(parent) or {})
+        node[leaf] = value
+    return _build(Sparsity, tree, "sparsity")
+
+
+def to_dict(sparsity: Sparsity) -> dict[str, Any]:
+    """Plain nested dictionaries, as load_sparsity and YAML or JSON files take them."""
+    return json.loads(json.dumps(dataclasses.asdict(sparsity)))
+
+
+def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(source, dict):
+        return dict(source)
+    path = Path(source)
+    if str(source) in PRESETS:
+        return to_dict(PRESETS[str(source)])
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"sparsity {str(source)!r}: expected one of {', '.join(PRESETS)}, or a .yaml or .json file")
+    if not path.is_file():
+        raise FileNotFoundError(f"sparsity file {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"sparsity file {path}: not YAML or JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"sparsity file {path}: expected keys such as attention and mlp")
+    return tree
+
+
+def _build(kind: type, tree: dict[str, Any], where: str):
+    parts = {"attention": AttentionSparsity, "mlp": MlpSparsity} if kind is Sparsity else {}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(tree) - set(fields)):
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}")
+    values = {}
+    for name, value in tree.items():
+        if name in parts and value is not None:
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}.{name}={value!r}: expected keys such as top_keys, or null for dense")
+            value = _build(parts[name], value, f"{where}.{name}")
+        elif name not in parts:
+            value = _typed(fields[name], value, f"{where}.{name}")
+        values[name] = value
+    return kind(**values)
+
+
+def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
+    """value, checked against the field's type, so that a file's "0.2" or 3.5 layers is told, not carried along."""
+    kind = str(field.type)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None and "None" in kind:
+        return None
+    fits = {
+        "float": number,
+        "int": whole,
+        "bool": isinstance(value, bool),
+        "tuple": isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value),
+        "Literal": isinstance(value, str),
+    }
+    name = next(name for name in fits if name in kind.split("|")[0].replace("<class '", "").split("[")[0])
+    if not fits[name]:
+        expected = {"tuple": "a list of whole numbers", "float": "a number", "int": "a whole number", "bool": "true or false"}
+        raise ValueError(f"{where}={value!r}: expected {expected.get(name, 'a word')}")
+    return value
+
+
+def _columns(fraction: float, columns: int) -> int:
+    if fraction >= 1:
+        return columns
+    return min(columns, COLUMN_TILE * max(1, round(fraction * columns / COLUMN_TILE)))
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition or (isinstance(value, float) and math.isnan(value)):
+        raise ValueError(f"{name}={value}: expected {expected}")
+
+
+PRESETS: dict[str, Sparsity] = {"flux": Sparsity()}

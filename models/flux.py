@@ -1,0 +1,252 @@
+"""FLUX.1 transformer (Black Forest Labs, 2024): 19 double-stream and 38 single-stream blocks on [text, image] tokens.
+
+Config fields are named as in the original. Positions are an input, so the order of the tokens is the caller's choice.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chipmunk_jax.cache import LayerCache, Stack
+from chipmunk_jax.delta import attend
+from chipmunk_jax.layers import Mlp, run_layers, stack_layers
+from chipmunk_jax.schedule import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig:
+    """Sizes of a FLUX transformer; the defaults are FLUX.1-dev."""
+
+    in_channels: int = 64  # of a token: 16 latent channels x a 2x2 patch
+    vec_in_dim: int = 768  # pooled text
+    context_in_dim: int = 4096  # text tokens
+    hidden_size: int = 3072  # D
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19  # double-stream blocks
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # of a head, rotated by (index, row, column)
+    theta: int = 10_000
+    guidance_embed: bool = True  # False: FLUX.1-schnell
+
+    def __post_init__(self):
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        if self.hidden_size != self.num_heads * sum(self.axes_dim):
+            raise ValueError(
+                f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, axes_dim={self.axes_dim}: "
+                "expected hidden_size = num_heads * sum(axes_dim)"
+            )
+
+    @property
+    def mlp_width(self) -> int:
+        """F."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+class Flux(nnx.Module):
+    """Velocity of a noisy image, given text: dx/dt at time t, where t = 1 is noise and t = 0 the image."""
+
+    def __init__(self, config: FluxConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+        c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.config, self.dtype = config, dtype
+        self.img_in = nnx.Linear(c.in_channels, c.hidden_size, **kw)
+        self.txt_in = nnx.Linear(c.context_in_dim, c.hidden_size, **kw)
+        self.time_in = Embedder(256, c.hidden_size, **kw)
+        self.vector_in = Embedder(c.vec_in_dim, c.hidden_size, **kw)
+        self.guidance_in = Embedder(256, c.hidden_size, **kw) if c.guidance_embed else None
+        self.double_blocks = stack_layers(lambda r: DoubleBlock(c, dtype, r), c.depth, rngs)
+        self.single_blocks = stack_layers(lambda r: SingleBlock(c, dtype, r), c.depth_single_blocks, rngs)
+        self.final = Modulation(c.hidden_size, 2, dtype, rngs)
+        self.img_out = nnx.Linear(c.hidden_size, c.in_channels, **kw)
+
+    def __call__(
+        self,
+        img: jax.Array,
+        t: jax.Array,
+        cond: dict[str, jax.Array],
+        positions: jax.Array,
+        cache: dict[str, LayerCache] | None = None,
+        step: Step | None = None,
+    ) -> tuple[jax.Array, dict[str, LayerCache] | None]:
+        """velocity [B, N, in_channels], f32, and the caches.
+
+        Args:
+            img: [B, N, in_channels], tokens in any order.
+            t: [B], f32, 1 (noise) to 0 (image).
+            cond: "text" [B, T, context_in_dim]; "pooled" [B, vec_in_dim]; "guidance" [B], f32, where guidance_embed.
+            positions: [N, 3], f32 or i32: (index, row, column) of every image token; text stands at (0, 0, 0).
+            cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
+            step: what this step computes; None for the dense network.
+        """
+        cache = cache or {"double": None, "single": None}
+        vec = self.time_in(time_embedding(t)) + self.vector_in(cond["pooled"])
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(time_embedding(cond["guidance"]))
+        vec = jax.nn.silu(vec)  # every modulation starts with it
+        img, txt = self.img_in(img.astype(self.dtype)), self.txt_in(cond["text"].astype(self.dtype))
+        rope = self.rotations(positions, txt.shape[1])
+        (img, txt), double = run_layers(self.double_blocks, (img, txt), cache["double"], step, vec, rope)
+        x = jnp.concatenate([txt, img], axis=1)
+        x, single = run_layers(self.single_blocks, x, cache["single"], step, vec, rope, first=self.config.depth)
+        shift, scale = self.final(vec)
+        out = self.img_out(modulate(x[:, txt.shape[1] :], shift, scale))
+        return out.astype(jnp.float32), {"double": double, "single": single}
+
+    def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of the rotary angles, f32 [T + N, 1, d / 2]."""
+        positions = jnp.pad(positions.astype(jnp.float32), ((text_tokens, 0), (0, 0)))
+        axes = [
+            positions[:, axis, None] * self.config.theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+            for axis, width in enumerate(self.config.axes_dim)
+        ]
+        angles = jnp.concatenate(axes, axis=-1)[:, None]
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def stacks(self, image_tokens: int, text_tokens: int) -> dict[str, Stack]:
+        """Sizes of the two stacks of layers, for the caches."""
+        c, tokens = self.config, image_tokens + text_tokens
+        sizes = dict(
+            tokens=tokens, heads=c.num_heads, head_dim=sum(c.axes_dim), width=c.hidden_size, mlp_width=c.mlp_width
+        )
+        return {
+            "double": Stack(layers=c.depth, mlp_tokens=image_tokens, **sizes),  # text has its own, dense MLP
+            "single": Stack(layers=c.depth_single_blocks, mlp_tokens=tokens, **sizes),
+        }
+
+
+class DoubleBlock(nnx.Module):
+    """Image and text with weights of their own, and one attention over both."""
+
+    def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.img = Stream(config, dtype, rngs)
+        self.txt = Stream(config, dtype, rngs)
+
+    @jax.named_scope("double_block")
+    def __call__(self, tokens, vec, rope, cache, step):
+        img, txt = tokens
+        img_mod, txt_mod = self.img.modulation(vec), self.txt.modulation(vec)  # 6 x [B, 1, D] each
+        qkv = zip(self.txt.qkv(txt, *txt_mod[:2]), self.img.qkv(img, *img_mod[:2]), strict=True)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in qkv)  # [B, T + N, H, d]
+        out, cache = attend(rotate(q, rope, v.dtype), rotate(k, rope, v.dtype), v, cache, step)
+        txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
+        img = add_gated(img, img_mod[2], self.img.proj(merge_heads(img_out)))
+        txt = add_gated(txt, txt_mod[2], self.txt.proj(merge_heads(txt_out)))
+        img_out, cache = self.img.mlp(modulate(img, *img_mod[3:5]), cache, step)
+        txt_out, _ = self.txt.mlp(modulate(txt, *txt_mod[3:5]), None, step)
+        return (add_gated(img, img_mod[5], img_out), add_gated(txt, txt_mod[5], txt_out)), cache
+
+
+class SingleBlock(nnx.Module):
+    """Attention and MLP side by side on [text, image]. The original's linear1 is qkv and fc1, its linear2 proj and fc2."""
+
+    def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config
+        self.modulation = Modulation(c.hidden_size, 3, dtype, rngs)
+        self.qkv = Qkv(c, dtype, rngs)
+        # linear2's one bias is the MLP's b2.
+        self.proj = nnx.Linear(c.hidden_size, c.hidden_size, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("single_block")
+    def __call__(self, x, vec, rope, cache, step):
+        shift, scale, gate = self.modulation(vec)  # [B, 1, D] each
+        h = modulate(x, shift, scale)
+        q, k, v = self.qkv(h)
+        attn_out, cache = attend(rotate(q, rope, v.dtype), rotate(k, rope, v.dtype), v, cache, step)
+        mlp_out, cache = self.mlp(h, cache, step)
+        return add_gated(x, gate, self.proj(merge_heads(attn_out)) + mlp_out), cache
+
+
+class Stream(nnx.Module):
+    """The weights of one modality in a double block."""
+
+    def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config
+        self.modulation = Modulation(c.hidden_size, 6, dtype, rngs)
+        self.attention = Qkv(c, dtype, rngs)
+        self.proj = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
+
+    def qkv(self, x, shift, scale):
+        return self.attention(modulate(x, shift, scale))
+
+
+class Qkv(nnx.Module):
+    """Queries, keys (both RMS-normalised a head) and values, [B, N, H, d] each."""
+
+    def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c, head_dim = config, sum(config.axes_dim)
+        self.heads = c.num_heads
+        self.linear = nnx.Linear(c.hidden_size, 3 * c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.query_norm = nnx.Param(jnp.ones(head_dim, dtype))
+        self.key_norm = nnx.Param(jnp.ones(head_dim, dtype))
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(self.linear(x), 3, axis=-1))
+        return rms_norm(q, self.query_norm), rms_norm(k, self.key_norm), v
+
+
+class Modulation(nnx.Module):
+    """n vectors [B, 1, D], f32, from the already activated condition: shifts, scales and gates."""
+
+    def __init__(self, width: int, n: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.n = n
+        # bf16 weights, float32 sums and result: a float32 copy of the weights would cost more than the product.
+        self.linear = nnx.Linear(
+            width, n * width, dtype=dtype, param_dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, vec: jax.Array) -> list[jax.Array]:
+        return jnp.split(self.linear(vec)[:, None].astype(jnp.float32), self.n, axis=-1)
+
+
+class Embedder(nnx.Module):
+    """Linear, SiLU, linear, in float32 [B, D]."""
+
+    def __init__(self, in_dim: int, width: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kw = dict(dtype=dtype, param_dtype=param_dtype, preferred_element_type=jnp.float32, rngs=rngs)
+        self.in_layer = nnx.Linear(in_dim, width, **kw)
+        self.out_layer = nnx.Linear(width, width, **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+def time_embedding(t: jax.Array, width: int = 256) -> jax.Array:
+    """[cos, sin] of 1000 t at geometric frequencies, f32 [B, width]."""
+    frequencies = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angles = 1000.0 * t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """(1 + scale) LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
+    return ((1 + scale) * y + shift).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x / rms(x) * weight over the last axis, float32 inside and out: the rotation that follows rounds once."""
+    y = x.astype(jnp.float32)
+    return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * weight.astype(jnp.float32)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """x [B, N, H, d] with each pair (2j, 2j + 1) turned by its angle, in the dtype asked for."""
+    cos, sin = rope
+    u, v = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([u * cos - v * sin, u * sin + v * cos], axis=-1).reshape(x.shape).astype(dtype)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, N, H, d] as [B, N, D]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
+    """x + gate * y, added in float32, in the dtype of x."""
+    return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,19 @@
+"""Kernels for column-sparse deltas: arrays in, arrays out. Each file holds a public function, its jnp reference, its Pallas body."""
+
+from pallas_kernels.column_attention import column_attention, store_attention_residual
+from pallas_kernels.column_mlp import column_fc1, column_fc2, store_column_fc2
+from pallas_kernels.dense_attention import column_sums, dense_attention
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.topk import topk_columns
+
+__all__ = [
+    "Implementation",
+    "column_attention",
+    "column_fc1",
+    "column_fc2",
+    "column_sums",
+    "dense_attention",
+    "store_attention_residual",
+    "store_column_fc2",
+    "topk_columns",
+]

@@ -1,0 +1,196 @@
+"""Softmax attention over chosen columns: one list of key indices for each head and each group of queries.
+
+    S[b, i, h] = softmax_j(scale * q[b, i, h] . k[b, c_j, h]) v[b, c_j, h],   c = the list of (b, h, i // group)
+
+normalised over the chosen columns alone (Chipmunk, section 3). A full step stores `dense - S`, a delta step adds a new S to it;
+both directions are fused here, on the whole stacked cache, so that no layer's slice of it is ever copied.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.groups import check_group, group_count, join_groups, row_tile, split_groups
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
+
+
+def column_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    indices: jax.Array,
+    counts: jax.Array,
+    layer: jax.Array | int = 0,
+    *,
+    group: int,
+    scale: float,
+    residual: jax.Array | None = None,
+    implementation: dispatch.Implementation | None = None,
+) -> jax.Array:
+    """residual[layer] + S, or S alone without a residual: [B, N, H, d], dtype of q.
+
+    Args:
+        q, k, v: [B, N, H, d], bf16 or f16 (any float for the reference).
+        indices: [L, B, H, G, K], i32: the first counts entries are distinct rows of k; the others are never used.
+        counts: [L, B, H, G], i32, 0 to K. A list of no columns gives S = 0.
+        layer: i32 scalar, which entry of the stacked arrays to read.
+        group: queries that share a list, a multiple of 64; G = ceil(N / group).
+        scale: of the logits, usually d ** -0.5.
+        residual: [L, B, N, H, d], what the unchosen columns contributed.
+        implementation: see dispatch.choose.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NotImplementedError: a named implementation cannot take these arguments.
+    """
+    _check(q, k, v, indices, counts, group, residual)
+    implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
+    if implementation == "reference":
+        out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
+        base = 0 if residual is None else residual[layer].astype(jnp.float32)
+        return (base + out).astype(q.dtype)
+    operands = [] if residual is None else [residual]
+    return _pallas(
+        q, k, v, indices, counts, layer, operands, jax.ShapeDtypeStruct(q.shape, q.dtype),
+        body=_body_add if operands else _body_plain, aliases={}, group=group, scale=scale, implementation=implementation,
+    )  # fmt: skip
+
+
+def store_attention_residual(
+    dense: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    indices: jax.Array,
+    counts: jax.Array,
+    layer: jax.Array | int,
+    *,
+    group: int,
+    scale: float,
+    residual: jax.Array,
+    implementation: dispatch.Implementation | None = None,
+) -> jax.Array:
+    """residual [L, B, N, H, d] with residual[layer] = dense - S, written in place. dense: [B, N, H, d]; the rest as above."""
+    _check(q, k, v, indices, counts, group, residual)
+    implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
+    if implementation == "reference":
+        out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
+        return residual.at[layer].set((dense.astype(jnp.float32) - out).astype(residual.dtype))
+    return _pallas(
+        q, k, v, indices, counts, layer, [dense, residual], jax.ShapeDtypeStruct(residual.shape, residual.dtype),
+        body=_body_store, aliases={7: 0}, group=group, scale=scale, implementation=implementation,
+    )  # fmt: skip
+
+
+def _check(q, k, v, indices, counts, group, residual) -> None:
+    check_group(group)
+    batch, rows, heads, width = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, width):
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, N, H, d] with equal B, H and d")
+    lists = (batch, heads, group_count(rows, group))
+    if indices.shape[1:-1] != lists or counts.shape != indices.shape[:-1]:
+        raise ValueError(f"indices {indices.shape}, counts {counts.shape}: expected [L, {lists}, K] and [L, {lists}]")
+    if residual is not None and residual.shape[1:] != q.shape:
+        raise ValueError(f"residual {residual.shape}: expected [L, {q.shape}]")
+
+
+def _reference(q, k, v, indices, counts, group, scale):
+    """S in float32 for one layer's lists: indices [B, H, G, K], counts [B, H, G]."""
+    queries = split_groups(q.swapaxes(1, 2), group)  # [B, H, G, group, d]
+    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
+    safe = jnp.where(listed, indices, 0)
+    gather = jax.vmap(jax.vmap(lambda rows, columns: rows[columns]))  # over B and H: [N, d], [G, K] -> [G, K, d]
+    keys, values = gather(k.swapaxes(1, 2), safe), gather(v.swapaxes(1, 2), safe)
+    keys, values = (jnp.where(listed[..., None], x, 0) for x in (keys, values))
+    logits = jnp.einsum("bhgqd,bhgkd->bhgqk", queries, keys, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(listed[..., None, :], logits, -jnp.inf)
+    shift = jnp.maximum(logits.max(-1, keepdims=True), MASKED)
+    weights = jnp.exp(logits - shift)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bhgqk,bhgkd->bhgqd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+    out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0)
+    return join_groups(out, q.shape[1]).swapaxes(1, 2)
+
+
+def _pallas(q, k, v, indices, counts, layer, operands, out_shape, *, body, aliases, group, scale, implementation):
+    batch, rows, heads, width = q.shape
+    tile = row_tile(group)
+    kernel = functools.partial(body, tile=tile, group=group, scale=scale)
+    return pl.pallas_call(
+        kernel,
+        grid=(group_count(rows, tile), heads, batch),  # tiles of one head run side by side and share its keys in the L2 cache
+        name=f"column_attention{body.__name__.removeprefix('_body')}",
+        out_shape=out_shape,
+        input_output_aliases=aliases,
+        interpret=implementation == "interpret",
+        # 4 warps and 3 stages with 128 x 64 tiles beat every 8-warp setting on H100.
+        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=3),
+    )(q, k, v, indices, counts, jnp.asarray(layer, jnp.int32)[None], *operands)
+
+
+def _body_plain(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, out_ref, **tiling):
+    out, at, inside = _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref[0], **tiling)
+    plgpu.store(out_ref.at[at], out.astype(out_ref.dtype), mask=inside)
+
+
+def _body_add(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, residual_ref, out_ref, **tiling):
+    out, at, inside = _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref[0], **tiling)
+    base = plgpu.load(residual_ref.at[layer_ref[0], *at], mask=inside, other=0).astype(jnp.float32)
+    plgpu.store(out_ref.at[at], (base + out).astype(out_ref.dtype), mask=inside)
+
+
+def _body_store(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, dense_ref, _, residual_ref, **tiling):
+    out, at, inside = _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref[0], **tiling)
+    dense = plgpu.load(dense_ref.at[at], mask=inside, other=0).astype(jnp.float32)
+    plgpu.store(residual_ref.at[layer_ref[0], *at], (dense - out).astype(residual_ref.dtype), mask=inside)
+
+
+def _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer, *, tile, group, scale):
+    """S [tile, d] in float32 for this program's rows, where they lie in [B, N, H, d], and which of them exist."""
+    i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    block = 64  # columns a step: more spill, fewer starve the matrix units
+    rows_total, width = q_ref.shape[1], q_ref.shape[3]
+    capacity = indices_ref.shape[-1]
+    g = lax.div(i * tile, group)
+    rows = i * tile + jnp.arange(tile)
+    at = (b, rows[:, None], h, jnp.arange(width)[None, :])
+    inside = jnp.broadcast_to((rows < rows_total)[:, None], (tile, width))
+
+    q = plgpu.load(q_ref.at[at], mask=inside, other=0)
+    count = counts_ref[layer, b, h, g]
+    first = indices_ref[layer, b, h, g, 0]  # pads the last step: a chosen row, so unchosen garbage is never read
+
+    def step(offset, carry, ragged):
+        acc, peak, total = carry
+        slots = offset + jnp.arange(block)
+        if ragged:
+            listed = slots < count
+            columns = plgpu.load(indices_ref.at[layer, b, h, g, jnp.minimum(slots, capacity - 1)])
+            columns = jnp.where(listed, columns, first)
+        else:
+            columns = plgpu.load(indices_ref.at[layer, b, h, g, pl.ds(offset, block)])
+        keys = k_ref[b, columns, h, :]  # gathered rows, 16 bytes a copy, pipelined
+        logits = plgpu.dot(q, keys.T)
+        if ragged:
+            logits = jnp.where(listed[None, :], logits, MASKED)
+        new_peak = jnp.maximum(peak, logits.max(axis=1))
+        # exp2 of one fused multiply-add per logit; the scale never touches q, which would be rounded again.
+        shrink = jnp.exp2((peak - new_peak) * (scale * LOG2E))
+        weights = jnp.exp2((logits - new_peak[:, None]) * (scale * LOG2E))
+        values = v_ref[b, columns, h, :]
+        acc = acc * shrink[:, None] + plgpu.dot(weights.astype(values.dtype), values)
+        return acc, new_peak, total * shrink + weights.sum(axis=1)
+
+    carry = (jnp.zeros((tile, width), jnp.float32), jnp.full((tile,), MASKED), jnp.zeros((tile,), jnp.float32))
+    whole = lax.div(count, block)
+    carry = lax.fori_loop(0, whole, lambda j, c: step(j * block, c, False), carry)
+    acc, _, total = lax.fori_loop(whole, lax.div(count + block - 1, block), lambda j, c: step(j * block, c, True), carry)
+    return acc / jnp.where(total > 0, total, 1)[:, None], at, inside

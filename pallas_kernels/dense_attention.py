@@ -1,0 +1,116 @@
+"""Dense softmax attention with its log-sum-exp, and the attention mass of each column over groups of queries.
+
+On an NVIDIA GPU dense attention is cuDNN's, the fastest there is from JAX. Column sums are a kernel of their own with keys as the
+rows of a tile: the sum over queries is then a sum inside four neighbouring threads, and no values are read.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.groups import check_group, group_count, row_tile, split_groups
+
+LOG2E = math.log2(math.e)
+# exp of more than this is cut: logits that drifted far above an old log-sum-exp still give finite sums of up to 2^20 terms.
+LARGEST_EXPONENT = 70.0
+
+
+def dense_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(scale q k^T) v, [B, N, H, d] in the dtype of q, and log sum exp of its logits, [B, H, N], f32 (natural).
+
+    Args:
+        q, k, v: [B, N, H, d], bf16 or f16 (any float for the reference).
+        scale: of the logits, usually d ** -0.5.
+        implementation: see dispatch.choose; "interpret" runs the reference, as cuDNN has no interpreter.
+    """
+    if dispatch.choose(implementation, dtype=q.dtype) == "pallas":
+        # The public jax.nn.dot_product_attention casts the log-sum-exp to bf16; column sums need it in float32.
+        from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+
+        return dot_product_attention(q, k, v, scale=scale, qkv_layout="BTNH", return_residual=True)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - lse[..., None]).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype), lse
+
+
+def column_sums(
+    q: jax.Array,
+    k: jax.Array,
+    lse: jax.Array,
+    *,
+    group: int,
+    scale: float,
+    implementation: dispatch.Implementation | None = None,
+) -> jax.Array:
+    """sum over the queries i of each group of exp(scale q_i . k_j - lse_i): [B, H, G, N], dtype of q.
+
+    With lse of the same q and k this is the attention mass of every column; with that of an earlier step, its estimate in one
+    pass (Chipmunk, section 4). Finite whatever the drift.
+
+    Args:
+        q, k: [B, N, H, d], bf16 or f16 (any float for the reference).
+        lse: [B, H, N], f32, natural logarithm.
+        group: queries summed together, a multiple of 64; G = ceil(N / group).
+    """
+    check_group(group)
+    batch, rows, heads, width = q.shape
+    if lse.shape != (batch, heads, rows):
+        raise ValueError(f"lse {lse.shape}: expected [B, H, N] = {(batch, heads, rows)}")
+    implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=width)
+    if implementation == "reference":
+        return _sums_reference(q, k, lse, group, scale)
+    tile = row_tile(group)
+    return pl.pallas_call(
+        functools.partial(_sums_body, tile=tile, group=group, scale=scale),
+        grid=(group_count(k.shape[1], 128), heads, batch),
+        name="column_sums",
+        out_shape=jax.ShapeDtypeStruct((batch, heads, group_count(rows, group), k.shape[1]), q.dtype),
+        interpret=implementation == "interpret",
+        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=3),
+    )(q, k, lse)
+
+
+def _sums_reference(q, k, lse, group, scale):
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    mass = jnp.exp(jnp.minimum(logits - lse[..., None], LARGEST_EXPONENT))
+    return split_groups(mass, group).sum(-2).astype(q.dtype)
+
+
+def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, tile, group, scale):
+    h, b = pl.program_id(1), pl.program_id(2)
+    keys_total, rows_total, width = k_ref.shape[1], q_ref.shape[1], k_ref.shape[3]
+    features = jnp.arange(width)[None, :]
+    keys = pl.program_id(0) * 128 + jnp.arange(128)
+    here = keys < keys_total
+    k = plgpu.load(k_ref.at[b, keys[:, None], h, features], mask=jnp.broadcast_to(here[:, None], (128, width)), other=0)
+
+    def mass(start):  # of this program's keys, over the queries [start, start + tile)
+        rows = start + jnp.arange(tile)
+        inside = rows < rows_total
+        q = plgpu.load(q_ref.at[b, rows[:, None], h, features], mask=jnp.broadcast_to(inside[:, None], (tile, width)), other=0)
+        lse = plgpu.load(lse_ref.at[b, h, rows], mask=inside, other=jnp.inf)  # a row that is not there weighs exp(-inf) = 0
+        exponent = plgpu.dot(k, q.T) * scale - lse[None, :]
+        return jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT) * LOG2E).sum(axis=1)
+
+    def one_group(g, carry):
+        total = mass(g * group)
+        for part in range(1, group // tile):
+            total += mass(g * group + part * tile)
+        plgpu.store(sums_ref.at[b, h, g, keys], total.astype(sums_ref.dtype), mask=here)
+        return carry
+
+    lax.fori_loop(0, sums_ref.shape[2], one_group, 0)

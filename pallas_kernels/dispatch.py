@@ -1,0 +1,52 @@
+"""Which body of a kernel runs where. Nothing else in the project knows a backend."""
+
+import warnings
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+Implementation = Literal["pallas", "interpret", "reference"]
+
+# Pallas-Triton is the one route from JAX to column gathers that feed the matrix units of Hopper (Mosaic GPU gathers by TMA on
+# Blackwell only); its deprecation notice is known, and shown once to us rather than at every lowering to every user.
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+
+def choose(implementation: Implementation | None, *, dtype: jnp.dtype, head_dim: int = 128) -> Implementation:
+    """The body to run: what was asked for, or the fastest that can run here.
+
+    Args:
+        implementation: "pallas" (the kernel, on an NVIDIA GPU), "interpret" (the kernel's body, op by op, anywhere),
+            "reference" (plain jnp, anywhere), or None: the kernel on a GPU where it takes these arguments, else the reference.
+        dtype: of the arrays that go through the matrix units.
+        head_dim: a tile's inner width; the kernels need a power of two from 16.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: "pallas" was asked for with a dtype or a width that the kernel cannot take.
+    """
+    if implementation not in (None, "pallas", "interpret", "reference"):
+        raise ValueError(f"implementation={implementation!r}: expected 'pallas', 'interpret', 'reference' or None")
+    if implementation in ("interpret", "reference"):
+        return implementation
+    obstacle = _obstacle(dtype, head_dim)
+    if implementation == "pallas" and obstacle:
+        raise NotImplementedError(f"implementation='pallas': {obstacle}; use implementation='reference'")
+    on_gpu = implementation == "pallas" or jax.default_backend() == "gpu"
+    return "pallas" if on_gpu and not obstacle else "reference"
+
+
+def _obstacle(dtype, head_dim: int) -> str:
+    # In float32 the matrix units would compute in TF32, three decimal digits: not what a caller who asks for float32 wants.
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"dtype {jnp.dtype(dtype).name}, the kernels take bfloat16 and float16"
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"a width of {head_dim}, the kernels take powers of two from 16"
+    return ""
+
+
+def compiler_params(num_warps: int, num_stages: int) -> plgpu.CompilerParams:
+    """What makes pallas_call lower through Triton, on every JAX version."""
+    return plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)

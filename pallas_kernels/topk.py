@@ -1,0 +1,101 @@
+"""Exact top-k columns of rows of scores, as ascending lists.
+
+Non-negative floats order like their bit patterns. One program a row finds the k-th largest pattern digit by digit, four bits a
+pass with 15 counters, then writes the ids of the larger patterns, and of the leftmost equal ones, in ascending order.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import dispatch
+
+
+def topk_columns(
+    scores: jax.Array,
+    k: jax.Array | int,
+    *,
+    capacity: int,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """indices [..., capacity], i32, and counts [...], i32: the k largest scores of every row, ids ascending, ties from the left.
+
+    Args:
+        scores: [..., N], f32, bf16 or f16, not negative; +inf is taken first.
+        k: how many, an i32 scalar of 0 to capacity that may be traced; slots behind the first k are unspecified.
+        capacity: length of the lists, at most N.
+
+    Raises:
+        ValueError: capacity outside 1..N, or scores of an integer dtype.
+    """
+    width = scores.shape[-1]
+    if not 1 <= capacity <= width:
+        raise ValueError(f"capacity={capacity}: expected 1 to N = {width}")
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise ValueError(f"scores of dtype {scores.dtype}: expected floats")
+    k = jnp.minimum(jnp.asarray(k, jnp.int32), capacity)
+    counts = jnp.broadcast_to(k, scores.shape[:-1])
+    implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
+    if implementation == "reference":
+        order = lax.top_k(scores, capacity)[1]  # stable: equal scores in ascending order of their ids
+        listed = jnp.where(jnp.arange(capacity) < k, order, width)
+        return jnp.sort(listed, axis=-1).astype(jnp.int32), counts
+    bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
+    indices = pl.pallas_call(
+        functools.partial(_body, digits=4 if bits.dtype == jnp.int16 else 8),
+        grid=(counts.size,),
+        name="topk_columns",
+        out_shape=jax.ShapeDtypeStruct((counts.size, capacity), jnp.int32),
+        interpret=implementation == "interpret",
+        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
+    )(bits.reshape(-1, width), k[None])
+    return indices.reshape(*scores.shape[:-1], capacity), counts
+
+
+def _body(bits_ref, k_ref, indices_ref, *, digits, block=1024):
+    row = pl.program_id(0)
+    width = bits_ref.shape[1]
+    blocks = -(-width // block)
+
+    def load(j):
+        columns = j * block + jnp.arange(block)
+        inside = columns < width
+        return plgpu.load(bits_ref.at[row, columns], mask=inside, other=0).astype(jnp.int32), columns, inside
+
+    threshold, wanted = jnp.int32(0), k_ref[0]  # the digits found so far; how many columns are still to take among equals
+    for digit in reversed(range(digits)):
+        shift = 4 * digit
+
+        def count(j, at_least, shift=shift, threshold=threshold):
+            pattern, _, inside = load(j)
+            open_ = inside & (_above(pattern, shift) == _above(threshold, shift))
+            value = (pattern >> shift) & 15
+            return tuple(n + jnp.sum(jnp.where(open_ & (value >= d), 1, 0)) for d, n in enumerate(at_least, 1))
+
+        at_least = lax.fori_loop(0, blocks, count, (jnp.int32(0),) * 15)  # columns whose digit is >= 1, .., >= 15
+        chosen, larger = jnp.int32(0), at_least[0]
+        for d, n in enumerate(at_least, 1):
+            chosen = jnp.where(n >= wanted, d, chosen)
+            larger = jnp.where(n >= wanted, at_least[d] if d < 15 else 0, larger)
+        wanted = wanted - larger
+        threshold = threshold | (chosen << shift)
+
+    def compact(j, carry):
+        written, equals = carry
+        pattern, columns, inside = load(j)
+        equal = (inside & (pattern == threshold)).astype(jnp.int32)
+        take = (inside & (pattern > threshold)) | ((equal == 1) & (jnp.cumsum(equal) + equals <= wanted))
+        slots = written + jnp.cumsum(take.astype(jnp.int32)) - 1
+        plgpu.store(indices_ref.at[row, slots], columns, mask=take)
+        return written + jnp.sum(take.astype(jnp.int32)), equals + jnp.sum(equal)
+
+    lax.fori_loop(0, blocks, compact, (jnp.int32(0), jnp.int32(0)))
+
+
+def _above(pattern, shift: int):
+    """The digits above the one at `shift`."""
+    return pattern >> (shift + 4) if shift < 28 else jnp.zeros_like(pattern)
