@@ -22,7 +22,7 @@ from pallas_kernels import (
     dense_attention,
     store_attention_residual,
     store_column_fc2,
-    topk_columns,
+    store_topk_columns,
 )
 from pallas_kernels.groups import split_groups
 
@@ -187,11 +187,10 @@ def _group_mean(x, mlp: MlpWeights, step: Step):
 
 def _choose(scores: jax.Array, columns: Columns, share: Share, step: Step) -> Columns:
     """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n]."""
-    capacity = columns.indices.shape[-1]
     lucky = jax.random.bernoulli(step.key, share.random, scores.shape)
     scores = jnp.where(lucky, jnp.inf, scores)
-    indices, counts = topk_columns(scores, share.keep, capacity=capacity, implementation=step.implementation)
-    return Columns(columns.indices.at[step.layer].set(indices), columns.counts.at[step.layer].set(counts))
+    lists = (columns.indices, columns.counts, step.layer)
+    return Columns(*store_topk_columns(scores, share.keep, *lists, implementation=step.implementation))
 
 
 def _store_chosen(old: jax.Array, new: jax.Array, indices: jax.Array, counts: jax.Array) -> jax.Array:

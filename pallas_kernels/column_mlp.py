@@ -160,7 +160,7 @@ def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs,
         return acc + plgpu.dot(weights, tokens.T)
 
     # A tile without any listed neuron has nothing to multiply: its loop is empty.
-    steps = jnp.where(j * NEURONS < count, group_count(width, INNER), 0)
+    steps = group_count(width, INNER) * jnp.clip(count - j * NEURONS, 0, 1)
     acc = lax.fori_loop(0, steps, multiply, jnp.zeros((NEURONS, tile), jnp.float32))
     bias = plgpu.load(b1_ref.at[layer, neurons], mask=listed, other=0).astype(jnp.float32)
     new = jax.nn.gelu(acc + bias[:, None], approximate=True).astype(packed_ref.dtype)
@@ -170,7 +170,9 @@ def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs,
         at = (layer, b, neurons[:, None], rows[None, :])
         old = plgpu.load(old_ref.at[at], mask=live, other=0)
         change = (new.astype(jnp.float32) - old.astype(jnp.float32)).astype(packed_ref.dtype)
-        plgpu.store(new_ref.at[at], new.astype(new_ref.dtype), mask=live)
+        # Masked lanes point behind the last neuron: the interpreter scatters them too, and must not meet a written one.
+        apart = jnp.where(listed, neurons, old_ref.shape[2] + slots)
+        plgpu.store(new_ref.at[layer, b, apart[:, None], rows[None, :]], new.astype(new_ref.dtype), mask=live)
     change = jnp.where(live, change, 0).T.astype(packed_ref.dtype)
     kept = inside[:, None] & (slots < capacity)[None, :]
     plgpu.store(packed_ref.at[b, rows[:, None], slots[None, :]], change, mask=kept)

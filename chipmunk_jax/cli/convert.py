@@ -1,0 +1,51 @@
+"""chipmunk convert: a PyTorch checkpoint as a folder of this library."""
+
+import argparse
+
+from chipmunk_jax.convert import convert, inspect
+
+DESCRIPTION = """\
+Write a PyTorch checkpoint as a folder that `chipmunk sample` and `chipmunk_jax.convert.load` read, without PyTorch.
+
+SOURCE is one of
+  a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.
+  a diffusers folder   transformer/ with its shards and index, or the folder above it
+Layout and sizes are found from the file itself. All names and shapes are checked before any data are read, and TARGET
+appears only when it is whole. fp8 weights are cast to the dtype asked for."""
+
+EXAMPLES = """\
+examples:
+  chipmunk convert flux1-dev.safetensors flux-dev
+  chipmunk convert FLUX.1-schnell/ flux-schnell
+  chipmunk convert flux1-dev.safetensors flux-dev --dtype float32 --overwrite"""
+
+
+def add_parser(subparsers) -> None:
+    """Adds `chipmunk convert` to the subparsers of an ArgumentParser."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="write a PyTorch checkpoint as a folder of this library",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="file or folder to read")
+    parser.add_argument("target", metavar="TARGET", help="folder to write; the folder above it must exist")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="of all weights (default: bfloat16)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint in TARGET")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk convert`."""
+    convert(args.source, args.target, dtype=args.dtype, progress=not args.quiet, overwrite=args.overwrite)
+    if not args.quiet:
+        made = inspect(args.target)
+        print(f"{args.target}: {made.model}, {made.parameters / 1e6:,.2f} M parameters, {made.dtype}")
+    return 0

@@ -1,0 +1,51 @@
+"""chipmunk inspect: what a checkpoint holds."""
+
+import argparse
+
+from chipmunk_jax.convert import Inspection, inspect
+from chipmunk_jax.convert.rules import listed
+
+DESCRIPTION = """\
+Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
+Only headers are read, so this takes a second for any size. The exit status is 1 where something does not fit."""
+
+EXAMPLES = """\
+examples:
+  chipmunk inspect flux1-dev.safetensors      a single file
+  chipmunk inspect FLUX.1-dev/                a diffusers folder, or its transformer/
+  chipmunk inspect flux-dev                   a folder written by chipmunk convert"""
+
+
+def add_parser(subparsers) -> None:
+    """Adds `chipmunk inspect` to the subparsers of an ArgumentParser."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="say what a checkpoint holds",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", help="file or folder")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole, else 1."""
+    found = inspect(args.path)
+    print(describe(found))
+    return 0 if found.whole else 1
+
+
+def describe(found: Inspection) -> str:
+    """A few aligned lines."""
+    rows = {
+        "model": f"{found.model} ({found.layout})",
+        "parameters": f"{found.parameters / 1e6:,.2f} M",
+        "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
+        **{name: str(value) for name, value in found.config.items()},
+    }
+    for kind in ("missing", "unknown", "doubled", "misshapen"):
+        if names := getattr(found, kind):
+            rows[kind] = f"{len(names)}: {listed(names)}"
+    width = max(map(len, rows))
+    return "\n".join([str(found.path), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])

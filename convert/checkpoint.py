@@ -1,0 +1,207 @@
+"""Checkpoints of this library: a folder with config.json and the weights as Orbax writes them.
+
+config.json is written last and the folder is renamed into place, so a folder that has one is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from chipmunk_jax.convert.networks import NETWORKS, abstract, flatten, leaves_of, nest, parse_dtype, with_arrays
+from chipmunk_jax.convert.rules import listed
+
+CONFIG, WEIGHTS = "config.json", "weights"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What config.json says."""
+
+    model: str
+    dtype: str
+    config: Any
+    source: str  # layout that it was converted from; empty where it was not
+    stored: int  # bytes of the files of the weights
+
+
+def save(
+    model: nnx.Module,
+    folder: str | Path,
+    extras: Sequence[str | Path] = (),
+    *,
+    source: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Writes the model to `folder`, whole or not at all.
+
+    Args:
+        model: one of NETWORKS.
+        folder: to write; new, empty, or with `overwrite` a checkpoint to replace. Its parent exists.
+        extras: files to copy beside the weights.
+        source: layout that the model was converted from.
+        overwrite: whether to replace a checkpoint.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    with replacing(folder, overwrite=overwrite) as partial:
+        write(model, partial, extras, source)
+
+
+def load(folder: str | Path, dtype: Any = None) -> nnx.Module:
+    """The model in `folder`, on the default device.
+
+    Args:
+        folder: written by `save` or `convert`.
+        dtype: to cast to on the way; None for the dtype it was saved in.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not a checkpoint, is half-written, or its weights are not its config's.
+    """
+    description = describe(folder)
+    # Orbax would find a damaged file halfway through the restore.
+    if stored_bytes(folder) != description.stored:
+        raise ValueError(
+            f"{folder}: damaged weights: {stored_bytes(folder):,} bytes where {description.stored:,} were written"
+        )
+    model = abstract(description.model, description.config, dtype or description.dtype)
+    missing, unknown, misshapen = compare(folder, model)
+    if missing or unknown or misshapen:
+        kinds = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+        summary = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names)
+        raise ValueError(f"{folder}: the weights do not fit config.json: {summary}")
+    sharding = jnp.zeros(()).sharding  # of the default device
+    targets = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for path, leaf in leaves_of(model).items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(weights_of(folder), nest(targets))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
+    return with_arrays(model, tree)
+
+
+def describe(folder: str | Path) -> Description:
+    """What the folder holds, without its weights.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not a checkpoint of this library, or is half-written.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not is_checkpoint(folder):
+        if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
+            raise ValueError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
+        raise ValueError(f"{folder}: not a converted checkpoint; make one with `chipmunk convert SOURCE FOLDER`")
+    content = json.loads((folder / CONFIG).read_text())
+    if content["model"] not in NETWORKS:
+        raise ValueError(f"{folder}: model {content['model']}, expected one of {', '.join(NETWORKS)}")
+    try:
+        config = NETWORKS[content["model"]].config(**content["config"])
+        dtype = parse_dtype(content["dtype"]).name
+        return Description(content["model"], dtype, config, content["source"], content["stored"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: bad {CONFIG}: {error}") from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder is a whole checkpoint of this library."""
+    try:
+        content = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
+
+
+def compare(folder: str | Path, model: nnx.Module) -> tuple[list[str], list[str], list[str]]:
+    """Leaves of `model` that the folder's weights lack, those that they have besides, and those of another shape."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(weights_of(folder)).item_metadata
+    if metadata is None:
+        raise ValueError(f"{folder}: damaged weights: no metadata")
+    found = {path: tuple(leaf.shape) for path, leaf in flatten(metadata.tree).items()}
+    expected = {path: leaf.shape for path, leaf in leaves_of(model).items()}
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shared = sorted(expected.keys() & found.keys())
+    misshapen = [
+        f"{path} {list(found[path])}, expected {list(expected[path])}"
+        for path in shared
+        if found[path] != expected[path]
+    ]
+    return missing, unknown, misshapen
+
+
+@contextmanager
+def replacing(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place at the end, and is gone after an error.
+
+    Raises:
+        ValueError: at once, where `folder` cannot be written or is not ours to replace.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file, expected a folder to write")
+    old = folder.is_dir() and any(folder.iterdir())
+    if old and not is_checkpoint(folder):
+        raise ValueError(f"{folder}: not empty and no checkpoint of this library; expected a new folder")
+    if old and not overwrite:
+        raise ValueError(f"{folder}: already a checkpoint; overwrite it, or name a new folder")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot write into {folder.parent}: {error.strerror}") from error
+    try:
+        yield partial
+        if old:
+            aside = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
+            folder.rename(aside)
+            partial.rename(folder)
+            shutil.rmtree(aside)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(model: nnx.Module, folder: Path, extras: Sequence[str | Path], source: str) -> None:
+    """Weights, extras, and config.json last, into an existing folder."""
+    name = next((name for name, network in NETWORKS.items() if isinstance(model, network.model)), None)
+    if name is None:
+        raise ValueError(f"model {type(model).__name__}: expected one of {', '.join(NETWORKS)}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(weights_of(folder), nnx.to_pure_dict(nnx.state(model)))
+    for extra in extras:
+        shutil.copy(extra, folder)
+    content = {
+        "model": name,
+        "dtype": jnp.dtype(model.dtype).name,
+        "config": asdict(model.config),
+        "source": source,
+        "stored": stored_bytes(folder),
+    }
+    (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def stored_bytes(folder: str | Path) -> int:
+    """Bytes of the files of the weights."""
+    return sum(file.stat().st_size for file in weights_of(folder).rglob("*") if file.is_file())
+
+
+def weights_of(folder: str | Path) -> Path:
+    """Where Orbax writes; it wants absolute paths."""
+    return Path(folder).absolute() / WEIGHTS

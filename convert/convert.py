@@ -1,0 +1,78 @@
+"""PyTorch checkpoints, without PyTorch, as models of this library."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+from chipmunk_jax.convert.checkpoint import replacing, write
+from chipmunk_jax.convert.networks import abstract, leaves_of, nest, parse_dtype, with_arrays
+from chipmunk_jax.convert.rules import Match, fill
+from chipmunk_jax.convert.source import Source, open_source
+
+# The small trained models take prompts from a table of words instead of a text encoder.
+WORD_TABLE = ("words.json", "word_embeddings.safetensors")
+
+
+def convert(
+    source: str | Path, target: str | Path, *, dtype: Any = "bfloat16", progress: bool = True, overwrite: bool = False
+) -> None:
+    """Writes the checkpoint `source` to the folder `target`, in this library's form.
+
+    Everything that can be wrong is found from headers first. Host memory: the model twice, of which Orbax takes one.
+
+    Args:
+        source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/.
+        target: folder to write; its parent exists.
+        dtype: of all weights: "bfloat16", "float16" or "float32".
+        progress: whether to draw a bar of bytes.
+        overwrite: whether to replace a checkpoint in `target`.
+
+    Raises:
+        FileNotFoundError: there is no `source`.
+        ValueError: a bad source, one that does not fit its model, or a target that cannot be written.
+    """
+    opened, dtype = open_source(source), parse_dtype(dtype)
+    found = opened.check()
+    with replacing(target, overwrite=overwrite) as partial:
+        need = bytes_of(opened, dtype)
+        free = shutil.disk_usage(partial).free
+        if free < need:
+            raise ValueError(f"{target}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free on its disk")
+        with jax.default_device(jax.devices("cpu")[0]):
+            model = materialize(opened, found, dtype, progress)
+        if progress:
+            print(f"writing {target}", file=sys.stderr)
+        write(model, partial, word_table(opened.weights.path), opened.layout.name)
+
+
+def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> nnx.Module:
+    """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`."""
+    opened, dtype = open_source(source), parse_dtype(dtype)
+    return materialize(opened, opened.check(), dtype, progress)
+
+
+def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: bool) -> nnx.Module:
+    """The model with its weights, leaf by leaf on the default device."""
+    model = abstract(source.layout.model, source.config, dtype)
+    leaves = leaves_of(model)
+    with tqdm(total=bytes_of(source, dtype), unit="B", unit_scale=True, desc="reading", disable=not progress) as bar:
+        filled = {path: jax.device_put(array) for path, array in fill(found, leaves, dtype, bar.update)}
+    return with_arrays(model, nest(filled))
+
+
+def bytes_of(source: Source, dtype: jax.numpy.dtype) -> int:
+    """Size of all weights after conversion."""
+    leaves = leaves_of(abstract(source.layout.model, source.config, dtype))
+    return sum(leaf.size * dtype.itemsize for leaf in leaves.values())
+
+
+def word_table(path: Path) -> list[Path]:
+    """The files of the word table beside the weights, where both are there."""
+    folder = path if path.is_dir() else path.parent
+    files = [folder / name for name in WORD_TABLE]
+    return files if all(file.is_file() for file in files) else []

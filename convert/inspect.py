@@ -1,0 +1,89 @@
+"""What a checkpoint holds, from headers only."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chipmunk_jax.convert.checkpoint import compare, describe, is_checkpoint
+from chipmunk_jax.convert.networks import abstract, leaves_of, parse_dtype
+from chipmunk_jax.convert.source import open_source
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint described: a PyTorch one by its tensors, a converted one by its leaves."""
+
+    path: Path
+    model: str
+    layout: str  # "original", "diffusers", or "converted"
+    parameters: int
+    dtype: str  # of the weights; the largest share first where there are several
+    nbytes: int  # of the weights
+    config: dict[str, Any]
+    missing: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing, unknown, doubled or misshapen."""
+        return not (self.missing or self.unknown or self.doubled or self.misshapen)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """What `path` holds.
+
+    Args:
+        path: a converted folder, or a source as `convert` takes it.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: half-written or bad files, an unknown layout, or a config.json that does not fit.
+    """
+    path = Path(path)
+    return inspect_converted(path) if is_checkpoint(path) or (path / "weights").is_dir() else inspect_source(path)
+
+
+def inspect_converted(path: Path) -> Inspection:
+    """A folder written by `convert`."""
+    description = describe(path)
+    model = abstract(description.model, description.config, description.dtype)
+    missing, unknown, misshapen = compare(path, model)
+    parameters = sum(leaf.size for leaf in leaves_of(model).values())
+    return Inspection(
+        path=path,
+        model=description.model,
+        layout="converted",
+        parameters=parameters,
+        dtype=description.dtype,
+        nbytes=parameters * parse_dtype(description.dtype).itemsize,
+        config=asdict(description.config),
+        missing=missing,
+        unknown=unknown,
+        misshapen=misshapen,
+    )
+
+
+def inspect_source(path: Path) -> Inspection:
+    """A PyTorch checkpoint."""
+    source = open_source(path)
+    found = source.match()
+    tensors = source.weights.tensors.values()
+    shares: Counter[str] = Counter()
+    for tensor in tensors:
+        shares[tensor.dtype.name] += tensor.nbytes
+    return Inspection(
+        path=path,
+        model=source.layout.model,
+        layout=source.layout.name,
+        parameters=sum(tensor.size for tensor in tensors),
+        dtype=", ".join(name for name, _ in shares.most_common()),
+        nbytes=shares.total(),
+        config=asdict(source.config),
+        missing=found.missing,
+        unknown=found.unknown,
+        doubled=found.doubled,
+        misshapen=found.misshapen,
+    )

@@ -1,0 +1,94 @@
+"""What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chipmunk_jax.convert import flux
+from chipmunk_jax.convert.checkpoint import is_checkpoint
+from chipmunk_jax.convert.networks import abstract, leaves_of
+from chipmunk_jax.convert.rules import Layout, Match, listed, match
+from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
+
+LAYOUTS = flux.LAYOUTS
+PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like
+
+
+@dataclass(frozen=True)
+class Source:
+    """A PyTorch checkpoint before conversion."""
+
+    weights: Weights
+    layout: Layout
+    config: Any  # of the model, FluxConfig for one
+
+    def match(self) -> Match:
+        """Where every tensor goes, and what does not fit."""
+        return match(self.layout.rules, self.weights, leaves_of(abstract(self.layout.model, self.config)))
+
+    def check(self) -> Match:
+        """The match of a checkpoint that fits.
+
+        Raises:
+            ValueError: naming every missing, unknown, doubled and misshapen tensor.
+        """
+        found = self.match()
+        if found.summary():
+            raise ValueError(f"{self.weights.path} ({self.layout.model}, {self.layout.name} layout): {found.summary()}")
+        return found
+
+
+def open_source(path: str | Path) -> Source:
+    """The checkpoint under `path`.
+
+    Args:
+        path: a .safetensors file, an index of shards, a folder with one of either, or the folder above a transformer/.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: bad files, an unknown layout, or a config.json that does not fit the tensors.
+    """
+    path = Path(path)
+    if is_checkpoint(path):
+        raise ValueError(f"{path}: already converted")
+    if (path / "transformer").is_dir() and not list(path.glob(f"{STEM}*")):
+        path = path / "transformer"
+    weights = strip_prefix(read_weights(path))
+    layout = next((layout for layout in LAYOUTS if any(mark in weights.tensors for mark in layout.marks)), None)
+    if layout is None:
+        known = ", ".join(f"{layout.model} ({layout.name})" for layout in LAYOUTS)
+        raise ValueError(
+            f"{path}: unknown layout, expected one of {known}; it holds {listed(sorted(weights.tensors)) or 'nothing'}"
+        )
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    try:
+        return Source(weights, layout, layout.configure(shapes, read_config(path, layout.class_name)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def strip_prefix(weights: Weights) -> Weights:
+    """Weights whose names have lost the prefix; a name that is there with and without it is doubled."""
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in weights.tensors.items()}
+    both = tuple(name for name in plain if name in weights.tensors and PREFIX + name in weights.tensors)
+    doubled = tuple(name.removeprefix(PREFIX) for name in weights.doubled)
+    return replace(weights, tensors=plain, doubled=doubled + both)
+
+
+def read_config(path: Path, class_name: str) -> dict[str, Any]:
+    """diffusers' config.json in a folder, or beside a file; empty where there is none.
+
+    Beside a single file there may be some other model's; it is left alone.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.name} is not a JSON object") from error
+    found = content.get("_class_name")
+    if path.is_dir() and found not in (None, class_name):
+        raise ValueError(f"config.json is of a {found}, expected {class_name}")
+    return content if path.is_dir() or found == class_name else {}

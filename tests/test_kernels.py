@@ -1,0 +1,276 @@
+"""Kernels against naive NumPy, written apart from them, in every implementation that runs here; lowering at FLUX.1-dev's size.
+
+Tolerances: the references and the interpreter compute in float32 (1e-5 relative to outputs of order 1); on a GPU bf16 inputs
+round each factor to 2^-8 and sums of some hundred terms stay within 2e-2.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import cuda_target
+
+from pallas_kernels import (
+    column_attention,
+    column_fc1,
+    column_fc2,
+    column_sums,
+    dense_attention,
+    store_attention_residual,
+    store_column_fc2,
+    topk_columns,
+)
+
+LAYERS, LAYER = 2, 1
+GARBAGE = 10**6  # in slots that must never be read
+
+
+def dtype_of(implementation):
+    return jnp.bfloat16 if implementation == "pallas" else jnp.float32
+
+
+def agree(got, expected, implementation):
+    got = np.asarray(got, np.float32)
+    assert np.isfinite(got).all()
+    tolerance = 2e-2 if implementation == "pallas" else 1e-5
+    np.testing.assert_allclose(got, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
+
+
+def draw(rng, *shape, dtype=jnp.float32):
+    """An array of the dtype, and the float64 values it really holds."""
+    array = jnp.asarray(rng.standard_normal(shape), dtype)
+    return array, np.asarray(array, np.float64)
+
+
+def draw_lists(rng, lists, capacity, columns, counts):
+    """Stacked lists of distinct ids with garbage behind the counts (a number, or "mixed": 0, 1, .., capacity)."""
+    indices = np.full((LAYERS, *lists, capacity), GARBAGE, np.int32)
+    sizes = np.full((LAYERS, *lists), 0, np.int32)
+    for i, at in enumerate(np.ndindex(LAYERS, *lists)):
+        sizes[at] = [0, 1, capacity // 2, capacity][i % 4] if counts == "mixed" else counts
+        indices[at][: sizes[at]] = np.sort(rng.choice(columns, sizes[at], replace=False))
+    return jnp.asarray(indices), jnp.asarray(sizes)
+
+
+def naive_column_attention(q, k, v, indices, counts, group, scale):
+    out = np.zeros_like(q)
+    for b, i, h in np.ndindex(q.shape[:3]):
+        chosen = indices[b, h, i // group, : counts[b, h, i // group]]
+        if chosen.size:
+            logits = scale * k[b, chosen, h] @ q[b, i, h]
+            weights = np.exp(logits - logits.max())
+            out[b, i, h] = weights @ v[b, chosen, h] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "heads", "width", "group", "capacity", "counts"),
+    [
+        (1, 128, 1, 64, 64, 64, 64),
+        (2, 200, 2, 64, 128, 70, "mixed"),  # ragged rows, ragged steps, counts of 0 and 1
+        (1, 257, 1, 128, 192, 96, "mixed"),  # a group that is not a power of two
+    ],
+)
+def test_column_attention_is_softmax_over_the_listed_columns(
+    implementation, batch, rows, heads, width, group, capacity, counts
+):
+    rng, scale = np.random.default_rng(0), width**-0.5
+    dtype = dtype_of(implementation)
+    (q, nq), (k, nk), (v, nv) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(3))
+    residual, naive_residual = draw(rng, LAYERS, *q.shape, dtype=dtype)
+    dense, naive_dense = draw(rng, *q.shape, dtype=dtype)
+    groups = -(-rows // group)
+    indices, sizes = draw_lists(rng, (batch, heads, groups), capacity, rows, counts)
+    expected = naive_column_attention(nq, nk, nv, np.asarray(indices[LAYER]), np.asarray(sizes[LAYER]), group, scale)
+
+    columns, options = (indices, sizes, LAYER), dict(group=group, scale=scale, implementation=implementation)
+    agree(column_attention(q, k, v, *columns, **options), expected, implementation)
+    added = column_attention(q, k, v, *columns, residual=residual, **options)
+    agree(added, naive_residual[LAYER] + expected, implementation)
+    stored = jax.jit(lambda r: store_attention_residual(dense, q, k, v, *columns, residual=r, **options))(residual)
+    agree(stored[LAYER], naive_dense - expected, implementation)
+    np.testing.assert_array_equal(stored[0], residual[0])  # the other layer is untouched
+
+
+def test_unlisted_garbage_and_extreme_logits_never_leak(implementation):
+    rng, group, width = np.random.default_rng(1), 64, 64
+    dtype = dtype_of(implementation)
+    q, k, v = (draw(rng, 1, 128, 1, width, dtype=dtype)[0] for _ in range(3))
+    q = q * 20  # logits of up to a hundred: exp of them overflows float32
+    indices, sizes = draw_lists(rng, (1, 1, 2), 64, 128, 37)
+    unlisted = np.setdiff1d(np.arange(128), np.asarray(indices[LAYER])[..., :37])
+    poison = lambda x: x.at[:, unlisted].set(jnp.nan)
+    out = column_attention(
+        q, poison(k), poison(v), indices, sizes, LAYER, group=group, scale=0.125, implementation=implementation
+    )
+    lists = (np.asarray(indices[LAYER]), np.asarray(sizes[LAYER]))
+    expected = naive_column_attention(*(np.asarray(x, np.float64) for x in (q, k, v)), *lists, group, 0.125)
+    agree(out, expected, implementation)
+
+
+@pytest.mark.parametrize(("rows", "group"), [(128, 64), (200, 128), (257, 192)])
+def test_column_sums_are_the_attention_mass_of_each_group(implementation, rows, group):
+    rng, width, scale = np.random.default_rng(2), 64, 0.125
+    dtype = dtype_of(implementation)
+    (q, nq), (k, nk) = (draw(rng, 2, rows, 2, width, dtype=dtype) for _ in range(2))
+    logits = scale * np.einsum("bqhd,bkhd->bhqk", nq, nk)
+    lse = np.log(np.exp(logits).sum(-1)) + 0.1 * rng.standard_normal(logits.shape[:-1])  # of an earlier step
+    mass = np.exp(logits - lse[..., None])
+    expected = np.stack([mass[:, :, i : i + group].sum(2) for i in range(0, rows, group)], axis=2)
+    sums = column_sums(q, k, jnp.asarray(lse, jnp.float32), group=group, scale=scale, implementation=implementation)
+    agree(sums, expected, implementation)
+
+
+@pytest.mark.parametrize("drift", [-100.0, 100.0])
+def test_column_sums_stay_finite_under_drift(implementation, drift):
+    rng = np.random.default_rng(3)
+    q, k = (draw(rng, 1, 128, 1, 64, dtype=dtype_of(implementation))[0] for _ in range(2))
+    lse = jnp.full((1, 1, 128), drift)
+    sums = column_sums(q, k, lse, group=64, scale=0.125, implementation=implementation)
+    assert bool(jnp.isfinite(sums).all()) and bool((sums >= 0).all())
+
+
+def test_dense_attention_gives_softmax_and_its_log_sum_exp(implementation):
+    rng = np.random.default_rng(4)
+    draws = [draw(rng, 2, 77, 2, 64, dtype=dtype_of(implementation)) for _ in range(3)]
+    (nq, nk, nv) = (n for _, n in draws)
+    logits = 0.125 * np.einsum("bqhd,bkhd->bhqk", nq, nk)
+    weights = np.exp(logits)
+    out, lse = dense_attention(*(a for a, _ in draws), scale=0.125, implementation=implementation)
+    agree(out, np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), nv), implementation)
+    assert lse.dtype == jnp.float32
+    agree(lse, np.log(weights.sum(-1)), implementation)
+
+
+def naive_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "width", "neurons", "group", "capacity", "counts"),
+    [
+        (1, 128, 64, 256, 128, 128, 128),
+        (2, 150, 96, 300, 64, 70, "mixed"),  # nothing divides anything
+    ],
+)
+def test_column_mlp_is_the_mlp_of_the_listed_neurons(
+    implementation, batch, rows, width, neurons, group, capacity, counts
+):
+    rng, dtype = np.random.default_rng(5), dtype_of(implementation)
+    x, nx = draw(rng, batch, rows, width, dtype=dtype)
+    fc1, n1 = (a / width**0.5 for a in draw(rng, LAYERS, neurons, width, dtype=dtype))
+    b1, nb1 = draw(rng, LAYERS, neurons, dtype=dtype)
+    fc2, n2 = (a / neurons**0.5 for a in draw(rng, LAYERS, neurons, width, dtype=dtype))
+    cached, naive_cached = draw(rng, LAYERS, batch, neurons, rows, dtype=dtype)
+    base, naive_base = draw(rng, LAYERS, batch, rows, width, dtype=dtype)
+    dense, naive_dense = draw(rng, batch, rows, width, dtype=dtype)
+    n1, n2 = np.asarray(fc1, np.float64), np.asarray(fc2, np.float64)
+    indices, sizes = draw_lists(rng, (batch, -(-rows // group)), capacity, neurons, counts)
+
+    full = naive_gelu(nx @ n1[LAYER].T + nb1[LAYER])
+    packed = np.zeros((batch, rows, capacity))
+    change, moved, product = packed.copy(), naive_cached[LAYER].copy(), np.zeros((batch, rows, width))
+    for b, i in np.ndindex(batch, rows):
+        chosen = np.asarray(indices)[LAYER, b, i // group, : int(sizes[LAYER, b, i // group])]
+        packed[b, i, : chosen.size] = full[b, i, chosen]
+        change[b, i, : chosen.size] = full[b, i, chosen] - naive_cached[LAYER, b, chosen, i]
+        moved[b, chosen, i] = full[b, i, chosen]
+        product[b, i] = full[b, i, chosen] @ n2[LAYER, chosen]
+
+    columns, options = (indices, sizes, LAYER), dict(group=group, implementation=implementation)
+    got, none = column_fc1(x, fc1, b1, *columns, **options)
+    assert none is None
+    agree(got, packed, implementation)
+    got_change, got_cache = jax.jit(lambda a: column_fc1(x, fc1, b1, *columns, activations=a, **options))(cached)
+    agree(got_change, change, implementation)
+    agree(got_cache[LAYER], moved, implementation)
+    np.testing.assert_array_equal(got_cache[0], cached[0])
+
+    agree(column_fc2(got, fc2, *columns, residual=base, **options), naive_base[LAYER] + product, implementation)
+    added = jax.jit(lambda o: store_column_fc2(got, fc2, *columns, out=o, **options))(base)
+    agree(added[LAYER], naive_base[LAYER] + product, implementation)
+    left = jax.jit(lambda o: store_column_fc2(got, fc2, *columns, out=o, dense=dense, **options))(base)
+    agree(left[LAYER], naive_dense - product, implementation)
+    np.testing.assert_array_equal(left[0], base[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("columns", "k", "capacity"), [(64, 64, 64), (1500, 100, 128), (2048, 1, 1), (333, 0, 5)])
+def test_topk_lists_the_largest_ascending_with_ties_from_the_left(implementation, dtype, columns, k, capacity):
+    rng = np.random.default_rng(6)
+    scores = jnp.asarray(np.abs(rng.standard_normal((2, 3, columns))), dtype)
+    scores = scores.at[0, 0].set(jnp.round(scores[0, 0]))  # many ties
+    scores = scores.at[1, 1].set(0.0).at[1, 2, columns // 2].set(jnp.inf)
+    indices, counts = topk_columns(scores, jnp.int32(k), capacity=capacity, implementation=implementation)
+    assert indices.shape == (2, 3, capacity) and bool((counts == k).all())
+    values = np.asarray(scores, np.float32)
+    for at in np.ndindex(2, 3):
+        expected = np.sort(np.argsort(-values[at], kind="stable")[:k])
+        np.testing.assert_array_equal(np.asarray(indices[at])[:k], expected)
+
+
+def test_a_named_implementation_is_obeyed_or_raises():
+    x = jnp.zeros((1, 64, 1, 64))
+    with pytest.raises(NotImplementedError, match="float32"):
+        dense_attention(x, x, x, scale=1.0, implementation="pallas")
+    with pytest.raises(ValueError, match="cutlass"):
+        dense_attention(x, x, x, scale=1.0, implementation="cutlass")
+    with pytest.raises(ValueError, match="group=100"):
+        column_sums(x, x, jnp.zeros((1, 1, 64)), group=100, scale=1.0)
+
+
+FLUX = dict(layers=57, tokens=4352, heads=24, head_dim=128, width=3072, neurons=12288, group=128, keys=704, kept=4096)
+
+
+def flux_calls():
+    """Every kernel at the shapes of FLUX.1-dev, 1280x768, one image: name -> (function, argument shapes)."""
+    f = FLUX
+    groups, half = f["tokens"] // f["group"], jnp.bfloat16
+    s = lambda *shape, dtype=half: jax.ShapeDtypeStruct(shape, dtype)
+    qkv = [s(1, f["tokens"], f["heads"], f["head_dim"])] * 3
+    keys = [
+        s(f["layers"], 1, f["heads"], groups, f["keys"], dtype=jnp.int32),
+        s(f["layers"], 1, f["heads"], groups, dtype=jnp.int32),
+    ]
+    neurons = [s(38, 1, groups, f["kept"], dtype=jnp.int32), s(38, 1, groups, dtype=jnp.int32)]
+    layer, kw = s(dtype=jnp.int32), dict(implementation="pallas")
+    residual, tokens = s(f["layers"], *qkv[0].shape), s(1, f["tokens"], f["width"])
+    weight, out = s(38, f["neurons"], f["width"]), s(38, 1, f["tokens"], f["width"])
+    packed, lse = s(1, f["tokens"], f["kept"]), s(1, f["heads"], f["tokens"], dtype=jnp.float32)
+    attention = dict(group=128, scale=128**-0.5, **kw)
+    mlp = dict(group=128, **kw)
+    return {
+        "column_attention": (
+            lambda q, k, v, i, n, l, r: column_attention(q, k, v, i, n, l, residual=r, **attention),
+            [*qkv, *keys, layer, residual],
+        ),
+        "store_attention_residual": (
+            lambda o, q, k, v, i, n, l, r: store_attention_residual(o, q, k, v, i, n, l, residual=r, **attention),
+            [qkv[0], *qkv, *keys, layer, residual],
+        ),
+        "column_sums": (lambda q, k, m: column_sums(q, k, m, **attention), [*qkv[:2], lse]),
+        "topk_columns": (
+            lambda x: topk_columns(x, 704, capacity=704, **kw),
+            [s(1, f["heads"], groups, f["tokens"])],
+        ),
+        "column_fc1": (
+            lambda x, w, b, i, n, l, a: column_fc1(x, w, b, i, n, l, activations=a, **mlp),
+            [tokens, weight, s(38, f["neurons"]), *neurons, layer, s(38, 1, f["neurons"], f["tokens"])],
+        ),
+        "column_fc2": (
+            lambda p, w, i, n, l, r: column_fc2(p, w, i, n, l, residual=r, **mlp),
+            [packed, weight, *neurons, layer, out],
+        ),
+        "store_column_fc2": (
+            lambda p, w, i, n, l, o: store_column_fc2(p, w, i, n, l, out=o, **mlp),
+            [packed, weight, *neurons, layer, out],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", flux_calls())
+def test_kernels_lower_for_cuda_at_flux_size(name):
+    function, shapes = flux_calls()[name]
+    with cuda_target():
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
