@@ -1,10 +1,15 @@
 """Diffusion transformers in JAX, sampled faster by recomputing only the columns that matter (Chipmunk, arXiv 2506.03275)."""
 
+from chipmunk_jax.sampling import sample
+from chipmunk_jax.solvers import Euler, flux_timesteps
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity, load_sparsity
 
 __all__ = [
     "AttentionSparsity",
+    "Euler",
     "MlpSparsity",
     "Sparsity",
+    "flux_timesteps",
     "load_sparsity",
+    "sample",
 ]

@@ -78,7 +78,8 @@ def _dense_with_lse(q, k, v, step: Step):
 def _store_residual(out, q, k, v, cache: AttentionCache, step: Step) -> AttentionCache:
     columns = (cache.columns.indices, cache.columns.counts, step.layer)
     residual = store_attention_residual(out, q, k, v, *columns, residual=cache.residual, **_tiling(q, step))
-    return cache.replace(residual=residual)
+    residual, lists = _after((residual, cache.columns))
+    return cache.replace(residual=residual, columns=lists)
 
 
 def _tiling(q, step: Step) -> dict:
@@ -149,7 +150,8 @@ def _delta_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     columns, options = _neurons(cache, step)
     change, activations = column_fc1(x, mlp.fc1, mlp.b1, *columns, activations=cache.activations, **options)
     out = store_column_fc2(change, mlp.fc2, *columns, out=cache.out, **options)
-    return out[step.layer], cache.replace(activations=activations, out=out)
+    out, activations, lists = _after((out, activations, cache.columns))
+    return out[step.layer], cache.replace(activations=activations, out=out, columns=lists)
 
 
 def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
@@ -163,7 +165,9 @@ def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     cache = cache.replace(columns=_choose(score, cache.columns, step.mlp, step))
     columns, options = _neurons(cache, step)
     chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
-    return out, cache.replace(out=store_column_fc2(chosen, mlp.fc2, *columns, out=cache.out, dense=out, **options))
+    residual = store_column_fc2(chosen, mlp.fc2, *columns, out=cache.out, dense=out, **options)
+    residual, lists = _after((residual, cache.columns))
+    return out, cache.replace(out=residual, columns=lists)
 
 
 def _delta_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
@@ -199,3 +203,12 @@ def _store_chosen(old: jax.Array, new: jax.Array, indices: jax.Array, counts: ja
     chosen = jnp.zeros((*old.shape[:-1], old.shape[-1]), bool)
     chosen = jax.vmap(jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop")))(chosen, where)
     return jnp.where(chosen, new, old)
+
+
+def _after(values):
+    """values, none of them before all of them.
+
+    A branch that updates one cache in place and hands on the lists that the update read must hand them on afterwards: scheduled
+    the other way round, XLA copies the lists of all layers, in every branch of the switch and at every layer.
+    """
+    return lax.optimization_barrier(values)

@@ -41,6 +41,7 @@ class Share:
     keep: jax.Array  # i32, columns a group
     random: jax.Array  # f32, probability of a column to be kept whatever its score
     dense_layers: jax.Array  # i32, the first layers of the model, always dense
+    columns: int = struct.field(pytree_node=False)  # of which keep are kept
     group: int = struct.field(pytree_node=False)  # rows that share a list
 
 
@@ -53,6 +54,12 @@ class Step:
     key: jax.Array | None = None  # PRNG key of this step
     layer: jax.Array | int = 0  # i32, the layer's place in its stack
     implementation: Implementation | None = struct.field(pytree_node=False, default=None)
+
+    def at_step(self, index: jax.Array) -> "Step":
+        """Row `index` of a plan, with a key of its own."""
+        row = lambda share: share and share.replace(phase=jnp.asarray(share.phase)[index])
+        key = jax.random.fold_in(self.key, index)
+        return self.replace(attention=row(self.attention), mlp=row(self.mlp), key=key)
 
     def at_layer(self, layer: jax.Array, depth: jax.Array) -> "Step":
         """This step as the layer sees it that stands at `layer` of its stack and at `depth` of the whole model."""
@@ -98,8 +105,26 @@ def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns:
         keep=np.int32(config.kept(columns)),
         random=np.float32(config.random_keys),
         dense_layers=np.int32(config.first_n_dense_layers),
+        columns=columns,
         group=config.group,
     )
+
+
+def density(table: Step, layers: int) -> dict[str, float]:
+    """Mean share of columns computed over all steps and layers, {"attention": .., "mlp": ..}; 1 is dense.
+
+    Args:
+        table: of plan().
+        layers: of the whole model.
+    """
+    shares = {"attention": (table.attention, AttentionPhase.DELTA), "mlp": (table.mlp, MlpPhase.SELECT_DELTA)}
+    return {name: _density(share, first_delta, layers) if share else 1.0 for name, (share, first_delta) in shares.items()}
+
+
+def _density(share: Share, first_delta: IntEnum, layers: int) -> float:
+    sparse_layers = max(0, layers - int(share.dense_layers)) / layers
+    sparse_steps = float(np.mean(np.asarray(share.phase) >= first_delta))
+    return 1 - sparse_layers * sparse_steps * (1 - float(share.keep) / share.columns)
 
 
 def full_steps(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:

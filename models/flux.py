@@ -105,16 +105,35 @@ class Flux(nnx.Module):
         angles = jnp.concatenate(axes, axis=-1)[:, None]
         return jnp.cos(angles), jnp.sin(angles)
 
-    def stacks(self, image_tokens: int, text_tokens: int) -> dict[str, Stack]:
-        """Sizes of the two stacks of layers, for the caches."""
-        c, tokens = self.config, image_tokens + text_tokens
+    def positions(self, grid: tuple[int, int]) -> np.ndarray:
+        """(0, row, column) of every image token of a grid (rows, columns), in raster order, f32 [N, 3]."""
+        rows, columns = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
+        return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+
+    def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
+        """Sizes of the two stacks of layers for so many image tokens, for the caches."""
+        c, joint = self.config, tokens + cond["text"].shape[1]
         sizes = dict(
-            tokens=tokens, heads=c.num_heads, head_dim=sum(c.axes_dim), width=c.hidden_size, mlp_width=c.mlp_width
+            tokens=joint, heads=c.num_heads, head_dim=sum(c.axes_dim), width=c.hidden_size, mlp_width=c.mlp_width
         )
         return {
-            "double": Stack(layers=c.depth, mlp_tokens=image_tokens, **sizes),  # text has its own, dense MLP
-            "single": Stack(layers=c.depth_single_blocks, mlp_tokens=tokens, **sizes),
+            "double": Stack(layers=c.depth, mlp_tokens=tokens, **sizes),  # text has its own, dense MLP
+            "single": Stack(layers=c.depth_single_blocks, mlp_tokens=joint, **sizes),
         }
+
+    def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:
+        """Raises ValueError unless noise [B, N, C] and the conditions fit."""
+        c, batch = self.config, noise.shape[0]
+        if noise.shape[-1] != c.in_channels:
+            raise ValueError(f"noise {noise.shape}: expected {c.in_channels} channels a token")
+        shapes = {"text": (-1, c.context_in_dim), "pooled": (c.vec_in_dim,)} | ({"guidance": ()} if c.guidance_embed else {})
+        if cond.keys() != shapes.keys():
+            raise ValueError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
+        for name, shape in shapes.items():
+            found = cond[name].shape
+            if found[:1] != (batch,) or len(found) != 1 + len(shape) or (shape and found[-1] != shape[-1]):
+                expected = [batch, *("T" if n < 0 else n for n in shape)]
+                raise ValueError(f"condition {name} {found}: expected {expected}")
 
 
 class DoubleBlock(nnx.Module):

@@ -1,0 +1,5 @@
+"""chipmunk bench: placeholder"""
+
+
+def add_parser(subparsers) -> None:
+    pass

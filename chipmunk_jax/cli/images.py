@@ -1,0 +1,42 @@
+"""PNG files that say how they were made."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+
+def check_writable(path: str | Path) -> Path:
+    """The path, if a PNG can be written there; called before long work.
+
+    Raises:
+        ValueError: another suffix, no such folder, or one that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: expected a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: cannot be written")
+    return path
+
+
+def write_png(path: Path, image: np.ndarray, text: Mapping[str, object]) -> None:
+    """Writes an image [H, W, 3] with values in [0, 1], and what to keep in its metadata, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, str(value))
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        Image.fromarray(to_bytes(image)).save(partial, format="PNG", pnginfo=info)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """[0, 1] as uint8."""
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)

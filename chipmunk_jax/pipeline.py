@@ -1,0 +1,145 @@
+"""From a checkpoint and prompts to pixels."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chipmunk_jax.convert import load
+from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.sampling import Callback, Condition, sample
+from chipmunk_jax.solvers import flux_timesteps
+from chipmunk_jax.sparsity import Sparsity
+from pallas_kernels import Implementation
+
+PATCH = 2  # pixels on a side of a token
+TEXT_ROWS = 16  # of the small models' text: one for each attribute, then zeros
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """The text encoder of the small trained models: an embedding for each of a few words, one word an attribute."""
+
+    attributes: tuple[str, ...]
+    words: tuple[tuple[str, ...], ...]  # of each attribute
+    embeddings: np.ndarray  # f32 [words, C], in the order of the concatenated lists
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "WordTable":
+        """Of a converted checkpoint.
+
+        Raises:
+            ValueError: the checkpoint has none.
+        """
+        folder = Path(folder)
+        if not (folder / "words.json").is_file():
+            raise ValueError(f"{folder}: no words.json; prompts need a checkpoint with a word table, there is no text encoder yet")
+        content = json.loads((folder / "words.json").read_text())
+        embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
+        return cls(tuple(content["attributes"]), tuple(map(tuple, content["words"])), np.array(embeddings, np.float32))
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """{"text": [B, 16, C], "pooled": [B, C]}, f32, of sentences with one word of each attribute.
+
+        Raises:
+            ValueError: a prompt without a word of an attribute, or with two.
+        """
+        rows = np.stack([self.embeddings[self._ids(prompt)] for prompt in prompts])  # [B, attributes, C]
+        padded = np.pad(rows, ((0, 0), (0, TEXT_ROWS - rows.shape[1]), (0, 0)))
+        return {"text": jnp.asarray(padded), "pooled": jnp.asarray(rows.sum(1) / 2)}
+
+    def _ids(self, prompt: str) -> list[int]:
+        said, ids, start = prompt.lower().replace(",", " ").replace(".", " ").split(), [], 0
+        for attribute, words in zip(self.attributes, self.words, strict=True):
+            found = [word for word in words if word in said]
+            if len(found) != 1:
+                given = f"both {' and '.join(found)}" if found else "none"
+                raise ValueError(f"prompt {prompt!r}: expected one {attribute} of {', '.join(words)}; found {given}")
+            ids.append(start + words.index(found[0]))
+            start += len(words)
+        return ids
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model in pixel space and its word table."""
+
+    model: nnx.Module
+    words: WordTable
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: str | None = None) -> "Pipeline":
+        """Of a folder written by `chipmunk convert`.
+
+        Args:
+            folder: the converted checkpoint.
+            dtype: "bfloat16" or "float32"; None: float32 on a CPU, which is faster there, else as it was saved.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such checkpoint, or it is not whole, or it has no word table.
+        """
+        words = WordTable.load(folder) if Path(folder, "config.json").is_file() else None
+        model = load(folder, dtype or ("float32" if jax.default_backend() == "cpu" else None))
+        return cls(model, words)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        height: int = 64,
+        width: int = 64,
+        steps: int = 28,
+        guidance: float | None = 2.0,
+        seed: int = 0,
+        sparsity: Sparsity | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+        implementation: Implementation | None = None,
+    ) -> np.ndarray:
+        """Images f32 [B, height, width, 3] with values in [0, 1].
+
+        Args:
+            prompts: B sentences.
+            height, width: pixels, multiples of 2.
+            steps: of Euler, with FLUX's shift for the size.
+            guidance: scale of true guidance against no words; None for none.
+            seed: of the noise; image i draws from seed + i, so it comes out the same in any batch.
+            sparsity: None samples densely.
+            progress, callback, implementation: see chipmunk_jax.sample.
+
+        Raises:
+            ValueError: a prompt, size or setting that does not fit, before anything is compiled.
+        """
+        if not prompts:
+            raise ValueError("no prompts: expected at least one")
+        for name, size in (("height", height), ("width", width)):
+            if size < PATCH or size % PATCH:
+                raise ValueError(f"{name}={size}: expected a positive multiple of {PATCH} pixels")
+        grid = (height // PATCH, width // PATCH)
+        shape = (grid[0] * grid[1], 3 * PATCH * PATCH)
+        noise = jnp.stack([jax.random.normal(jax.random.key(seed + i), shape) for i in range(len(prompts))])
+        tokens = sample(
+            self.model,
+            noise,
+            self.words.encode(prompts),
+            timesteps=flux_timesteps(steps, shape[0]),
+            grid=grid,
+            sparsity=sparsity,
+            guidance=guidance,
+            seed=seed,
+            progress=progress,
+            callback=callback,
+            implementation=implementation,
+        )
+        return to_pixels(np.asarray(tokens), grid)
+
+
+def to_pixels(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Images f32 [B, H, W, 3] in [0, 1] from tokens [B, N, 12] in raster order, each (channel, row, column) in [-1, 1]."""
+    patches = tokens.reshape(-1, *grid, 3, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
+    return np.clip((patches.reshape(-1, grid[0] * PATCH, grid[1] * PATCH, 3) + 1) / 2, 0, 1)

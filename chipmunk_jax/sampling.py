@@ -1,0 +1,222 @@
+"""sample(): noise to sample in one compiled scan over the steps, whose carry holds the caches."""
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jax.experimental import io_callback
+from tqdm import tqdm
+
+from chipmunk_jax import cache as caches
+from chipmunk_jax.cache import LayerCache, Stack
+from chipmunk_jax.order import inverse, patch_order
+from chipmunk_jax.schedule import Step, plan
+from chipmunk_jax.solvers import Euler, Solver
+from chipmunk_jax.sparsity import Sparsity
+from pallas_kernels import Implementation
+
+Condition = dict[str, jax.Array]
+Callback = Callable[[int, float, np.ndarray], None]
+
+
+class Model(Protocol):
+    """What sample() needs of a network: a pytree of weights that is called for a velocity."""
+
+    dtype: jnp.dtype
+
+    def __call__(
+        self, x: jax.Array, t: jax.Array, cond: Condition, positions: jax.Array, cache: Any, step: Step | None
+    ) -> tuple[jax.Array, Any]:
+        """velocity [B, N, C], f32, at x [B, N, C] and t [B]; and the caches."""
+
+    def positions(self, grid: tuple[int, ...]) -> np.ndarray:
+        """Coordinates of every token of the grid in raster order, [N, axes]."""
+
+    def stacks(self, tokens: int, cond: Condition) -> dict[str, Stack]:
+        """Sizes of the stacks of layers, for the caches."""
+
+    def check(self, noise: jax.Array, cond: Condition) -> None:
+        """Raises ValueError unless the arrays fit the network."""
+
+
+@struct.dataclass
+class SampleState:
+    """All that one step hands to the next."""
+
+    x: jax.Array  # f32 [B, N, C], in the order of the plan
+    solver: Any  # state of the solver
+    cache: dict[str, LayerCache] | None  # of every stack of layers; None for dense sampling
+
+
+def sample(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    *,
+    timesteps: np.ndarray,
+    grid: tuple[int, ...],
+    sparsity: Sparsity | None = None,
+    guidance: float | None = None,
+    uncond: Condition | None = None,
+    seed: int = 0,
+    solver: Solver | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """The sample, f32 [B, N, C], tokens in raster order.
+
+    Compiled once for the shapes of its arguments: prompts, seeds, guidance, times, schedules and shares of columns are data.
+
+    Args:
+        model: the network, weights on the device.
+        noise: [B, N, C], unit normal, tokens in raster order.
+        cond: the network's conditions, each [B, ..].
+        timesteps: [steps + 1], f32, from 1 to 0.
+        grid: (rows, columns) of the tokens; their product is N.
+        sparsity: what to recompute at each step; None samples densely.
+        guidance: scale of true (two-sided) guidance, v_u + guidance (v_c - v_u), as one batch of 2 B; None for none.
+        uncond: conditions of the other side; None: zeros.
+        seed: of the columns kept by chance.
+        solver: None for Euler.
+        progress: draws a bar.
+        callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order.
+        implementation: of the kernels, see pallas_kernels.dispatch.choose.
+
+    Raises:
+        ValueError: arguments that do not fit together, or no room for the caches; before anything is compiled.
+    """
+    steps = len(timesteps) - 1
+    _check(model, noise, cond, timesteps, grid, guidance, uncond)
+    if guidance is not None:
+        uncond = uncond or jax.tree.map(jnp.zeros_like, cond)
+        cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
+    batch, tokens, _ = noise.shape
+    batch = batch if guidance is None else 2 * batch
+    stacks = model.stacks(tokens, cond)
+    first = next(iter(stacks.values()))
+    table = plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width) if sparsity else None
+    check_room(stacks, sparsity, batch, model.dtype)
+
+    order = patch_order(grid, sparsity.patches if sparsity else ())
+    arrays = dict(
+        noise=noise,
+        cond=cond,
+        timesteps=np.asarray(timesteps, np.float32),
+        guidance=None if guidance is None else np.float32(guidance),
+        positions=model.positions(grid)[order],
+        order=order,
+        table=None if table is None else table.replace(key=jax.random.key(seed), implementation=implementation),
+    )
+    cache = caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None
+    with _Reporter(steps, progress, callback) as reporter:
+        x, _ = _run(model, cache, arrays, reporter.run, solver=solver or Euler(), report=reporter.kind)
+        jax.block_until_ready(x)
+    return x
+
+
+@partial(jax.jit, static_argnames=("solver", "report"), donate_argnames="cache")
+def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver: Solver, report: str):
+    order, timesteps, guidance = arrays["order"], arrays["timesteps"], arrays["guidance"]
+    back = jnp.argsort(order)
+
+    def body(state: SampleState, index: jax.Array):
+        t = timesteps[index]
+        step = None if arrays["table"] is None else arrays["table"].at_step(index)
+        x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
+        times = jnp.broadcast_to(t, x.shape[:1])
+        velocity, cache = model(x, times, arrays["cond"], arrays["positions"], state.cache, step)
+        if guidance is not None:
+            conditional, unconditional = jnp.split(velocity, 2)
+            velocity = unconditional + guidance * (conditional - unconditional)
+        x, solver_state = solver.step(state.x, state.solver, velocity, t, timesteps[index + 1])
+        if report:
+            seen = (x[:, back],) if report == "samples" else ()
+            io_callback(_report, None, run, index, timesteps[index + 1], *seen, ordered=True)
+        return SampleState(x, solver_state, None if step is None else cache), None
+
+    x = arrays["noise"][:, order].astype(jnp.float32)
+    state = SampleState(x, solver.init(x), cache)
+    state, _ = lax.scan(body, state, jnp.arange(len(timesteps) - 1))
+    return state.x[:, back], state.cache
+
+
+def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond) -> None:
+    if noise.ndim != 3 or int(np.prod(grid)) != noise.shape[1]:
+        raise ValueError(f"noise {noise.shape}, grid {tuple(grid)}: expected [B, N, C] with N the product of the grid")
+    if len(timesteps) < 2 or not np.all(np.diff(timesteps) < 0):
+        raise ValueError(f"timesteps of length {len(timesteps)}: expected at least two, falling from 1 to 0")
+    if guidance is None and uncond is not None:
+        raise ValueError("uncond without guidance: expected both, or neither")
+    if guidance is not None and not np.isfinite(guidance):
+        raise ValueError(f"guidance={guidance}: expected a finite number")
+    model.check(noise, cond)
+
+
+def check_room(stacks: dict[str, Stack], sparsity: Sparsity | None, batch: int, dtype: jnp.dtype) -> None:
+    """Raises ValueError if the caches and the working set cannot fit the default device beside what lies there now."""
+    parts = caches.nbytes(stacks, sparsity, batch, dtype)
+    tokens, width = (max(getattr(s, name) for s in stacks.values()) for name in ("tokens", "mlp_width"))
+    parts["activations of a layer"] = 4 * batch * tokens * width * jnp.dtype(dtype).itemsize
+    need, free = sum(parts.values()), _free_bytes()
+    if free is not None and need > free:
+        largest = max(parts, key=parts.get)
+        hint = "mlp.cache='residual', " if largest.endswith("mlp.activations") else ""
+        raise ValueError(
+            f"no room on {jax.devices()[0]}: caches and activations take {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free, most of "
+            f"it {largest} ({parts[largest] / 1e9:.1f} GB); use {hint}a smaller batch or a smaller size"
+        )
+
+
+def _free_bytes() -> int | None:
+    """Free memory of the default device, None where it does not tell."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+@dataclass
+class _Reporter:
+    """The host's side of a run's progress. The compiled program knows it by a number alone, so that it serves every run."""
+
+    steps: int
+    progress: bool
+    callback: Callback | None
+
+    def __enter__(self) -> "_Reporter":
+        self.kind = "samples" if self.callback else "steps" if self.progress else ""
+        self.number = next(_numbers)
+        self.run = np.int32(self.number)
+        self.bar = tqdm(total=self.steps, desc="compiling", unit="step", disable=not self.progress)
+        _reporters[self.number] = self
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.effects_barrier()
+        del _reporters[self.number]
+        self.bar.close()
+
+    def report(self, step: int, t: float, *x: np.ndarray) -> None:
+        self.bar.set_description("sampling")
+        self.bar.update()
+        if self.callback:
+            self.callback(step, t, *x)
+
+
+_numbers = itertools.count()
+_reporters: dict[int, _Reporter] = {}
+
+
+def _report(run, step, t, *x) -> None:
+    _reporters[int(run)].report(int(step), float(t), *(np.asarray(a) for a in x))
