@@ -22,7 +22,7 @@ from pallas_kernels import (
     dense_attention,
     store_attention_residual,
     store_column_fc2,
-    store_topk_columns,
+    topk_columns,
 )
 from pallas_kernels.groups import split_groups
 
@@ -193,8 +193,9 @@ def _choose(scores: jax.Array, columns: Columns, share: Share, step: Step) -> Co
     """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n]."""
     lucky = jax.random.bernoulli(step.key, share.random, scores.shape)
     scores = jnp.where(lucky, jnp.inf, scores)
-    lists = (columns.indices, columns.counts, step.layer)
-    return Columns(*store_topk_columns(scores, share.keep, *lists, implementation=step.implementation))
+    capacity = columns.indices.shape[-1]
+    indices, counts = topk_columns(scores, share.keep, capacity=capacity, implementation=step.implementation)
+    return Columns(columns.indices.at[step.layer].set(indices), columns.counts.at[step.layer].set(counts))
 
 
 def _store_chosen(old: jax.Array, new: jax.Array, indices: jax.Array, counts: jax.Array) -> jax.Array:

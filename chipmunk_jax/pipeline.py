@@ -11,8 +11,10 @@ import numpy as np
 from flax import nnx
 
 from chipmunk_jax.convert import load
+from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.sampling import Callback, Condition, sample
+from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import flux_timesteps
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
@@ -34,14 +36,24 @@ class WordTable:
         """Of a converted checkpoint.
 
         Raises:
-            ValueError: the checkpoint has none.
+            FileNotFoundError, ValueError: there is no such checkpoint, it has no word table, or a bad one.
         """
         folder = Path(folder)
+        describe(folder)
         if not (folder / "words.json").is_file():
             raise ValueError(f"{folder}: no words.json; prompts need a checkpoint with a word table, there is no text encoder yet")
-        content = json.loads((folder / "words.json").read_text())
-        embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
-        return cls(tuple(content["attributes"]), tuple(map(tuple, content["words"])), np.array(embeddings, np.float32))
+        try:
+            content = json.loads((folder / "words.json").read_text())
+            attributes, words = tuple(content["attributes"]), tuple(map(tuple, content["words"]))
+            embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: bad word table: {error}") from error
+        if not len(attributes) == len(words) <= TEXT_ROWS or len(embeddings) != sum(map(len, words)):
+            raise ValueError(
+                f"{folder}: bad word table: {len(attributes)} attributes, {len(words)} lists of {sum(map(len, words))} words, "
+                f"{len(embeddings)} embeddings; expected a list an attribute, {TEXT_ROWS} at most, and an embedding a word"
+            )
+        return cls(attributes, words, np.array(embeddings, np.float32))
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """{"text": [B, 16, C], "pooled": [B, C]}, f32, of sentences with one word of each attribute.
@@ -83,7 +95,7 @@ class Pipeline:
         Raises:
             FileNotFoundError, ValueError: there is no such checkpoint, or it is not whole, or it has no word table.
         """
-        words = WordTable.load(folder) if Path(folder, "config.json").is_file() else None
+        words = WordTable.load(folder)
         model = load(folder, dtype or ("float32" if jax.default_backend() == "cpu" else None))
         return cls(model, words)
 
@@ -108,18 +120,15 @@ class Pipeline:
             height, width: pixels, multiples of 2.
             steps: of Euler, with FLUX's shift for the size.
             guidance: scale of true guidance against no words; None for none.
-            seed: of the noise; image i draws from seed + i, so it comes out the same in any batch.
+            seed: of the noise, 0 to 2^32 - B; image i draws from seed + i, so it comes out the same in any batch.
             sparsity: None samples densely.
             progress, callback, implementation: see chipmunk_jax.sample.
 
         Raises:
             ValueError: a prompt, size or setting that does not fit, before anything is compiled.
         """
-        if not prompts:
-            raise ValueError("no prompts: expected at least one")
-        for name, size in (("height", height), ("width", width)):
-            if size < PATCH or size % PATCH:
-                raise ValueError(f"{name}={size}: expected a positive multiple of {PATCH} pixels")
+        settings = dict(height=height, width=width, steps=steps, guidance=guidance, seed=seed, sparsity=sparsity)
+        check_request(self.words, prompts, **settings)
         grid = (height // PATCH, width // PATCH)
         shape = (grid[0] * grid[1], 3 * PATCH * PATCH)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed + i), shape) for i in range(len(prompts))])
@@ -137,6 +146,33 @@ class Pipeline:
             implementation=implementation,
         )
         return to_pixels(np.asarray(tokens), grid)
+
+
+def check_request(
+    words: WordTable,
+    prompts: Sequence[str],
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float | None,
+    seed: int,
+    sparsity: Sparsity | None,
+) -> None:
+    """Raises ValueError unless Pipeline(model, words) can be called with these, so that none is loaded in vain."""
+    if not prompts:
+        raise ValueError("no prompts: expected at least one")
+    words.encode(prompts)
+    for name, size in (("height", height), ("width", width)):
+        if size < PATCH or size % PATCH:
+            raise ValueError(f"{name}={size}: expected a positive multiple of {PATCH} pixels")
+    flux_timesteps(steps, height * width // PATCH**2)
+    if guidance is not None and not np.isfinite(guidance):
+        raise ValueError(f"guidance={guidance}: expected a finite number")
+    if not 0 <= seed <= 2**32 - len(prompts):  # JAX takes a seed modulo 2^32
+        raise ValueError(f"seed={seed}: expected 0 to {2**32 - len(prompts)}")
+    if sparsity:
+        check_schedules(sparsity, steps)
 
 
 def to_pixels(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

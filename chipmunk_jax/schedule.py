@@ -88,15 +88,20 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step
     Raises:
         ValueError: a schedule that the steps cannot follow.
     """
+    check_schedules(sparsity, steps)
     attention, mlp = sparsity.attention, sparsity.mlp
-    for config in (attention, mlp):
-        if config and config.full_step_schedule and max(config.full_step_schedule) >= steps:
-            late = max(config.full_step_schedule)
-            raise ValueError(f"full_step_schedule names step {late}, but there are {steps} steps (0 to {steps - 1})")
     return Step(
         attention=attention and _share(attention, attention_phases(attention, steps), tokens),
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
     )
+
+
+def check_schedules(sparsity: Sparsity, steps: int) -> None:
+    """Raises ValueError where a schedule names a step that the sampler does not reach."""
+    for name, config in (("attention", sparsity.attention), ("mlp", sparsity.mlp)):
+        if config and config.full_step_schedule and max(config.full_step_schedule) >= steps:
+            late = max(config.full_step_schedule)
+            raise ValueError(f"{name}.full_step_schedule names step {late}, but there are {steps} steps (0 to {steps - 1})")
 
 
 def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns: int) -> Share:

@@ -5,6 +5,7 @@ neurons of an MLP.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ class _ColumnSparsity:
     group: int = 128  # rows that share a list of columns, a multiple of 64
 
     def __post_init__(self):
+        _check_types(self)
         if self.full_step_schedule is not None:
-            object.__setattr__(self, "full_step_schedule", tuple(sorted(self.full_step_schedule)))
+            object.__setattr__(self, "full_step_schedule", tuple(sorted(set(self.full_step_schedule))))
         self._check_fractions()
         _require(self.group >= 64 and self.group % 64 == 0, "group", self.group, "a multiple of 64")
         _require(self.full_step_every >= 1, "full_step_every", self.full_step_every, "at least 1")
@@ -94,6 +96,9 @@ class MlpSparsity(_ColumnSparsity):
             )  # fmt: skip
 
 
+PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
     """A whole configuration. None in place of a part leaves it dense."""
@@ -103,9 +108,12 @@ class Sparsity:
     patches: tuple[int, ...] = (8, 4)  # sides of the nested square patches that image tokens are ordered by; () leaves rows
 
     def __post_init__(self):
-        object.__setattr__(self, "patches", tuple(self.patches))
-        sizes = [*self.patches]
-        nested = all(isinstance(p, int) and p > 0 for p in sizes) and all(a % b == 0 for a, b in zip(sizes, sizes[1:], strict=False))
+        for name, kind in PARTS.items():
+            part = getattr(self, name)
+            _require(part is None or isinstance(part, kind), name, part, f"{kind.__name__} or None")
+        _check_types(self)
+        sizes = self.patches
+        nested = all(side > 0 for side in sizes) and all(a % b == 0 for a, b in itertools.pairwise(sizes))
         _require(nested, "patches", self.patches, "sides that divide each other, the largest first")
 
 
@@ -125,8 +133,12 @@ def load_sparsity(source: str | Path | dict[str, Any] | Sparsity, overrides: dic
         *parents, leaf = name.split(".")
         node = tree
         for parent in parents:
-            node[parent] = node = dict(node.get(parent) or {})
-        node[leaf] = value
+            below = node.get(parent) or {}
+            if not isinstance(below, dict):
+                break  # _build tells
+            node[parent] = node = dict(below)
+        else:
+            node[leaf] = value
     return _build(Sparsity, tree, "sparsity")
 
 
@@ -155,41 +167,49 @@ def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(kind: type, tree: dict[str, Any], where: str):
-    parts = {"attention": AttentionSparsity, "mlp": MlpSparsity} if kind is Sparsity else {}
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(tree) - set(fields)):
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}")
-    values = {}
-    for name, value in tree.items():
-        if name in parts and value is not None:
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}.{name}={value!r}: expected keys such as top_keys, or null for dense")
-            value = _build(parts[name], value, f"{where}.{name}")
-        elif name not in parts:
-            value = _typed(fields[name], value, f"{where}.{name}")
-        values[name] = value
-    return kind(**values)
+    known = [field.name for field in dataclasses.fields(kind)]
+    if unknown := [str(key) for key in tree if key not in known]:
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+    values = dict(tree)
+    for name, part in PARTS.items() if kind is Sparsity else ():
+        value = values.get(name)
+        if isinstance(value, dict):
+            values[name] = _build(part, value, f"{where}.{name}")
+        elif value is not None:
+            raise ValueError(f"{where}.{name}={value!r}: expected keys such as top_keys, or null for dense")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
 
 
-def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
-    """value, checked against the field's type, so that a file's "0.2" or 3.5 layers is told, not carried along."""
+def _check_types(config: Any) -> None:
+    """Raises ValueError where a field has not its type, so that "0.2" or 3.5 layers is told; makes lists tuples."""
+    for field in dataclasses.fields(config):
+        if field.name not in PARTS:
+            object.__setattr__(config, field.name, _typed(field, getattr(config, field.name)))
+
+
+def _typed(field: dataclasses.Field, value: Any) -> Any:
     kind = str(field.type)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    whole = isinstance(value, int) and not isinstance(value, bool)
     if value is None and "None" in kind:
         return None
     fits = {
-        "float": number,
-        "int": whole,
+        "float": _is_whole(value) or isinstance(value, float),
+        "int": _is_whole(value),
         "bool": isinstance(value, bool),
-        "tuple": isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value),
+        "tuple": isinstance(value, (list, tuple)) and all(map(_is_whole, value)),
         "Literal": isinstance(value, str),
     }
     name = next(name for name in fits if name in kind.split("|")[0].replace("<class '", "").split("[")[0])
     if not fits[name]:
         expected = {"tuple": "a list of whole numbers", "float": "a number", "int": "a whole number", "bool": "true or false"}
-        raise ValueError(f"{where}={value!r}: expected {expected.get(name, 'a word')}")
-    return value
+        raise ValueError(f"{field.name}={value!r}: expected {expected.get(name, 'a word')}")
+    return tuple(value) if name == "tuple" else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _columns(fraction: float, columns: int) -> int:

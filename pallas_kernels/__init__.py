@@ -4,7 +4,7 @@ from pallas_kernels.column_attention import column_attention, store_attention_re
 from pallas_kernels.column_mlp import column_fc1, column_fc2, store_column_fc2
 from pallas_kernels.dense_attention import column_sums, dense_attention
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.topk import store_topk_columns, topk_columns
+from pallas_kernels.topk import topk_columns
 
 __all__ = [
     "Implementation",
@@ -15,6 +15,5 @@ __all__ = [
     "dense_attention",
     "store_attention_residual",
     "store_column_fc2",
-    "store_topk_columns",
     "topk_columns",
 ]

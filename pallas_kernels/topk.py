@@ -32,56 +32,31 @@ def topk_columns(
     Raises:
         ValueError: capacity outside 1..N, or scores of an integer dtype.
     """
-    empty = jnp.zeros((1, *scores.shape[:-1], capacity), jnp.int32)
-    indices, counts = store_topk_columns(scores, k, empty, empty[..., 0], 0, implementation=implementation)
-    return indices[0], counts[0]
-
-
-def store_topk_columns(
-    scores: jax.Array,
-    k: jax.Array | int,
-    indices: jax.Array,
-    counts: jax.Array,
-    layer: jax.Array | int,
-    *,
-    implementation: dispatch.Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """indices [L, ..., K] and counts [L, ...], i32, in place, with this layer's lists chosen anew as in topk_columns.
-
-    An update slice in place of the aliased kernel makes XLA copy all layers' lists in every branch around it (140 MB a layer).
-    """
-    width, capacity = scores.shape[-1], indices.shape[-1]
+    width = scores.shape[-1]
     if not 1 <= capacity <= width:
         raise ValueError(f"capacity={capacity}: expected 1 to N = {width}")
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores of dtype {scores.dtype}: expected floats")
-    if indices.shape[1:-1] != scores.shape[:-1] or counts.shape != indices.shape[:-1]:
-        raise ValueError(f"indices {indices.shape}, counts {counts.shape}: expected [L, {scores.shape[:-1]}, K] and without K")
     k = jnp.minimum(jnp.asarray(k, jnp.int32), capacity)
+    counts = jnp.broadcast_to(k, scores.shape[:-1])
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     if implementation == "reference":
         order = lax.top_k(scores, capacity)[1]  # stable: equal scores in ascending order of their ids
-        listed = jnp.sort(jnp.where(jnp.arange(capacity) < k, order, width), axis=-1).astype(jnp.int32)
-        return indices.at[layer].set(listed), counts.at[layer].set(k)
+        return jnp.sort(jnp.where(jnp.arange(capacity) < k, order, width), axis=-1).astype(jnp.int32), counts
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
-    lists = (indices.shape[0], -1)
-    new_indices, new_counts = pl.pallas_call(
+    indices = pl.pallas_call(
         functools.partial(_body, digits=4 if bits.dtype == jnp.int16 else 8),
-        grid=(counts[0].size,),
+        grid=(counts.size,),
         name="topk_columns",
-        out_shape=[
-            jax.ShapeDtypeStruct((indices.shape[0], counts[0].size, capacity), jnp.int32),
-            jax.ShapeDtypeStruct((indices.shape[0], counts[0].size), jnp.int32),
-        ],
-        input_output_aliases={3: 0, 4: 1},
+        out_shape=jax.ShapeDtypeStruct((counts.size, capacity), jnp.int32),
         interpret=implementation == "interpret",
         compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
-    )(bits.reshape(-1, width), k[None], jnp.asarray(layer, jnp.int32)[None], indices.reshape(*lists, capacity), counts.reshape(lists))
-    return new_indices.reshape(indices.shape), new_counts.reshape(counts.shape)
+    )(bits.reshape(-1, width), k[None])
+    return indices.reshape(*scores.shape[:-1], capacity), counts
 
 
-def _body(bits_ref, k_ref, layer_ref, _, __, indices_ref, counts_ref, *, digits, block=1024):
-    row, layer = pl.program_id(0), layer_ref[0]
+def _body(bits_ref, k_ref, indices_ref, *, digits, block=1024):
+    row = pl.program_id(0)
     width, capacity = bits_ref.shape[1], indices_ref.shape[-1]
     blocks = -(-width // block)
 
@@ -113,13 +88,12 @@ def _body(bits_ref, k_ref, layer_ref, _, __, indices_ref, counts_ref, *, digits,
         pattern, columns, inside = load(j)
         equal = (inside & (pattern == threshold)).astype(jnp.int32)
         take = (inside & (pattern > threshold)) | ((equal == 1) & (jnp.cumsum(equal) + equals <= wanted))
-        # Lanes that write nothing point behind the list: the interpreter scatters them too, and must not meet a written slot.
+        # Lanes that write nothing point behind the list: the interpreter scatters them too, and must not meet another's.
         slots = jnp.where(take, written + jnp.cumsum(take.astype(jnp.int32)) - 1, capacity + jnp.arange(block))
-        plgpu.store(indices_ref.at[layer, row, slots], columns, mask=take)
+        plgpu.store(indices_ref.at[row, slots], columns, mask=take)
         return written + jnp.sum(take.astype(jnp.int32)), equals + jnp.sum(equal)
 
     lax.fori_loop(0, blocks, compact, (jnp.int32(0), jnp.int32(0)))
-    counts_ref[layer, row] = k_ref[0]
 
 
 def _above(pattern, shift: int):

@@ -1,10 +1,23 @@
 """Shared by all tests: which bodies of a kernel run here, and how a GPU test says that it needs one."""
 
 import contextlib
+import json
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 
+from chipmunk_jax.convert import save
+from chipmunk_jax.models.flux import Flux, FluxConfig
+
+WORDS = {
+    "shape": ["disc", "ring", "heart"],
+    "colour": ["red", "yellow", "blue", "white"],
+    "texture": ["plain", "striped", "checkered"],
+    "background": ["sky", "night", "desert", "meadow"],
+}
 
 def pytest_collection_modifyitems(items):
     if jax.default_backend() != "gpu":
@@ -34,3 +47,28 @@ def cuda_target():
         device = AbstractDevice(**kind, platform="gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A converted checkpoint: a tiny random FLUX in pixel space and a table of 14 words. Not to be written to."""
+    from test_safetensors import write_safetensors  # only then does pytest explain its asserts
+
+    config = FluxConfig(
+        in_channels=12,
+        vec_in_dim=64,
+        context_in_dim=64,
+        hidden_size=32,
+        num_heads=2,
+        depth=1,
+        depth_single_blocks=2,
+        axes_dim=(4, 6, 6),
+        guidance_embed=False,
+    )
+    folder = tmp_path_factory.mktemp("converted")
+    (folder / "words.json").write_text(json.dumps({"attributes": list(WORDS), "words": list(WORDS.values())}))
+    embeddings = np.random.default_rng(0).standard_normal((sum(map(len, WORDS.values())), 64)).astype(np.float32)
+    write_safetensors(folder / "word_embeddings.safetensors", {"embeddings": embeddings})
+    extras = (folder / "words.json", folder / "word_embeddings.safetensors")
+    save(Flux(config, dtype=jax.numpy.float32, rngs=nnx.Rngs(0)), folder / "tiny", extras)
+    return folder / "tiny"

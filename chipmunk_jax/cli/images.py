@@ -8,15 +8,19 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 
-def check_writable(path: str | Path) -> Path:
-    """The path, if a PNG can be written there; called before long work.
+def check_writable(path: str | Path, suffix: str | None = ".png") -> Path:
+    """The path, if a file can be written there; called before long work.
+
+    Args:
+        path: of the file.
+        suffix: that its name needs; None for any.
 
     Raises:
         ValueError: another suffix, no such folder, or one that cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: expected a name that ends in .png")
+    if suffix and path.suffix.lower() != suffix:
+        raise ValueError(f"{path}: expected a name that ends in {suffix}")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: no folder {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):

@@ -6,7 +6,7 @@ import time
 
 from chipmunk_jax.cli.images import check_writable, write_png
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.pipeline import Pipeline
+from chipmunk_jax.pipeline import Pipeline, WordTable, check_request
 from chipmunk_jax.sparsity import to_dict
 
 DESCRIPTION = """\
@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     output = check_writable(args.output)
     sparsity = None if args.dense else read_sparsity(args)
     prompts = [prompt for prompt in args.prompt for _ in range(args.batch)]
-    pipeline = Pipeline.load(args.checkpoint, args.dtype)
     settings = {name: getattr(args, name) for name in ("height", "width", "steps", "guidance", "seed")}
+    check_request(WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
+    pipeline = Pipeline.load(args.checkpoint, args.dtype)
     start = time.perf_counter()
     images = pipeline(prompts, **settings, sparsity=sparsity, progress=True)
     seconds = time.perf_counter() - start

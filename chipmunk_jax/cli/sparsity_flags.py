@@ -5,9 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
-from chipmunk_jax.sparsity import PRESETS, AttentionSparsity, MlpSparsity, Sparsity, load_sparsity
-
-PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity}
+from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 
 
 def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -17,7 +15,8 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None) -> 
     )
     group.add_argument("--sparsity", default=default, metavar="PRESET", help=f"preset or file (default: {default or 'dense'})")
     for name in _fields():
-        group.add_argument(f"--sparsity.{name.replace('_', '-')}", dest=f"sparsity.{name}", metavar="VALUE", type=_value)
+        flag, options = f"--sparsity.{name.replace('_', '-')}", dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)
+        group.add_argument(flag, dest=f"sparsity.{name}", **options)
 
 
 def read_sparsity(args: argparse.Namespace) -> Sparsity | None:
@@ -26,8 +25,8 @@ def read_sparsity(args: argparse.Namespace) -> Sparsity | None:
     Raises:
         ValueError, FileNotFoundError: see load_sparsity.
     """
-    given = {name: getattr(args, f"sparsity.{name}") for name in _fields()}
-    overrides = {name: value for name, value in given.items() if value is not None}
+    given = vars(args)
+    overrides = {name: given[f"sparsity.{name}"] for name in _fields() if f"sparsity.{name}" in given}
     if args.sparsity is None and not overrides:
         return None
     return load_sparsity(args.sparsity or "flux", overrides)

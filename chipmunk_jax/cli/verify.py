@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from chipmunk_jax.cli.images import check_writable, to_bytes, write_png
 from chipmunk_jax.cli.sample import add_sampling_flags
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.pipeline import PATCH, Pipeline
+from chipmunk_jax.pipeline import PATCH, Pipeline, WordTable, check_request
 from chipmunk_jax.quality import psnr
 from chipmunk_jax.schedule import density, plan
 from chipmunk_jax.sparsity import Sparsity, to_dict
@@ -53,11 +53,14 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk verify`."""
     output, prompts = check_writable(args.output), args.prompt or PROMPTS
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ValueError(f"{args.json}: no folder {Path(args.json).parent}")
+    if args.json:
+        check_writable(args.json, suffix=None)
+    if args.steps == 1:
+        raise ValueError("--steps 1: expected at least 2, as the first is not timed")
     sparsity = read_sparsity(args)
-    pipeline = Pipeline.load(args.checkpoint, args.dtype)
     settings = {name: getattr(args, name) for name in ("height", "width", "steps", "guidance", "seed")}
+    check_request(WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
+    pipeline = Pipeline.load(args.checkpoint, args.dtype)
     dense, dense_seconds = _timed(pipeline, prompts, settings, None)
     sparse, sparse_seconds = _timed(pipeline, prompts, settings, sparsity)
     decibels = [psnr(a, b) for a, b in zip(sparse, dense, strict=True)]
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": list(prompts),
         **settings,
         "sparsity": to_dict(sparsity),
-        "density": _density(pipeline, args, sparsity),
+        "density": _density(pipeline, prompts, args, sparsity),
         "dense_seconds": dense_seconds,
         "sparse_seconds": sparse_seconds,
         "psnr": decibels,
@@ -89,8 +92,8 @@ def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> 
     return images, (ends[-1] - ends[0]) * len(ends) / max(1, len(ends) - 1)
 
 
-def _density(pipeline: Pipeline, args: argparse.Namespace, sparsity: Sparsity) -> dict[str, float]:
-    cond = pipeline.words.encode(PROMPTS[:1])
+def _density(pipeline: Pipeline, prompts, args: argparse.Namespace, sparsity: Sparsity) -> dict[str, float]:
+    cond = pipeline.words.encode(prompts[:1])
     stacks = pipeline.model.stacks(args.height * args.width // PATCH**2, cond)
     first = next(iter(stacks.values()))
     table = plan(sparsity, args.steps, tokens=first.tokens, mlp_width=first.mlp_width)

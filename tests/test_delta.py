@@ -1,0 +1,241 @@
+"""The algorithm against a naive one in NumPy, one head, group and column at a time, over a schedule of drifting inputs.
+
+Tolerances: both sides compute in float32 and float64 from the same float32 inputs; differences of sums of some hundred terms of
+order 1 stay below 2e-5.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chipmunk_jax import cache as caches
+from chipmunk_jax.cache import Stack
+from chipmunk_jax.delta import MlpWeights, attend, feed_forward
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, plan
+from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
+
+B, N, H, D, F, L = 2, 150, 2, 16, 200, 3
+GROUP, LAYER, STEPS = 64, 1, 12
+STACK = Stack(layers=L, tokens=N, heads=H, head_dim=D, mlp_tokens=N, width=D, mlp_width=F)
+ATTENTION = AttentionSparsity(top_keys=0.3, first_n_dense_layers=0, full_step_every=4, group=GROUP)
+MLP = MlpSparsity(top_keys=0.3, random_keys=0.0, first_n_dense_layers=0, full_step_every=5, group=GROUP)
+
+
+def drifting(*shape, seed=0):
+    """One array a step, each a little off the last."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    for _ in range(STEPS):
+        yield jnp.asarray(x, jnp.float32)
+        x = x + 0.1 * rng.standard_normal(shape)
+
+
+def start(sparsity):
+    """An empty cache and the plan of a stack's one layer in the middle."""
+    cache = caches.zeros({"stack": STACK}, sparsity, B, jnp.float32)["stack"]
+    table = plan(sparsity, STEPS, tokens=N, mlp_width=F).replace(key=jax.random.key(0))
+    return cache, lambda i: table.at_step(i).at_layer(LAYER, LAYER)
+
+
+def naive_softmax(logits):
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def naive_top(scores, k):
+    return np.sort(np.argsort(-scores, kind="stable")[:k])
+
+
+class NaiveAttention:
+    """Chipmunk, section 3, head by head and group by group."""
+
+    def __init__(self, config):
+        self.config, self.keep = config, config.kept(N)
+        self.columns, self.residual, self.lse = {}, {}, {}
+
+    def __call__(self, phase, q, k, v):
+        out = np.zeros_like(q)
+        for b, h in np.ndindex(B, H):
+            logits = q[b, :, h] @ k[b, :, h].T * D**-0.5
+            dense = naive_softmax(logits) @ v[b, :, h]
+            lse = np.log(np.exp(logits).sum(-1))
+            for g, first in enumerate(range(0, N, GROUP)):
+                rows, at = slice(first, min(first + GROUP, N)), (b, h, g)
+                if phase == AttentionPhase.SELECT:
+                    mass = np.exp(logits[rows] - self.lse[b, h][rows, None]).sum(0)
+                    self.columns[at] = naive_top(mass, self.keep)
+                out[b, rows, h] = dense[rows]
+                if phase >= AttentionPhase.SELECT:
+                    chosen = self.columns[at]
+                    sparse = naive_softmax(logits[rows][:, chosen]) @ v[b, chosen, h]
+                    if phase == AttentionPhase.DELTA:
+                        out[b, rows, h] = self.residual[at] + sparse
+                    else:
+                        self.residual[at] = dense[rows] - sparse
+            if phase in (AttentionPhase.MEASURE, AttentionPhase.SELECT):
+                self.lse[b, h] = lse
+        return out
+
+
+@pytest.mark.parametrize("recompute_mask", [False, True])
+def test_attention_equals_a_naive_one_through_every_phase(recompute_mask):
+    config = AttentionSparsity(**(vars(ATTENTION) | {"recompute_mask": recompute_mask}))
+    cache, step = start(Sparsity(attention=config, mlp=None))
+    naive, run = NaiveAttention(config), jax.jit(attend)
+    seen = set()
+    for i, (q, k, v) in enumerate(zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), strict=True)):
+        phase = int(step(i).attention.phase)
+        out, cache = run(q, k, v, cache, step(i))
+        expected = naive(phase, *(np.asarray(x, np.float64) for x in (q, k, v)))
+        np.testing.assert_allclose(out, expected, atol=2e-5)
+        seen.add(phase)
+    assert seen == {1, 2, 4} | (set() if recompute_mask else {3})
+    assert not np.asarray(cache.attention.residual[0]).any()  # other layers' entries are untouched
+
+
+def naive_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+class NaiveMlp:
+    """The incremental form (activations) and the residual form, group by group."""
+
+    def __init__(self, config, weights):
+        self.config, self.keep = config, config.kept(F)
+        self.fc1, self.b1, self.fc2, self.b2 = weights
+        self.columns, self.state = {}, {}
+
+    def __call__(self, phase, x):
+        out = np.zeros_like(x)
+        for b in range(B):
+            for g, first in enumerate(range(0, N, GROUP)):
+                rows, at = slice(first, min(first + GROUP, N)), (b, g)
+                form = self.moved if self.config.cache == "activations" else self.fixed
+                out[b, rows] = form(phase, x[b, rows], at)
+        return out
+
+    def moved(self, phase, x, at):
+        hidden = x @ self.fc1.T + self.b1
+        activations, mean = naive_gelu(hidden), hidden.mean(0)
+        if phase == MlpPhase.FULL:
+            self.state[at] = [activations, activations @ self.fc2 + self.b2, mean]
+            return self.state[at][1]
+        cached, out, old_mean = self.state[at]
+        if phase == MlpPhase.SELECT_DELTA:
+            self.columns[at] = naive_top(np.abs(mean - old_mean), self.keep)
+            old_mean[self.columns[at]] = mean[self.columns[at]]
+        chosen = self.columns[at]
+        out = out + (activations[:, chosen] - cached[:, chosen]) @ self.fc2[chosen]
+        cached[:, chosen] = activations[:, chosen]
+        self.state[at] = [cached, out, old_mean]
+        return out
+
+    def fixed(self, phase, x, at):
+        activations = naive_gelu(x @ self.fc1.T + self.b1)
+        if phase == MlpPhase.FULL:
+            score = np.abs(activations).mean(0) * np.linalg.norm(self.fc2, axis=-1)
+            self.columns[at] = naive_top(score, self.keep)
+            dense = activations @ self.fc2 + self.b2
+            self.state[at] = dense - activations[:, self.columns[at]] @ self.fc2[self.columns[at]]
+            return dense
+        chosen = self.columns[at]
+        return self.state[at] + activations[:, chosen] @ self.fc2[chosen]
+
+
+def draw_mlp():
+    rng = np.random.default_rng(9)
+    shapes = {"fc1": (L, F, D), "b1": (L, F), "fc2": (L, F, D), "b2": (L, D)}
+    scale = {"fc1": D**-0.5, "fc2": F**-0.5}
+    arrays = {n: jnp.asarray(scale.get(n, 0.1) * rng.standard_normal(s), jnp.float32) for n, s in shapes.items()}
+    return MlpWeights(**arrays)
+
+
+@pytest.mark.parametrize("kind", ["activations", "residual"])
+def test_mlp_equals_a_naive_one_through_every_phase(kind):
+    config = MlpSparsity(**(vars(MLP) | {"cache": kind}))
+    weights = draw_mlp()
+    cache, step = start(Sparsity(attention=None, mlp=config))
+    naive = NaiveMlp(config, [np.asarray(w[LAYER], np.float64) for w in weights])
+    run, seen = jax.jit(feed_forward), set()
+    for i, x in enumerate(drifting(B, N, D)):
+        phase = int(step(i).mlp.phase)
+        out, cache = run(x, weights, cache, step(i))
+        np.testing.assert_allclose(out, naive(phase, np.asarray(x, np.float64)), atol=2e-5)
+        seen.add(phase)
+    assert seen == ({1, 2, 3} if kind == "activations" else {1, 3})
+
+
+def everything(**changes):
+    """A sparsity that keeps all columns."""
+    return Sparsity(
+        attention=AttentionSparsity(top_keys=1.0, first_n_dense_layers=0, group=GROUP),
+        mlp=MlpSparsity(top_keys=1.0, random_keys=0.0, first_n_dense_layers=0, group=GROUP, **changes),
+    )
+
+
+@pytest.mark.parametrize("kind", ["activations", "residual"])
+def test_all_columns_kept_equals_dense(kind):
+    cache, step = start(everything(cache=kind))
+    weights = draw_mlp()
+    for i, (q, k, v, x) in enumerate(zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), drifting(B, N, D), strict=True)):
+        out, cache = attend(q, k, v, cache, step(i))
+        np.testing.assert_allclose(out, attend(q, k, v, None, step(i))[0], atol=2e-5)
+        out, cache = feed_forward(x, weights, cache, step(i))
+        np.testing.assert_allclose(out, feed_forward(x, weights, None, step(i))[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["activations", "residual"])
+def test_unchanged_input_gives_unchanged_output(kind):
+    sparsity = Sparsity(attention=ATTENTION, mlp=MlpSparsity(**(vars(MLP) | {"cache": kind})))
+    cache, step = start(sparsity)
+    weights = draw_mlp()
+    q, k, v = (next(drifting(B, N, H, D, seed=s)) for s in range(3))
+    x = next(drifting(B, N, D))
+    dense_out, dense_mlp = attend(q, k, v, None, step(0))[0], feed_forward(x, weights, None, step(0))[0]
+    for i in range(STEPS):
+        out, cache = attend(q, k, v, cache, step(i))
+        np.testing.assert_allclose(out, dense_out, atol=2e-5)
+        out, cache = feed_forward(x, weights, cache, step(i))
+        np.testing.assert_allclose(out, dense_mlp, atol=2e-5)
+
+
+def test_traced_phases_equal_static_phases():
+    sparsity = Sparsity(attention=ATTENTION, mlp=MLP)
+    weights = draw_mlp()
+
+    def one_step(q, k, v, x, cache, step):
+        out, cache = attend(q, k, v, cache, step)
+        y, cache = feed_forward(x, weights, cache, step)
+        return (out, y), cache
+
+    traced = jax.jit(one_step)
+    results = []
+    for static in (False, True):
+        cache, step = start(sparsity)
+        outputs = []
+        inputs = zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), drifting(B, N, D), strict=True)
+        for i, arrays in enumerate(inputs):
+            if static:  # the phase is a constant of the program: a program a step
+                run = jax.jit(lambda *a, i=i: one_step(*a, step(i)))
+                out, cache = run(*arrays, cache)
+            else:
+                out, cache = traced(*arrays, cache, step(i))
+            outputs += out
+        results.append(outputs)
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_random_columns_come_from_the_key_and_are_kept_whatever_their_score():
+    config = AttentionSparsity(top_keys=0.1, random_keys=0.5, first_n_dense_layers=0, group=GROUP)
+    lists = []
+    for seed in (0, 0, 1):
+        cache, step = start(Sparsity(attention=config, mlp=None))
+        q, k, v = (next(drifting(B, N, H, D, seed=s)) for s in range(3))
+        for i in range(2):
+            _, cache = attend(q, k, v, cache, step(i).replace(key=jax.random.fold_in(jax.random.key(seed), i)))
+        lists.append(np.asarray(cache.attention.columns.indices[LAYER]))
+    np.testing.assert_array_equal(lists[0], lists[1])
+    assert (lists[0] != lists[2]).any()
+    assert (np.diff(lists[0], axis=-1) > 0).all()  # ascending and distinct

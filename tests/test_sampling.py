@@ -1,0 +1,220 @@
+"""Laws of sample(): it is a plain Euler loop, its columns change nothing when all are kept, and its bits do not change at all."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, flux_timesteps, sample, sampling
+from chipmunk_jax.convert import read
+from chipmunk_jax.convert.networks import leaves_of
+from chipmunk_jax.models.flux import Flux, FluxConfig
+
+GRID, TEXT, STEPS = (9, 14), 5, 6  # neither patches nor groups fit
+TOKENS = GRID[0] * GRID[1]
+CONFIG = FluxConfig(
+    in_channels=6,
+    vec_in_dim=8,
+    context_in_dim=10,
+    hidden_size=64,
+    num_heads=2,
+    depth=1,
+    depth_single_blocks=2,
+    axes_dim=(8, 12, 12),
+    guidance_embed=False,
+)
+SPARSE = Sparsity(
+    attention=AttentionSparsity(first_n_dense_layers=0, full_step_every=4, group=64),
+    mlp=MlpSparsity(first_n_dense_layers=0, full_step_every=4, group=64),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Flux:
+    return Flux(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def inputs(batch: int = 2, seed: int = 0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    noise = jax.random.normal(keys[0], (batch, TOKENS, CONFIG.in_channels))
+    text = jax.random.normal(keys[1], (batch, TEXT, CONFIG.context_in_dim))
+    return noise, {"text": text, "pooled": jax.random.normal(keys[2], (batch, CONFIG.vec_in_dim))}
+
+
+def draw(model, noise, cond, **options):
+    options = {"timesteps": flux_timesteps(STEPS, TOKENS), "grid": GRID} | options
+    return np.asarray(sample(model, noise, cond, **options))
+
+
+def plain_euler(model, noise, cond, guidance=None):
+    """The textbook's loop, tokens in raster order, two calls for guidance."""
+    times, x = flux_timesteps(STEPS, TOKENS), noise
+    nothing = jax.tree.map(jnp.zeros_like, cond)
+    velocity = jax.jit(lambda x, t, cond: model(x, jnp.full(len(x), t), cond, model.positions(GRID))[0])
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        v = velocity(x, t, cond)
+        if guidance is not None:
+            u = velocity(x, t, nothing)
+            v = u + guidance * (v - u)
+        x = x + (t_next - t) * v
+    return np.asarray(x)
+
+
+# Float32 in another order of tokens and additions, six steps: 1e-4 for values of order 1.
+CLOSE = {"atol": 1e-4, "rtol": 0}
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_dense_sampling_is_a_plain_euler_loop(model, guidance):
+    noise, cond = inputs()
+    np.testing.assert_allclose(
+        draw(model, noise, cond, guidance=guidance), plain_euler(model, noise, cond, guidance), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("cache", ["activations", "residual"])
+def test_all_columns_kept_equals_dense_in_any_order_of_tokens(model, cache):
+    noise, cond = inputs()
+    everything = Sparsity(
+        attention=AttentionSparsity(top_keys=1.0, first_n_dense_layers=0, group=64),
+        mlp=MlpSparsity(top_keys=1.0, random_keys=0.0, first_n_dense_layers=1, group=64, cache=cache),
+    )
+    np.testing.assert_allclose(draw(model, noise, cond, sparsity=everything), plain_euler(model, noise, cond), **CLOSE)
+
+
+def test_a_schedule_of_full_steps_equals_dense(model):
+    noise, cond = inputs()
+    full = Sparsity(attention=AttentionSparsity(full_step_every=1), mlp=MlpSparsity(full_step_every=1))
+    np.testing.assert_allclose(draw(model, noise, cond, sparsity=full), plain_euler(model, noise, cond), **CLOSE)
+
+
+def test_sparse_sampling_runs_every_body_of_the_kernels_to_the_same_result(model):
+    noise, cond = inputs(1)
+    reference, interpreted = (
+        draw(model, noise, cond, sparsity=SPARSE, implementation=name) for name in ("reference", "interpret")
+    )
+    np.testing.assert_allclose(interpreted, reference, **CLOSE)
+
+
+def test_an_image_does_not_depend_on_its_batch(model):
+    noise, cond = inputs(3)
+    together = draw(model, noise, cond, sparsity=SPARSE)
+    alone = draw(model, noise[1:2], {name: value[1:2] for name, value in cond.items()}, sparsity=SPARSE)
+    assert np.isfinite(together).all()
+    # The random neurons are drawn for the whole batch, so only deterministic parts agree: here all.
+    fixed = Sparsity(attention=SPARSE.attention, mlp=None)
+    together = draw(model, noise, cond, sparsity=fixed)
+    alone = draw(model, noise[1:2], {name: value[1:2] for name, value in cond.items()}, sparsity=fixed)
+    np.testing.assert_allclose(together[1:2], alone, **CLOSE)
+
+
+def test_one_compile_for_all_prompts_seeds_guidance_scales_and_schedules_of_a_shape(model):
+    roomy = dict(max_keys=0.9, first_n_dense_layers=0, group=64)
+    configs = [
+        Sparsity(attention=AttentionSparsity(top_keys=top, full_step_every=every, **roomy), mlp=MlpSparsity(**roomy))
+        for top, every in ((0.2, 4), (0.5, 2), (0.7, 10))
+    ]
+    sampling._run.clear_cache()
+    for seed, config in enumerate(configs):
+        noise, cond = inputs(2, seed)
+        draw(model, noise, cond, sparsity=config, guidance=1.0 + seed, seed=seed)
+    assert sampling._run._cache_size() == 1
+
+
+def test_callback_sees_every_step_in_raster_order_and_changes_nothing(model):
+    noise, cond = inputs(1)
+    seen = []
+    final = draw(model, noise, cond, sparsity=SPARSE, callback=lambda *args: seen.append(args))
+    assert [step for step, _, _ in seen] == list(range(STEPS))
+    np.testing.assert_allclose([t for _, t, _ in seen], flux_timesteps(STEPS, TOKENS)[1:])
+    np.testing.assert_array_equal(seen[-1][2], final)
+    np.testing.assert_array_equal(draw(model, noise, cond, sparsity=SPARSE, progress=True), final)
+
+
+BITS = """
+import sys
+sys.path.insert(0, {folder!r})
+import hashlib, test_sampling as t, jax.numpy as jnp
+from flax import nnx
+model = t.Flux(t.CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+print(hashlib.sha256(t.draw(model, *t.inputs(), sparsity=t.SPARSE, seed=3).tobytes()).hexdigest())
+"""
+
+
+def test_same_seed_same_bits_across_processes(model):
+    here = hashlib.sha256(draw(model, *inputs(), sparsity=SPARSE, seed=3).tobytes()).hexdigest()
+    script = BITS.format(folder=str(Path(__file__).parent))
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert there.stdout.split()[-1] == here
+    assert here != hashlib.sha256(draw(model, *inputs(), sparsity=SPARSE, seed=4).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": (9, 13)}, "grid"),
+        ({"timesteps": np.array([1.0])}, "timesteps"),
+        ({"timesteps": np.array([0.0, 1.0])}, "timesteps"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"uncond": {}}, "uncond"),
+        ({"cond": {"text": jnp.zeros((2, 5, 10))}}, "conditions"),
+        ({"cond": {"text": jnp.zeros((2, 5, 11)), "pooled": jnp.zeros((2, 8))}}, "text"),
+        ({"cond": {"text": jnp.zeros((2, 5, 10)), "pooled": jnp.zeros((1, 8))}}, "pooled"),
+        ({"noise": jnp.zeros((2, TOKENS, 7))}, "channels"),
+        ({"sparsity": Sparsity(attention=AttentionSparsity(full_step_schedule=(0, 1, 9)))}, "step 9"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_compiled(model, change, message):
+    noise, cond = inputs()
+    sampling._run.clear_cache()
+    arguments = {"noise": noise, "cond": cond} | change
+    with pytest.raises(ValueError, match=message):
+        draw(model, arguments.pop("noise"), arguments.pop("cond"), **arguments)
+    assert sampling._run._cache_size() == 0
+
+
+def test_no_room_on_the_device_names_the_largest_part(model, monkeypatch):
+    monkeypatch.setattr(sampling, "_free_bytes", lambda: 1000)
+    with pytest.raises(ValueError, match=r"no room on .*; use .*smaller"):
+        draw(model, *inputs(), sparsity=SPARSE)
+
+
+def mini_flux() -> Path:
+    """The weights of mini-flux, 41 MB, which are not part of the repository."""
+    root = Path(__file__).parents[1]
+    named = os.environ.get("CHIPMUNK_MINI_FLUX")
+    places = [Path(named)] if named else [root / "data" / "mini-flux", *root.parent.glob("*/data/mini-flux")]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    pytest.skip("the 41 MB of mini-flux are not here; name their folder in CHIPMUNK_MINI_FLUX")
+
+
+# SHA-256 over the converted leaves in order of their paths, bf16.
+MINI_FLUX = "d36c53041dc9271db6f31dffeb2011721e40c716ffbf41ca9377a1a25659d080"
+
+
+def test_mini_flux_converts_to_the_same_bytes():
+    digest = hashlib.sha256()
+    for path, leaf in sorted(leaves_of(read(mini_flux(), "bfloat16")).items()):
+        digest.update(path.encode() + np.asarray(leaf).tobytes())
+    assert digest.hexdigest() == MINI_FLUX
+
+
+def test_mini_flux_reproduces_the_dense_golden_sample():
+    """28 steps with guidance 2 in float32, against diffusers in float32: 1e-3 (Black Forest Labs' schedule and ours agree)."""
+    golden = load_file(Path(__file__).parent / "golden" / "mini_flux_64.safetensors")
+    model = read(mini_flux(), "float32")
+    cond = {name: jnp.asarray(golden[name][:1]) for name in ("text", "pooled")}
+    times = flux_timesteps(28, 1024)
+    np.testing.assert_allclose(times, golden["sigmas"], atol=1e-6)
+    out = sample(model, jnp.asarray(golden["noise"][:1]), cond, timesteps=times, grid=(32, 32), guidance=2.0)
+    np.testing.assert_allclose(out, golden["latents"][:1], atol=1e-3, rtol=0)
