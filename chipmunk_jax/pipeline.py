@@ -41,17 +41,20 @@ class WordTable:
         folder = Path(folder)
         describe(folder)
         if not (folder / "words.json").is_file():
-            raise ValueError(f"{folder}: no words.json; prompts need a checkpoint with a word table, there is no text encoder yet")
+            raise ValueError(
+                f"{folder}: no words.json; prompts need a checkpoint with a word table, there is no text encoder yet"
+            )
         try:
             content = json.loads((folder / "words.json").read_text())
             attributes, words = tuple(content["attributes"]), tuple(map(tuple, content["words"]))
             embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: bad word table: {error}") from error
-        if not len(attributes) == len(words) <= TEXT_ROWS or len(embeddings) != sum(map(len, words)):
+        total = sum(map(len, words))
+        if not len(attributes) == len(words) <= TEXT_ROWS or embeddings.shape[:-1] != (total,):
             raise ValueError(
-                f"{folder}: bad word table: {len(attributes)} attributes, {len(words)} lists of {sum(map(len, words))} words, "
-                f"{len(embeddings)} embeddings; expected a list an attribute, {TEXT_ROWS} at most, and an embedding a word"
+                f"{folder}: bad word table: {len(attributes)} attributes, {len(words)} lists of {total} words, embeddings "
+                f"{embeddings.shape}; expected a list an attribute, {TEXT_ROWS} at most, and an embedding a word"
             )
         return cls(attributes, words, np.array(embeddings, np.float32))
 

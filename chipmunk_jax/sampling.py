@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax.cache import LayerCache, Stack
-from chipmunk_jax.order import inverse, patch_order
+from chipmunk_jax.order import patch_order
 from chipmunk_jax.schedule import Step, plan
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity

@@ -19,7 +19,9 @@ class AttentionPhase(IntEnum):
 
     DENSE = 0  #    dense; no cache
     MEASURE = 1  #  dense; keeps the log-sum-exp
-    SELECT = 2  #   dense; keeps the log-sum-exp, chooses columns by their sums against the previous one, keeps the residual
+    SELECT = (
+        2  #   dense; keeps the log-sum-exp, chooses columns by their sums against the previous one, keeps the residual
+    )
     REFRESH = 3  #  dense; keeps the residual over the columns chosen before
     DELTA = 4  #    residual + attention over the chosen columns
 
@@ -100,8 +102,8 @@ def check_schedules(sparsity: Sparsity, steps: int) -> None:
     """Raises ValueError where a schedule names a step that the sampler does not reach."""
     for name, config in (("attention", sparsity.attention), ("mlp", sparsity.mlp)):
         if config and config.full_step_schedule and max(config.full_step_schedule) >= steps:
-            late = max(config.full_step_schedule)
-            raise ValueError(f"{name}.full_step_schedule names step {late}, but there are {steps} steps (0 to {steps - 1})")
+            schedule = f"{name}.full_step_schedule names step {max(config.full_step_schedule)}"
+            raise ValueError(f"{schedule}, but there are {steps} steps (0 to {steps - 1})")
 
 
 def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns: int) -> Share:
@@ -123,7 +125,9 @@ def density(table: Step, layers: int) -> dict[str, float]:
         layers: of the whole model.
     """
     shares = {"attention": (table.attention, AttentionPhase.DELTA), "mlp": (table.mlp, MlpPhase.SELECT_DELTA)}
-    return {name: _density(share, first_delta, layers) if share else 1.0 for name, (share, first_delta) in shares.items()}
+    return {
+        name: _density(share, first_delta, layers) if share else 1.0 for name, (share, first_delta) in shares.items()
+    }
 
 
 def _density(share: Share, first_delta: IntEnum, layers: int) -> float:

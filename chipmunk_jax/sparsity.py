@@ -23,7 +23,9 @@ class _ColumnSparsity:
 
     top_keys: float  # kept because of their score, fraction in (0, 1]; 1 keeps all
     random_keys: float = 0.0  # kept by chance, fraction in [0, 1)
-    max_keys: float | None = None  # static room for the lists, fraction; None: just enough. More room, fewer compilations
+    max_keys: float | None = (
+        None  # static room for the lists, fraction; None: just enough. More room, fewer compilations
+    )
     first_n_dense_layers: int = 2
     full_step_every: int = 10
     full_step_schedule: tuple[int, ...] | None = None  # full steps by number, in place of full_step_every
@@ -105,7 +107,10 @@ class Sparsity:
 
     attention: AttentionSparsity | None = dataclasses.field(default_factory=AttentionSparsity)
     mlp: MlpSparsity | None = dataclasses.field(default_factory=MlpSparsity)
-    patches: tuple[int, ...] = (8, 4)  # sides of the nested square patches that image tokens are ordered by; () leaves rows
+    patches: tuple[int, ...] = (
+        8,
+        4,
+    )  # sides of the nested square patches that image tokens are ordered by; () leaves rows
 
     def __post_init__(self):
         for name, kind in PARTS.items():
@@ -203,7 +208,7 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
     }
     name = next(name for name in fits if name in kind.split("|")[0].replace("<class '", "").split("[")[0])
     if not fits[name]:
-        expected = {"tuple": "a list of whole numbers", "float": "a number", "int": "a whole number", "bool": "true or false"}
+        expected = dict(tuple="a list of whole numbers", float="a number", int="a whole number", bool="true or false")
         raise ValueError(f"{field.name}={value!r}: expected {expected.get(name, 'a word')}")
     return tuple(value) if name == "tuple" else value
 

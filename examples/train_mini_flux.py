@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from chipmunk_jax.models.flux import Flux, FluxConfig
 from flax import nnx, struct
 from jax import lax
 from judge import accuracies, train_judge, write_grid
 from procgen_shapes import CLASSES, WORD_WIDTH, caption, make_images, save_vocabulary, word_rows, word_table
 from safetensors.numpy import save_file
+
+from chipmunk_jax.models.flux import Flux, FluxConfig
 
 TEXT_TOKENS = 16  # four words, then zeros
 SHARD_BYTES = 9_000_000  # small files travel better

@@ -126,7 +126,9 @@ class Flux(nnx.Module):
         c, batch = self.config, noise.shape[0]
         if noise.shape[-1] != c.in_channels:
             raise ValueError(f"noise {noise.shape}: expected {c.in_channels} channels a token")
-        shapes = {"text": (-1, c.context_in_dim), "pooled": (c.vec_in_dim,)} | ({"guidance": ()} if c.guidance_embed else {})
+        shapes = {"text": (-1, c.context_in_dim), "pooled": (c.vec_in_dim,)} | (
+            {"guidance": ()} if c.guidance_embed else {}
+        )
         if cond.keys() != shapes.keys():
             raise ValueError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
         for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Kernels for column-sparse deltas: arrays in, arrays out. Each file holds a public function, its jnp reference, its Pallas body."""
+"""Kernels for column-sparse deltas: arrays in, arrays out. A file is a public function, its jnp reference, its Pallas body."""
 
 from pallas_kernels.column_attention import column_attention, store_attention_residual
 from pallas_kernels.column_mlp import column_fc1, column_fc2, store_column_fc2

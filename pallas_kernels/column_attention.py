@@ -121,12 +121,16 @@ def _reference(q, k, v, indices, counts, group, scale):
 
 
 def _pallas(q, k, v, indices, counts, layer, operands, out_shape, *, body, aliases, group, scale, implementation):
-    batch, rows, heads, width = q.shape
+    batch, rows, heads, _ = q.shape
     tile = row_tile(group)
     kernel = functools.partial(body, tile=tile, group=group, scale=scale)
     return pl.pallas_call(
         kernel,
-        grid=(group_count(rows, tile), heads, batch),  # tiles of one head run side by side and share its keys in the L2 cache
+        grid=(
+            group_count(rows, tile),
+            heads,
+            batch,
+        ),  # tiles of one head run side by side and share its keys in the L2 cache
         name=f"column_attention{body.__name__.removeprefix('_body')}",
         out_shape=out_shape,
         input_output_aliases=aliases,
@@ -192,5 +196,7 @@ def _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer, *, tile, group, s
     carry = (jnp.zeros((tile, width), jnp.float32), jnp.full((tile,), MASKED), jnp.zeros((tile,), jnp.float32))
     whole = lax.div(count, block)
     carry = lax.fori_loop(0, whole, lambda j, c: step(j * block, c, False), carry)
-    acc, _, total = lax.fori_loop(whole, lax.div(count + block - 1, block), lambda j, c: step(j * block, c, True), carry)
+    acc, _, total = lax.fori_loop(
+        whole, lax.div(count + block - 1, block), lambda j, c: step(j * block, c, True), carry
+    )
     return acc / jnp.where(total > 0, total, 1)[:, None], at, inside

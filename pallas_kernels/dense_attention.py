@@ -101,8 +101,12 @@ def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, tile, group, scale):
     def mass(start):  # of this program's keys, over the queries [start, start + tile)
         rows = start + jnp.arange(tile)
         inside = rows < rows_total
-        q = plgpu.load(q_ref.at[b, rows[:, None], h, features], mask=jnp.broadcast_to(inside[:, None], (tile, width)), other=0)
-        lse = plgpu.load(lse_ref.at[b, h, rows], mask=inside, other=jnp.inf)  # a row that is not there weighs exp(-inf) = 0
+        q = plgpu.load(
+            q_ref.at[b, rows[:, None], h, features], mask=jnp.broadcast_to(inside[:, None], (tile, width)), other=0
+        )
+        lse = plgpu.load(
+            lse_ref.at[b, h, rows], mask=inside, other=jnp.inf
+        )  # a row that is not there weighs exp(-inf) = 0
         exponent = plgpu.dot(k, q.T) * scale - lse[None, :]
         return jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT) * LOG2E).sum(axis=1)
 

@@ -65,7 +65,10 @@ def _body(bits_ref, k_ref, indices_ref, *, digits, block=1024):
         inside = columns < width
         return plgpu.load(bits_ref.at[row, columns], mask=inside, other=0).astype(jnp.int32), columns, inside
 
-    threshold, wanted = jnp.int32(0), k_ref[0]  # the digits found so far; how many columns are still to take among equals
+    threshold, wanted = (
+        jnp.int32(0),
+        k_ref[0],
+    )  # the digits found so far; how many columns are still to take among equals
     for digit in reversed(range(digits)):
         shift = 4 * digit
 

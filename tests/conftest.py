@@ -19,11 +19,22 @@ WORDS = {
     "background": ["sky", "night", "desert", "meadow"],
 }
 
+
 def pytest_collection_modifyitems(items):
     if jax.default_backend() != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def full_precision(request):
+    """Float32 means float32 on a GPU too, where JAX multiplies in TF32 unless told. Tests of compiled kernels run as users do."""
+    if request.node.get_closest_marker("gpu"):
+        yield
+    else:
+        with jax.default_matmul_precision("highest"):
+            yield
 
 
 @pytest.fixture(params=["reference", "interpret", pytest.param("pallas", marks=pytest.mark.gpu)])

@@ -178,7 +178,9 @@ def everything(**changes):
 def test_all_columns_kept_equals_dense(kind):
     cache, step = start(everything(cache=kind))
     weights = draw_mlp()
-    for i, (q, k, v, x) in enumerate(zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), drifting(B, N, D), strict=True)):
+    for i, (q, k, v, x) in enumerate(
+        zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), drifting(B, N, D), strict=True)
+    ):
         out, cache = attend(q, k, v, cache, step(i))
         np.testing.assert_allclose(out, attend(q, k, v, None, step(i))[0], atol=2e-5)
         out, cache = feed_forward(x, weights, cache, step(i))
@@ -217,7 +219,7 @@ def test_traced_phases_equal_static_phases():
         inputs = zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), drifting(B, N, D), strict=True)
         for i, arrays in enumerate(inputs):
             if static:  # the phase is a constant of the program: a program a step
-                run = jax.jit(lambda *a, i=i: one_step(*a, step(i)))
+                run = jax.jit(lambda *a, now=step(i): one_step(*a, now))
                 out, cache = run(*arrays, cache)
             else:
                 out, cache = traced(*arrays, cache, step(i))

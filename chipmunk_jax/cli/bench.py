@@ -130,7 +130,9 @@ def random_flux(config: FluxConfig, dtype: jnp.dtype) -> Flux:
     return nnx.merge(graph, tree.unflatten(draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)))
 
 
-def random_inputs(config: FluxConfig, batch: int, tokens: int, text_tokens: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+def random_inputs(
+    config: FluxConfig, batch: int, tokens: int, text_tokens: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """noise [B, N, C] and conditions, unit normal."""
     keys = jax.random.split(jax.random.key(1), 3)
     cond = {
@@ -165,7 +167,13 @@ def record(args: argparse.Namespace, text_tokens: int) -> dict:
     return {
         "benchmark": "sample",
         "model": args.model,
-        "shape": {"height": args.height, "width": args.width, "batch": args.batch, "steps": args.steps, "text": text_tokens},
+        "shape": {
+            "height": args.height,
+            "width": args.width,
+            "batch": args.batch,
+            "steps": args.steps,
+            "text": text_tokens,
+        },
         "dtype": args.dtype,
         "repeats": args.repeats,
         "device": device.device_kind,

@@ -13,10 +13,12 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None) -> 
     group = parser.add_argument_group(
         "sparsity", f"what is recomputed at each step: {', '.join(PRESETS)}, or a YAML or JSON file; flags win over it"
     )
-    group.add_argument("--sparsity", default=default, metavar="PRESET", help=f"preset or file (default: {default or 'dense'})")
+    group.add_argument(
+        "--sparsity", default=default, metavar="PRESET", help=f"preset or file (default: {default or 'dense'})"
+    )
+    given = dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)  # null is a value, so absent must not be None
     for name in _fields():
-        flag, options = f"--sparsity.{name.replace('_', '-')}", dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)
-        group.add_argument(flag, dest=f"sparsity.{name}", **options)
+        group.add_argument(f"--sparsity.{name.replace('_', '-')}", dest=f"sparsity.{name}", **given)
 
 
 def read_sparsity(args: argparse.Namespace) -> Sparsity | None:

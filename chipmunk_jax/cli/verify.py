@@ -41,7 +41,9 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
-    parser.add_argument("--prompt", action="append", help=f"may be given several times (default: {len(PROMPTS)} of ours)")
+    parser.add_argument(
+        "--prompt", action="append", help=f"may be given several times (default: {len(PROMPTS)} of ours)"
+    )
     parser.add_argument("-o", "--output", default="compare.png", help="PNG to write (default: compare.png)")
     parser.add_argument("--json", help="file to write the numbers to")
     parser.add_argument("--min-psnr", type=float, default=0.0, help="dB, of the median picture (default: 0)")
@@ -122,6 +124,8 @@ def _print(report: dict, output: Path) -> None:
     levels = " ".join(f"{level:.1f}" for level in report["psnr"])
     print(f"dense   {report['dense_seconds']:7.1f} s for {len(report['prompts'])} images, {report['steps']} steps")
     print(f"sparse  {report['sparse_seconds']:7.1f} s, {ratio:.2f} x as fast, on {report['device']}")
-    print(f"density {100 * density['attention']:7.1f} % of attention keys, {100 * density['mlp']:.1f} % of MLP neurons, over all steps")
+    print(
+        f"density {100 * density['attention']:7.1f} % of attention keys, {100 * density['mlp']:.1f} % of MLP neurons, over all steps"
+    )
     print(f"PSNR    {report['median_psnr']:7.1f} dB against the dense sample (median of {levels})")
     print(output)

@@ -1,0 +1,115 @@
+"""Who may import whom (DESIGN.md, section 2), read from the source; and what importing the package does."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("chipmunk_jax", "pallas_kernels")
+# Each room and the rooms that it may see; later ones see all earlier ones.
+SEES = {
+    "pallas_kernels": {"pallas_kernels"},
+    "core": {"pallas_kernels", "core"},
+    "models": {"pallas_kernels", "core", "models"},
+    "convert": {"pallas_kernels", "core", "models", "convert"},
+    "top": {"pallas_kernels", "core", "models", "convert", "top"},  # pipeline and cli
+}
+PYTORCH = {"torch", "torchvision", "torchaudio", "diffusers", "transformers", "safetensors", "accelerate"}
+
+
+def sources():
+    """Every source file, and the name under which it is installed."""
+    for folder, package in (
+        ("pallas_kernels", "pallas_kernels"),
+        ("chipmunk_jax", "chipmunk_jax"),
+        ("models", "chipmunk_jax.models"),
+        ("convert", "chipmunk_jax.convert"),
+    ):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            name = ".".join((package, *file.relative_to(ROOT / folder).with_suffix("").parts))
+            yield file, name.removesuffix(".__init__")
+
+
+FILES = dict(sources())
+
+
+def room_of(module):
+    """The room of a module of ours."""
+    top, _, rest = module.partition(".")
+    if top == "pallas_kernels":
+        return top
+    part = rest.partition(".")[0]
+    return part if part in ("models", "convert") else "top" if part in ("pipeline", "cli") else "core"
+
+
+def imported(source):
+    """Full names of all modules that a source imports, at any depth; of `from a import b` both a and a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(module, source):
+    """Imports of ours that the module's room may not see."""
+    names = [name for name in imported(source) if name.split(".")[0] in OURS]
+    return [name for name in names if room_of(name) not in SEES[room_of(module)]]
+
+
+def test_the_rooms_are_all_there():
+    assert {room_of(module) for module in FILES.values()} == SEES.keys()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_room_imports_a_later_one(file):
+    assert violations(FILES[file], file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "forbidden"),
+    [
+        ("pallas_kernels.topk", "from chipmunk_jax.cache import Columns", True),
+        ("pallas_kernels.topk", "import chipmunk_jax", True),
+        ("chipmunk_jax.sampling", "def f():\n  from chipmunk_jax.models.flux import Flux", True),
+        ("chipmunk_jax.sampling", "from chipmunk_jax import pipeline", True),
+        ("chipmunk_jax", "import chipmunk_jax.cli.main", True),
+        ("chipmunk_jax.models.flux", "from chipmunk_jax import convert", True),
+        ("chipmunk_jax.convert.rules", "from chipmunk_jax.pipeline import Pipeline", True),
+        ("chipmunk_jax.convert.rules", "from chipmunk_jax.models import Flux", False),
+        ("chipmunk_jax.sampling", "import pallas_kernels.topk, numpy", False),
+        ("chipmunk_jax.cli.main", "from chipmunk_jax.pipeline import Pipeline", False),
+    ],
+)
+def test_a_forbidden_import_would_be_found(module, source, forbidden):
+    assert bool(violations(module, source)) == forbidden
+
+
+def test_nothing_imports_pytorch():
+    files = [*FILES, *(ROOT / "examples").glob("*.py")]
+    found = {file.name: {name.split(".")[0] for name in imported(file.read_text())} & PYTORCH for file in files}
+    assert not any(found.values()), found
+
+
+def test_all_imports_work_in_another_folder_without_pytorch(tmp_path):
+    """In a new process, as this one has imported more."""
+    modules = [module for module in FILES.values() if not module.startswith("chipmunk_jax.cli.bench")]
+    program = "\n".join(
+        [
+            "import importlib, sys",
+            f"sys.modules.update(dict.fromkeys({sorted(PYTORCH)}))  # None: importing it fails",
+            "import chipmunk_jax",
+            "later = [name for name in sys.modules if name.startswith(('chipmunk_jax.models', 'chipmunk_jax.convert'))]",
+            "assert not later, later",
+            f"for name in {modules}: importlib.import_module(name)",
+            "print(chipmunk_jax.sample.__name__)",
+        ]
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "sample\n"), done.stderr

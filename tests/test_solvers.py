@@ -1,0 +1,67 @@
+"""Times and steps against diffusers' (golden/make_flux_golden.py)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chipmunk_jax import Euler, flux_timesteps
+from chipmunk_jax.convert.safetensors import read_weights
+
+GOLDEN = Path(__file__).parent / "golden" / "schedules.safetensors"
+
+
+def golden(key):
+    return read_weights(GOLDEN).tensors[key].read()
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(28, 1024), (50, 3840), (10, 4096)])
+def test_times_equal_those_of_diffusers(steps, tokens):
+    """Theirs are float32 throughout, ours rounded once: 1e-6 is some ten units in the last place of 1."""
+    expected, times = golden(f"dev.{steps}.{tokens}"), flux_timesteps(steps, tokens)
+    assert times.shape == expected.shape == (steps + 1,) and times.dtype == np.float32
+    np.testing.assert_allclose(times, expected, rtol=0, atol=1e-6)
+
+
+def test_times_of_schnell_are_evenly_spaced():
+    times = flux_timesteps(4, 1024, shift=False)
+    np.testing.assert_allclose(times, golden("schnell.4"), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(times, [1, 0.75, 0.5, 0.25, 0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+@pytest.mark.parametrize("tokens", [1, 256, 1024, 16384])
+def test_times_fall_from_1_to_0(steps, tokens):
+    times = flux_timesteps(steps, tokens)
+    assert times[0] == 1 and times[-1] == 0 and len(times) == steps + 1
+    assert np.all(np.diff(times) < 0)
+
+
+def test_larger_images_stay_longer_at_high_noise():
+    small, large = flux_timesteps(10, 256), flux_timesteps(10, 4096)
+    assert np.all(large[1:-1] > small[1:-1])
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_is_one_error(steps):
+    with pytest.raises(ValueError, match=rf"^steps={steps}: expected at least 1$"):
+        flux_timesteps(steps, 256)
+
+
+def test_euler_walks_the_path_of_diffusers():
+    """Ten steps of values of order 1, both in float32: 1e-5 is some ten roundings a step."""
+    path, times = golden("euler.dev.10.4096"), flux_timesteps(10, 4096)
+    assert path.shape == (11, 2, 12, 4)
+    solver, x = Euler(), path[0]
+    state = solver.init(x)
+    for i, expected in enumerate(path[1:]):
+        velocity = np.tanh(x) * (np.float32(0.5) + times[i])  # theirs: 0.5 + t / 1000, where t = 1000 sigma
+        x, state = solver.step(x, state, velocity, times[i], times[i + 1])
+        assert x.dtype == np.float32
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5)
+
+
+def test_euler_is_exact_for_a_constant_velocity():
+    x, velocity = np.float32([1, -2, 0.5]), np.float32([0.25, 1, -4])
+    moved, _ = Euler().step(x, Euler().init(x), velocity, np.float32(0.75), np.float32(0.25))
+    np.testing.assert_array_equal(moved, [0.875, -2.5, 2.5])

@@ -1,0 +1,207 @@
+"""Configs: presets are the paper's, files and overrides say the same as code, and what is wrong is one sentence."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, load_sparsity
+from chipmunk_jax.sparsity import PRESETS, to_dict
+
+PARTS = [AttentionSparsity, MlpSparsity]
+# Every field away from its default.
+OTHER = Sparsity(
+    attention=AttentionSparsity(
+        top_keys=0.2,
+        random_keys=0.01,
+        max_keys=0.5,
+        first_n_dense_layers=1,
+        full_step_every=7,
+        full_step_schedule=(0, 1, 9),
+        group=192,
+        recompute_mask=True,
+    ),
+    mlp=MlpSparsity(top_keys=1.0, random_keys=0.0, full_step_schedule=(0, 5), select_every=3, cache="residual"),
+    patches=(6, 3, 1),
+)
+
+
+def fails(act, *words):
+    """act() raises one ValueError of one line that holds all words."""
+    with pytest.raises(ValueError) as error:
+        act()
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_the_flux_preset_has_the_values_of_the_paper():
+    assert set(PRESETS) == {"flux"}
+    attention, mlp = PRESETS["flux"].attention, PRESETS["flux"].mlp
+    assert (attention.top_keys, attention.random_keys, attention.recompute_mask) == (0.165, 0.0, False)
+    assert (mlp.top_keys, mlp.random_keys, mlp.select_every, mlp.cache) == (0.3, 0.05, 2, "activations")
+    for part in (attention, mlp):
+        assert (part.first_n_dense_layers, part.full_step_every, part.full_step_schedule) == (2, 10, None)
+        assert (part.group, part.max_keys) == (128, None)
+    assert PRESETS["flux"].patches == (8, 4)
+    assert PRESETS["flux"] == Sparsity() == load_sparsity("flux")
+
+
+@pytest.mark.parametrize("sparsity", [Sparsity(), OTHER, Sparsity(attention=None, patches=()), Sparsity(mlp=None)])
+def test_dictionaries_and_files_give_back_the_same_config(tmp_path, sparsity):
+    tree = to_dict(sparsity)
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
+    for source in (sparsity, tree, tmp_path / "a.json", str(tmp_path / "a.yaml")):
+        found = load_sparsity(source)
+        assert found == sparsity and hash(found) == hash(sparsity)
+
+
+def test_keys_left_out_keep_their_defaults(tmp_path):
+    (tmp_path / "a.yml").write_text("attention: {top_keys: 0.2}\nmlp: null\n")
+    assert load_sparsity(tmp_path / "a.yml") == Sparsity(attention=AttentionSparsity(top_keys=0.2), mlp=None)
+    assert load_sparsity({}) == Sparsity()
+
+
+def test_overrides_by_dotted_names_win():
+    overrides = {"attention.top_keys": 0.4, "mlp.cache": "residual", "mlp.full_step_schedule": [5, 0], "patches": []}
+    expected = Sparsity(
+        attention=AttentionSparsity(top_keys=0.4),
+        mlp=MlpSparsity(cache="residual", full_step_schedule=(0, 5)),
+        patches=(),
+    )
+    source = {"attention": {"top_keys": 0.1}, "mlp": None}
+    assert load_sparsity(source, overrides) == load_sparsity("flux", overrides) == expected
+    assert source == {"attention": {"top_keys": 0.1}, "mlp": None}  # the caller's own is left alone
+    assert load_sparsity("flux", {"mlp": None}) == Sparsity(mlp=None)
+    assert load_sparsity(OTHER, {"attention.max_keys": None}).attention.max_keys is None
+    assert load_sparsity("flux") == Sparsity()
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "words"),
+    [
+        ({"atention": {}}, {}, ["sparsity: unknown key atention", "attention, mlp, patches"]),
+        ({"attention": {"topkeys": 1}}, {}, ["sparsity.attention: unknown key topkeys", "top_keys", "recompute_mask"]),
+        ({"mlp": {"recompute_mask": True, 7: 7}}, {}, ["sparsity.mlp: unknown key recompute_mask, 7", "select_every"]),
+        ("flux", {"mlp.keys": 1}, ["sparsity.mlp: unknown key keys", "top_keys"]),
+        ("flux", {"keys": 1}, ["sparsity: unknown key keys"]),
+        ("flux", {"a.b": 1}, ["sparsity: unknown key a"]),
+        ({"mlp": 3}, {}, ["sparsity.mlp=3", "expected keys"]),
+        ({"mlp": 3}, {"mlp.top_keys": 0.2}, ["sparsity.mlp=3", "expected keys"]),
+        ("fluks", {}, ["'fluks'", "flux"]),
+    ],
+)
+def test_unknown_keys_are_one_error_that_names_them_and_the_known(source, overrides, words):
+    fails(lambda: load_sparsity(source, overrides), *words)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "just words", "", "a: b: c"])
+def test_a_file_that_is_no_config_is_named(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    fails(lambda: load_sparsity(tmp_path / "bad.yaml"), "bad.yaml")
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        load_sparsity(tmp_path / "none.yaml")
+
+
+BAD = [
+    ("top_keys", 0, "fraction above 0"),
+    ("top_keys", 1.2, "fraction above 0"),
+    ("top_keys", math.nan, "fraction above 0"),
+    ("top_keys", -0.1, "fraction above 0"),
+    ("top_keys", math.inf, "fraction above 0"),
+    ("top_keys", "0.2", "a number"),
+    ("top_keys", True, "a number"),
+    ("top_keys", None, "a number"),
+    ("random_keys", 1.0, "below 1"),
+    ("random_keys", math.nan, "below 1"),
+    ("max_keys", 0.0, "above 0"),
+    ("max_keys", math.nan, "above 0"),
+    ("group", 100, "multiple of 64"),
+    ("group", 0, "multiple of 64"),
+    ("group", 128.0, "whole number"),
+    ("full_step_every", 0, "at least 1"),
+    ("first_n_dense_layers", -1, "0 or more"),
+    ("first_n_dense_layers", 3.5, "whole number"),
+    ("full_step_schedule", 10, "list of whole numbers"),
+    ("full_step_schedule", [0, True], "list of whole numbers"),
+    ("full_step_schedule", (), "step"),
+    ("full_step_schedule", (-1, 0, 1), "step"),
+]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize(("name", "value", "expected"), BAD)
+def test_values_out_of_range_are_one_error_in_code_and_in_files(kind, name, value, expected):
+    fails(lambda: kind(**{name: value}), name, expected)
+    part = {AttentionSparsity: "attention", MlpSparsity: "mlp"}[kind]
+    fails(lambda: load_sparsity({part: {name: value}}), f"sparsity.{part}.{name}=", expected)
+    fails(lambda: load_sparsity("flux", {f"{part}.{name}": value}), f"sparsity.{part}.{name}=", expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AttentionSparsity(recompute_mask=1), ["recompute_mask=1", "true or false"]),
+        (lambda: MlpSparsity(cache="disk"), ["cache=disk", "'activations' or 'residual'"]),
+        (lambda: MlpSparsity(cache=3), ["cache=3", "word"]),
+        (lambda: MlpSparsity(select_every=0), ["select_every=0"]),
+        (lambda: Sparsity(patches=(8, 3)), ["patches=(8, 3)", "divide"]),
+        (lambda: Sparsity(patches=(4, 8)), ["patches=(4, 8)", "divide"]),
+        (lambda: Sparsity(patches=(0,)), ["patches=(0,)"]),
+        (lambda: Sparsity(patches=4), ["patches=4", "list of whole numbers"]),
+        (lambda: Sparsity(attention={"top_keys": 0.2}), ["attention=", "AttentionSparsity or None"]),
+        (lambda: Sparsity(mlp=AttentionSparsity()), ["mlp=", "MlpSparsity or None"]),
+    ],
+)
+def test_values_of_one_part_are_checked_too(make, words):
+    fails(make, *words)
+
+
+def test_room_below_the_kept_share_is_refused():
+    fails(lambda: AttentionSparsity(top_keys=0.2, max_keys=0.19), "max_keys=0.19", "at least 0.2")
+    # Three tenths by score, and a twentieth of the other seven by chance: 0.335.
+    fails(lambda: MlpSparsity(max_keys=0.33), "max_keys=0.33", "at least 0.335")
+    assert MlpSparsity(max_keys=0.335).max_keys == 0.335
+
+
+@pytest.mark.parametrize("schedule", [(0,), (1,), (0, 2), (1, 2), (0, 5, 10)])
+def test_an_attention_schedule_holds_steps_0_and_1(schedule):
+    fails(lambda: AttentionSparsity(full_step_schedule=schedule), "full_step_schedule", "0 and 1")
+
+
+@pytest.mark.parametrize("schedule", [(1,), (1, 10)])
+def test_an_mlp_schedule_holds_step_0(schedule):
+    fails(lambda: MlpSparsity(full_step_schedule=schedule), "full_step_schedule", "step 0")
+
+
+def test_schedules_are_sets_of_steps():
+    assert AttentionSparsity(full_step_schedule=[40, 1, 0, 1]).full_step_schedule == (0, 1, 40)
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 100, 128, 1000, 4352, 12288, 119040])
+@pytest.mark.parametrize("top_keys", [1e-6, 0.01, 0.165, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("kind", PARTS)
+def test_kept_columns_are_the_nearest_multiple_of_64_and_never_more_than_all(kind, columns, top_keys):
+    config = kind(top_keys=top_keys, random_keys=0.0)
+    kept = config.kept(columns)
+    assert kept == config.capacity(columns)
+    assert kept == columns or (0 < kept < columns and kept % 64 == 0)
+    if top_keys == 1.0:
+        assert kept == columns
+    else:
+        nearest = min(range(64, columns + 128, 64), key=lambda n: abs(n - top_keys * columns))
+        assert kept == min(nearest, columns)
+
+
+def test_kept_columns_of_the_presets():
+    # 0.165 x 4352 = 718, between 704 and 768; 0.335 x 12288 = 4116, between 4096 and 4160.
+    assert AttentionSparsity().kept(4352) == 704
+    assert MlpSparsity().kept(12288) == 4096
+
+
+def test_room_for_more_columns_changes_the_capacity_alone():
+    small, roomy = AttentionSparsity(top_keys=0.1), AttentionSparsity(top_keys=0.1, max_keys=0.5)
+    assert roomy.kept(1000) == small.kept(1000) == small.capacity(1000) == 128
+    assert roomy.capacity(1000) == 512
+    assert AttentionSparsity(top_keys=0.1, max_keys=1.0).capacity(1000) == 1000
