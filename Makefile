@@ -9,7 +9,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	@rm -rf demo && mkdir demo
 	$(BIN)/chipmunk convert examples/mini-flux demo/mini-flux
-	$(BIN)/chipmunk verify demo/mini-flux -o demo/compare.png --json demo/compare.json
+	$(BIN)/chipmunk verify demo/mini-flux --sparsity mini-flux -o demo/compare.png --json demo/compare.json
 
 test: .venv/tested
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def _full_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
 
 def _select_delta(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     mean, cached = _group_mean(x, mlp, step), cache.group_mean[step.layer]
-    columns = _choose(jnp.abs(mean - cached), cache.columns, step.mlp, step)
+    columns = _choose(jnp.abs(mean - cached).astype(x.dtype), cache.columns, step.mlp, step)
     # Only the chosen neurons' means move on: what the others drift adds up until they are chosen.
     moved = _store_chosen(cached, mean, columns.indices[step.layer], columns.counts[step.layer])
     cache = cache.replace(columns=columns, group_mean=cache.group_mean.at[step.layer].set(moved))
@@ -162,7 +162,7 @@ def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     # A neuron matters by what it can add: the mean size of its activation times the length of its row.
     size = split_groups(jnp.abs(activations.astype(jnp.float32)), step.mlp.group).mean(-2)  # [B, G, F]
     score = size * jnp.linalg.norm(mlp.fc2[layer].astype(jnp.float32), axis=-1)
-    cache = cache.replace(columns=_choose(score, cache.columns, step.mlp, step))
+    cache = cache.replace(columns=_choose(score.astype(x.dtype), cache.columns, step.mlp, step))
     columns, options = _neurons(cache, step)
     chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
     residual = store_column_fc2(chosen, mlp.fc2, *columns, out=cache.out, dense=out, **options)
@@ -191,7 +191,7 @@ def _group_mean(x, mlp: MlpWeights, step: Step):
 
 def _choose(scores: jax.Array, columns: Columns, share: Share, step: Step) -> Columns:
     """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n]."""
-    lucky = jax.random.bernoulli(step.key, share.random, scores.shape)
+    lucky = jax.random.bernoulli(step.key, share.random, scores.shape[1:])  # the same in any batch
     scores = jnp.where(lucky, jnp.inf, scores)
     capacity = columns.indices.shape[-1]
     indices, counts = topk_columns(scores, share.keep, capacity=capacity, implementation=step.implementation)

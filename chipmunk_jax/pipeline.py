@@ -141,14 +141,13 @@ class Pipeline:
             self.words.encode(prompts),
             timesteps=flux_timesteps(steps, shape[0]),
             grid=grid,
-            sparsity=sparsity,
+            sparsity=sparsity,  # its chance columns have a seed of their own, as an image must not depend on the batch's
             guidance=guidance,
-            seed=seed,
             progress=progress,
             callback=callback,
             implementation=implementation,
         )
-        return to_pixels(np.asarray(tokens), grid)
+        return to_pixels(tokens, grid)
 
 
 def check_request(
@@ -178,7 +177,7 @@ def check_request(
         check_schedules(sparsity, steps)
 
 
-def to_pixels(tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def to_pixels(tokens: jax.typing.ArrayLike, grid: tuple[int, int]) -> np.ndarray:
     """Images f32 [B, H, W, 3] in [0, 1] from tokens [B, N, 12] in raster order, each (channel, row, column) in [-1, 1]."""
-    patches = tokens.reshape(-1, *grid, 3, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
+    patches = np.asarray(tokens).reshape(-1, *grid, 3, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
     return np.clip((patches.reshape(-1, grid[0] * PATCH, grid[1] * PATCH, 3) + 1) / 2, 0, 1)

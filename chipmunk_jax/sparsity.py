@@ -228,4 +228,11 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value}: expected {expected}")
 
 
-PRESETS: dict[str, Sparsity] = {"flux": Sparsity()}
+PRESETS: dict[str, Sparsity] = {
+    # FLUX.1 at 4,352 tokens and 50 steps: the paper's values.
+    "flux": Sparsity(),
+    # The small model at 1,040 tokens and 28 steps: as many full steps a sample, as many groups an image.
+    "mini-flux": Sparsity(
+        attention=AttentionSparsity(group=64, full_step_every=5), mlp=MlpSparsity(group=64, full_step_every=5)
+    ),
+}

@@ -1,7 +1,7 @@
 """Exact top-k columns of rows of scores, as ascending lists.
 
 Non-negative floats order like their bit patterns. One program a row finds the k-th largest pattern digit by digit, four bits a
-pass with 15 counters, then writes the ids of the larger patterns, and of the leftmost equal ones, in ascending order.
+pass, then writes the ids of the larger patterns, and of the leftmost equal ones, in ascending order.
 """
 
 import functools
@@ -43,22 +43,24 @@ def topk_columns(
     if implementation == "reference":
         order = lax.top_k(scores, capacity)[1]  # stable: equal scores in ascending order of their ids
         return jnp.sort(jnp.where(jnp.arange(capacity) < k, order, width), axis=-1).astype(jnp.int32), counts
+    warps = 4 if counts.size > 512 else 8  # few rows leave processors idle: each gets a larger program
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
     indices = pl.pallas_call(
-        functools.partial(_body, digits=4 if bits.dtype == jnp.int16 else 8),
+        functools.partial(_body, digits=4 if bits.dtype == jnp.int16 else 8, block=256 * warps),
         grid=(counts.size,),
         name="topk_columns",
         out_shape=jax.ShapeDtypeStruct((counts.size, capacity), jnp.int32),
         interpret=implementation == "interpret",
-        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
+        compiler_params=dispatch.compiler_params(num_warps=warps, num_stages=2),
     )(bits.reshape(-1, width), k[None])
     return indices.reshape(*scores.shape[:-1], capacity), counts
 
 
-def _body(bits_ref, k_ref, indices_ref, *, digits, block=1024):
+def _body(bits_ref, k_ref, indices_ref, *, digits, block):
     row = pl.program_id(0)
-    width, capacity = bits_ref.shape[1], indices_ref.shape[-1]
+    width, capacity = bits_ref.shape[1], indices_ref.shape[1]
     blocks = -(-width // block)
+    values = jnp.arange(16)  # of a digit
 
     def load(j):
         columns = j * block + jnp.arange(block)
@@ -74,16 +76,14 @@ def _body(bits_ref, k_ref, indices_ref, *, digits, block=1024):
 
         def count(j, at_least, shift=shift, threshold=threshold):
             pattern, _, inside = load(j)
-            open_ = inside & (_above(pattern, shift) == _above(threshold, shift))
-            value = (pattern >> shift) & 15
-            return tuple(n + jnp.sum(jnp.where(open_ & (value >= d), 1, 0)) for d, n in enumerate(at_least, 1))
+            same = inside & (_above(pattern, shift) == _above(threshold, shift))
+            value = jnp.where(same, (pattern >> shift) & 15, -1)
+            # One reduction of a tile of 16 rows: as many separate ones would each wait for the whole program.
+            return at_least + (value[None, :] >= values[:, None]).astype(jnp.int32).sum(axis=1)
 
-        at_least = lax.fori_loop(0, blocks, count, (jnp.int32(0),) * 15)  # columns whose digit is >= 1, .., >= 15
-        chosen, larger = jnp.int32(0), at_least[0]
-        for d, n in enumerate(at_least, 1):
-            chosen = jnp.where(n >= wanted, d, chosen)
-            larger = jnp.where(n >= wanted, at_least[d] if d < 15 else 0, larger)
-        wanted = wanted - larger
+        at_least = lax.fori_loop(0, blocks, count, jnp.zeros(16, jnp.int32))  # columns whose digit is >= 0, .., >= 15
+        chosen = jnp.sum(((at_least >= wanted) & (values > 0)).astype(jnp.int32))  # at_least falls from left to right
+        wanted = wanted - jnp.sum(jnp.where(values == chosen + 1, at_least, 0))
         threshold = threshold | (chosen << shift)
 
     def compact(j, carry):

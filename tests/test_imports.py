@@ -17,7 +17,7 @@ SEES = {
     "convert": {"pallas_kernels", "core", "models", "convert"},
     "top": {"pallas_kernels", "core", "models", "convert", "top"},  # pipeline and cli
 }
-PYTORCH = {"torch", "torchvision", "torchaudio", "diffusers", "transformers", "safetensors", "accelerate"}
+PYTORCH = {"torch", "torchvision", "diffusers", "transformers", "accelerate"}
 
 
 def sources():

@@ -13,7 +13,7 @@ from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.pipeline import Pipeline, WordTable, to_pixels
 
 PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
-SIZE = dict(height=20, width=12, steps=4)  # a grid of 10 x 6 tokens, ragged in patches and in groups
+SIZE = dict(height=20, width=12, steps=3)  # a grid of 10 x 6 tokens, ragged in patches and in groups
 SPARSITY = Sparsity(mlp=MlpSparsity(first_n_dense_layers=0, random_keys=0.2))
 
 
@@ -125,20 +125,23 @@ def test_pixels_undo_patches():
 
 @pytest.mark.parametrize("sparsity", [None, SPARSITY], ids=["dense", "sparse"])
 def test_an_image_is_the_same_alone_and_in_any_batch(pipeline, sparsity):
-    batch = pipeline(PROMPTS, **SIZE, seed=5, sparsity=sparsity)
+    """Alone to 1e-5: a CPU sums some hundred float32 terms in another order for another batch (seen: 3e-7)."""
+    settings = SIZE | dict(sparsity=sparsity, progress=True)  # as test_cli.py, to share its compiled program
+    batch = pipeline(PROMPTS, **settings, seed=5)
     assert batch.shape == (3, 20, 12, 3) and batch.dtype == np.float32
     assert batch.min() >= 0 and batch.max() <= 1 and batch.std() > 0.1
-    np.testing.assert_array_equal(pipeline(PROMPTS, **SIZE, seed=5, sparsity=sparsity), batch)
+    np.testing.assert_array_equal(pipeline(PROMPTS, **settings, seed=5), batch)
     for i in (0, 2):
-        alone = pipeline(PROMPTS[i : i + 1], **SIZE, seed=5 + i, sparsity=sparsity)
-        np.testing.assert_array_equal(alone[0], batch[i])
+        alone = pipeline(PROMPTS[i : i + 1], **settings, seed=5 + i)
+        np.testing.assert_allclose(alone[0], batch[i], rtol=0, atol=1e-5)
 
 
 def test_seed_prompt_and_guidance_each_change_the_image(pipeline):
-    image = pipeline(PROMPTS[:1], **SIZE, seed=1)
-    assert np.any(pipeline(PROMPTS[:1], **SIZE, seed=2) != image)
-    assert np.any(pipeline(PROMPTS[1:2], **SIZE, seed=1) != image)
-    assert np.any(pipeline(PROMPTS[:1], **SIZE, seed=1, guidance=3.0) != image)
+    settings = SIZE | dict(seed=1, progress=True)
+    image = pipeline(PROMPTS[:1], **settings)
+    for change in (dict(seed=2), dict(guidance=3.0)):
+        assert np.any(pipeline(PROMPTS[:1], **settings | change) != image)
+    assert np.any(pipeline(PROMPTS[1:2], **settings) != image)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_seed_prompt_and_guidance_each_change_the_image(pipeline):
         (dict(guidance=float("nan")), ["guidance=nan", "finite"]),
         (dict(seed=-1), ["seed=-1", "0 to"]),
         (dict(seed=2**32), [f"seed={2**32}", "0 to"]),
-        (dict(sparsity=Sparsity(mlp=MlpSparsity(full_step_schedule=(0, 4)))), ["mlp.full_step_schedule", "step 4"]),
+        (dict(sparsity=Sparsity(mlp=MlpSparsity(full_step_schedule=(0, 3)))), ["mlp.full_step_schedule", "step 3"]),
     ],
 )
 def test_a_bad_request_is_one_error_before_the_model_is_called(words, change, expected):

@@ -15,7 +15,7 @@ from a PyTorch checkpoint to pictures:
   chipmunk inspect examples/mini-flux                       what is it?
   chipmunk convert examples/mini-flux mini                  read it without PyTorch
   chipmunk sample mini --prompt "red striped heart on meadow" --sparsity flux -o heart.png
-  chipmunk verify mini -o compare.png                       dense, sparse and their difference, side by side
+  chipmunk verify mini --sparsity mini-flux -o compare.png                       dense, sparse and their difference, side by side
 
 `chipmunk COMMAND --help` says more, with examples."""
 

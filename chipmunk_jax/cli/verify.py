@@ -23,7 +23,7 @@ sparse and their difference side by side. The exit status is 1 where the median 
 
 EXAMPLES = """\
 examples:
-  chipmunk verify mini -o compare.png
+  chipmunk verify mini --sparsity mini-flux -o compare.png
   chipmunk verify mini --sparsity.attention.top-keys 0.3 --min-psnr 30 --json report.json"""
 
 PROMPTS = ("red striped heart on meadow", "blue plain ring on night", "yellow checkered disc on sky")

@@ -1,0 +1,340 @@
+"""The `chipmunk` command: bad input is one sentence, at once and without traces; good input is files that say what they are."""
+
+import argparse
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from chipmunk_jax import Sparsity, load_sparsity
+from chipmunk_jax.cli import sample, verify
+from chipmunk_jax.cli.main import main
+from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.pipeline import Pipeline
+from chipmunk_jax.sparsity import to_dict
+
+PROMPT = "red striped heart on meadow"
+SMALL = ["--height", "20", "--width", "12", "--steps", "3"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model is long work, too late for an error."""
+
+    def never(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("chipmunk_jax.pipeline.load", never)
+
+
+def run(command, checkpoint, *flags):
+    """Exit status of a small sample or verification."""
+    given = list(map(str, flags))
+    prompt = [] if "--prompt" in given else ["--prompt", PROMPT]
+    return main([command, str(checkpoint), *prompt, *SMALL, *given])
+
+
+def assert_one_sentence(capsys, *words):
+    """What was printed is one line on stderr that holds all words."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("chipmunk: ") and captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert all(word in captured.err for word in words), captured.err
+
+
+BAD = [
+    (["--height", 21], ["height=21", "multiple of 2"]),
+    (["--width", 7], ["width=7", "multiple of 2"]),
+    (["--height", 0], ["height=0", "positive multiple of 2"]),
+    (["--steps", 0], ["steps=0", "at least 1"]),
+    (["--steps", -3], ["steps=-3", "at least 1"]),
+    (["--seed", -1], ["seed=-1", "expected 0 to"]),
+    (["--seed", 10**30], ["seed=1000", "expected 0 to"]),
+    (["--guidance", "nan"], ["guidance=nan", "finite"]),
+    (["--prompt", "red striped dog on meadow"], ["'red striped dog on meadow'", "one shape of disc, ring, heart"]),
+    (["--prompt", ""], ["''", "one shape"]),
+    (["-o", "none/out.png"], ["none/out.png", "no folder none"]),
+    (["-o", "out.jpg"], ["out.jpg", ".png"]),
+    (["-o", "."], [".png"]),
+    (["--sparsity.attention.top-keys", 0], ["attention.top_keys=0", "above 0 and up to 1"]),
+    (["--sparsity.attention.top-keys", 1.2], ["attention.top_keys=1.2", "above 0 and up to 1"]),
+    (["--sparsity.attention.top-keys", "nan"], ["attention.top_keys=nan", "above 0 and up to 1"]),
+    (["--sparsity.mlp.top-keys", "many"], ["mlp.top_keys='many'", "a number"]),
+    (["--sparsity.mlp.group", 100], ["mlp.group=100", "multiple of 64"]),
+    (["--sparsity.patches", "8,3"], ["patches=(8, 3)", "divide"]),
+    (["--sparsity", "fluks"], ["'fluks'", "one of flux"]),
+    (["--sparsity", "none.yaml"], ["none.yaml", "no such file"]),
+    (["--sparsity.mlp.full-step-schedule", "0,3"], ["mlp.full_step_schedule", "step 3", "3 steps (0 to 2)"]),
+    (["--sparsity.attention.full-step-schedule", "0,1,40"], ["attention.full_step_schedule", "step 40"]),
+]
+
+
+@pytest.mark.parametrize("command", ["sample", "verify"])
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=[" ".join(map(str, flags)) for flags, _ in BAD])
+def test_bad_input_is_one_sentence_before_a_model_is_loaded(
+    command, flags, words, checkpoint, folder, no_model, capsys
+):
+    assert run(command, checkpoint, *flags) == 2
+    assert_one_sentence(capsys, *words)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "words"),
+    [
+        ("sample", ["--batch", 0], ["--batch 0", "at least 1"]),
+        ("verify", ["--json", "none/a.json"], ["none/a.json", "no folder none"]),
+        ("verify", ["--json", "."], ["cannot be written"]),
+        ("verify", ["--steps", 1], ["--steps 1", "at least 2"]),
+    ],
+)
+def test_bad_input_of_one_command_is_one_sentence_too(command, flags, words, checkpoint, folder, no_model, capsys):
+    assert run(command, checkpoint, *flags) == 2
+    assert_one_sentence(capsys, *words)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sample", "verify"])
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"attention": {"topkeys": 0.2}}, ["sparsity.attention: unknown key topkeys", "known are top_keys"]),
+        ({"atention": None}, ["sparsity: unknown key atention", "known are attention, mlp, patches"]),
+        ({"mlp": {"top_keys": "0.2"}}, ["sparsity.mlp.top_keys='0.2'", "a number"]),
+        ([1, 2], ["bad.yaml", "expected keys"]),
+    ],
+)
+def test_a_bad_sparsity_file_is_one_sentence(command, tree, words, checkpoint, tmp_path, folder, no_model, capsys):
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert run(command, checkpoint, "--sparsity", file) == 2
+    assert_one_sentence(capsys, *words)
+    assert not list(folder.iterdir())
+
+
+def remove_config(checkpoint):
+    (checkpoint / "config.json").unlink()
+
+
+def remove_words(checkpoint):
+    (checkpoint / "words.json").unlink()
+
+
+def break_words(checkpoint):
+    (checkpoint / "words.json").write_text("{}")
+
+
+def make_source(checkpoint):
+    """As a diffusers folder: a config.json, and no weights of ours."""
+    shutil.rmtree(checkpoint / "weights")
+    (checkpoint / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+
+
+def make_bare_source(checkpoint):
+    make_source(checkpoint)
+    remove_words(checkpoint)
+
+
+def cut_weights(checkpoint):
+    """As a copy that was interrupted."""
+    largest = max((checkpoint / "weights").rglob("d/*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+
+
+DAMAGES = [
+    (shutil.rmtree, "no such folder"),
+    (remove_config, "half-written"),
+    (make_source, "not a converted checkpoint; make one with `chipmunk convert"),
+    (make_bare_source, "not a converted checkpoint; make one with `chipmunk convert"),
+    (remove_words, "no words.json"),
+    (break_words, "bad word table"),
+    (cut_weights, "damaged weights"),
+]
+
+
+@pytest.mark.parametrize("command", ["sample", "verify"])
+@pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
+def test_a_bad_checkpoint_is_one_sentence(command, damage, words, checkpoint, tmp_path, folder, capsys):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    damage(copy)
+    assert run(command, copy) == 2
+    assert_one_sentence(capsys, str(copy), words)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_a_bad_source_is_one_sentence(command, checkpoint, tmp_path, folder, capsys):
+    target = ["target"] if command == "convert" else []
+    (tmp_path / "empty").mkdir()
+    for source, words in (("none", "no such file or folder"), (tmp_path / "empty", "holds no .safetensors file")):
+        assert main([command, str(source), *target]) == 2
+        assert_one_sentence(capsys, str(source), words)
+    if command == "convert":
+        assert main([command, str(checkpoint), "target"]) == 2
+        assert_one_sentence(capsys, "already converted")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["COMMAND"]),
+        (["smaple"], ["invalid choice", "smaple"]),
+        (["sample"], ["CKPT", "--prompt"]),
+        (["sample", "mini", "--prompt", PROMPT, "--steps", "few"], ["--steps", "few"]),
+        (["sample", "mini", "--prompt", PROMPT, "--sparsity.attention.keys", "1"], ["--sparsity.attention.keys"]),
+        (["verify", "mini", "--dtype", "int8"], ["--dtype", "bfloat16"]),
+    ],
+)
+def test_a_bad_command_line_exits_2_and_names_the_fault(flags, words, folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(flags)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("usage: chipmunk") and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "sample", "verify"])
+def test_help_has_examples_of_the_command(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert f"examples:\n  chipmunk {command}" in text and max(map(len, text.splitlines())) <= 125
+
+
+def test_help_lists_all_commands(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in ("convert", "inspect", "sample", "verify"))
+
+
+def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, capsys):
+    assert run("sample", checkpoint, "-o", "a.png", "--seed", 7, "--sparsity", "flux") == 0
+    assert [file.name for file in folder.iterdir()] == ["a.png"]
+    assert "a.png\n" in capsys.readouterr().out
+    with Image.open(folder / "a.png") as image:
+        assert image.size == (12, 20) and image.mode == "RGB"
+        text, pixels = image.text, np.asarray(image)
+    assert text["prompt"] == PROMPT and text["seed"] == "7"
+    settings = json.loads(text["settings"])
+    expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7}
+    assert settings == expected | {"sparsity": to_dict(Sparsity())}
+    size = dict(height=20, width=12, steps=3)
+    image = Pipeline.load(checkpoint)([PROMPT], **size, seed=7, sparsity=Sparsity(), progress=True)[0]
+    np.testing.assert_array_equal(pixels, np.round(255 * image))
+
+
+def test_a_batch_is_numbered_files_with_seeds_of_their_own(checkpoint, folder):
+    assert run("sample", checkpoint, "--batch", 2, "--seed", 3) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["out-1.png", "out-2.png"]
+    images = [Image.open(folder / f"out-{i}.png") for i in (1, 2)]
+    assert [image.text["seed"] for image in images] == ["3", "4"]
+    assert [json.loads(image.text["settings"])["seed"] for image in images] == [3, 4]
+    assert np.any(np.asarray(images[0]) != np.asarray(images[1]))
+    for image in images:
+        image.close()
+
+
+def test_dense_ignores_sparsity(checkpoint, folder):
+    flags = ["--dense", "--sparsity", "flux", "--sparsity.mlp.top-keys", 0.1]
+    assert run("sample", checkpoint, "-o", "a.png", *flags) == 0
+    assert run("sample", checkpoint, "-o", "b.png") == 0
+    with Image.open("a.png") as a, Image.open("b.png") as b:
+        assert json.loads(a.text["settings"])["sparsity"] is None
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def parse(*flags, default=None):
+    """The Sparsity of a command line."""
+    parser = argparse.ArgumentParser()
+    add_sparsity_flags(parser, default)
+    return read_sparsity(parser.parse_args(list(flags)))
+
+
+def test_sparsity_flags_reach_the_config(tmp_path):
+    assert parse() is None
+    assert parse(default="flux") == parse("--sparsity", "flux") == Sparsity()
+    assert parse("--sparsity.attention.top-keys", "0.2") == load_sparsity("flux", {"attention.top_keys": 0.2})
+    found = parse(
+        *("--sparsity.attention.recompute-mask", "true"),
+        *("--sparsity.attention.full-step-schedule", "0,1,10,40"),
+        *("--sparsity.mlp.cache", "residual"),
+        *("--sparsity.mlp.first-n-dense-layers", "0"),
+        *("--sparsity.patches", "[]"),
+    )
+    assert found.attention.recompute_mask and found.attention.full_step_schedule == (0, 1, 10, 40)
+    assert (found.mlp.cache, found.mlp.first_n_dense_layers, found.patches) == ("residual", 0, ())
+    file = tmp_path / "a.yaml"
+    file.write_text("attention: {top_keys: 0.1, max_keys: 0.5}\nmlp: null\n")
+    found = parse("--sparsity", str(file), "--sparsity.attention.top-keys", "0.4")
+    assert (found.attention.top_keys, found.attention.max_keys, found.mlp) == (0.4, 0.5, None)
+    assert parse("--sparsity", str(file), "--sparsity.attention.max-keys", "null").attention.max_keys is None
+
+
+def test_every_field_has_a_flag():
+    tree = to_dict(Sparsity())
+    names = [f"{part}.{name}" for part in ("attention", "mlp") for name in tree[part]] + ["patches"]
+    for name in names:
+        value = load_sparsity("flux", {"patches": [4]}) if name == "patches" else None
+        flag = f"--sparsity.{name.replace('_', '-')}"
+        if value is not None:
+            assert parse(flag, "[4]") == value
+        else:
+            part, field = name.split(".")
+            assert parse(flag, json.dumps(tree[part][field])) == Sparsity()
+
+
+# In three layers, of which a preset's first two are dense.
+VERIFY = ["--sparsity.mlp.first-n-dense-layers", 0, "--prompt", PROMPT, "--prompt", "blue plain ring on night"]
+VERIFIED = {
+    *("prompts", "height", "width", "steps", "guidance", "seed", "sparsity", "density"),
+    *("dense_seconds", "sparse_seconds", "psnr", "median_psnr", "device", "jax"),
+}
+
+
+def test_verify_writes_its_sheet_and_numbers(checkpoint, folder, capsys):
+    assert run("verify", checkpoint, *VERIFY, "-o", "sheet.png", "--json", "numbers.json") == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["numbers.json", "sheet.png"]
+    report = json.loads((folder / "numbers.json").read_text())
+    assert report.keys() == VERIFIED
+    assert report["prompts"] == [PROMPT, "blue plain ring on night"]
+    assert report["sparsity"] == to_dict(load_sparsity("flux", {"mlp.first_n_dense_layers": 0}))
+    assert (report["steps"], report["jax"]) == (3, jax.__version__)
+    assert len(report["psnr"]) == 2 and report["median_psnr"] == pytest.approx(np.mean(report["psnr"]))
+    # Attention: 1 of 3 layers in 1 of 3 steps keeps 64 of 76 keys. MLP: 2 of 3 steps keep 64 of 128 neurons.
+    assert report["density"] == pytest.approx({"attention": 1 - 12 / 76 / 9, "mlp": 1 - 2 / 3 / 2})
+    with Image.open(folder / "sheet.png") as sheet:
+        assert json.loads(sheet.text["settings"]) == report
+        assert sheet.width > 3 * 3 * 12 and sheet.height > 2 * 3 * 20  # three pictures a row, a row a prompt, enlarged
+    out = capsys.readouterr().out
+    assert f"{report['median_psnr']:.1f} dB" in out and "sheet.png" in out
+
+
+def test_verify_exits_1_below_the_psnr_asked_for(checkpoint, folder):
+    assert run("verify", checkpoint, *VERIFY, "--min-psnr", 999) == 1
+    assert [file.name for file in folder.iterdir()] == ["compare.png"]
+
+
+def test_the_prompts_of_verify_are_sentences_of_the_words_that_the_help_of_sample_lists():
+    lines = [line.split() for line in sample.DESCRIPTION.splitlines() if line.startswith("  ")]
+    listed = {attribute: set(words) for attribute, *words in lines}
+    assert set(listed) == {"shape", "colour", "texture", "background"}
+    for prompt in verify.PROMPTS:
+        assert all(len(words & set(prompt.split())) == 1 for words in listed.values()), prompt
