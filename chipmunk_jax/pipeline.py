@@ -13,7 +13,7 @@ from flax import nnx
 from chipmunk_jax.convert import load
 from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
-from chipmunk_jax.sampling import Callback, Condition, sample
+from chipmunk_jax.sampling import Callback, Condition, check_room, sample
 from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import flux_timesteps
 from chipmunk_jax.sparsity import Sparsity
@@ -134,11 +134,15 @@ class Pipeline:
         check_request(self.words, prompts, **settings)
         grid = (height // PATCH, width // PATCH)
         shape = (grid[0] * grid[1], 3 * PATCH * PATCH)
+        cond = self.words.encode(prompts)
+        # Before the noise is drawn, which for an absurd size has no room either.
+        batch = len(prompts) if guidance is None else 2 * len(prompts)
+        check_room(self.model.stacks(shape[0], cond), sparsity, batch, self.model.dtype, implementation)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed + i), shape) for i in range(len(prompts))])
         tokens = sample(
             self.model,
             noise,
-            self.words.encode(prompts),
+            cond,
             timesteps=flux_timesteps(steps, shape[0]),
             grid=grid,
             sparsity=sparsity,  # its chance columns have a seed of their own, as an image must not depend on the batch's

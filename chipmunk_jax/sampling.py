@@ -22,6 +22,7 @@ from chipmunk_jax.schedule import Step, plan
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
+from pallas_kernels.dispatch import choose
 
 Condition = dict[str, jax.Array]
 Callback = Callable[[int, float, np.ndarray], None]
@@ -104,7 +105,7 @@ def sample(
     stacks = model.stacks(tokens, cond)
     first = next(iter(stacks.values()))
     table = plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width) if sparsity else None
-    check_room(stacks, sparsity, batch, model.dtype)
+    check_room(stacks, sparsity, batch, model.dtype, implementation)
 
     order = patch_order(grid, sparsity.patches if sparsity else ())
     arrays = dict(
@@ -161,11 +162,20 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
     model.check(noise, cond)
 
 
-def check_room(stacks: dict[str, Stack], sparsity: Sparsity | None, batch: int, dtype: jnp.dtype) -> None:
+def check_room(
+    stacks: dict[str, Stack],
+    sparsity: Sparsity | None,
+    batch: int,
+    dtype: jnp.dtype,
+    implementation: Implementation | None = None,
+) -> None:
     """Raises ValueError if the caches and the working set cannot fit the default device beside what lies there now."""
     parts = caches.nbytes(stacks, sparsity, batch, dtype)
     tokens, width = (max(getattr(s, name) for s in stacks.values()) for name in ("tokens", "mlp_width"))
     parts["activations of a layer"] = 4 * batch * tokens * width * jnp.dtype(dtype).itemsize
+    stack = next(iter(stacks.values()))
+    if choose(implementation, dtype=dtype, head_dim=stack.head_dim) != "pallas":
+        parts["scores of the reference attention"] = 2 * batch * stack.heads * tokens**2 * 4
     need, free = sum(parts.values()), _free_bytes()
     if free is not None and need > free:
         largest = max(parts, key=parts.get)

@@ -50,5 +50,5 @@ def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray
     t = np.linspace(1.0, 0.0, steps + 1)
     if shift:
         mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-        t[1:-1] = math.exp(mu) / (math.exp(mu) + 1 / t[1:-1] - 1)
+        t[1:-1] = 1 / (1 + math.exp(-mu) * (1 / t[1:-1] - 1))  # the same, and no overflow for any size
     return t.astype(np.float32)

@@ -37,8 +37,8 @@ class _ColumnSparsity:
             object.__setattr__(self, "full_step_schedule", tuple(sorted(set(self.full_step_schedule))))
         self._check_fractions()
         _require(self.group >= 64 and self.group % 64 == 0, "group", self.group, "a multiple of 64")
-        _require(self.full_step_every >= 1, "full_step_every", self.full_step_every, "at least 1")
-        _require(self.first_n_dense_layers >= 0, "first_n_dense_layers", self.first_n_dense_layers, "0 or more")
+        _require(1 <= self.full_step_every < 2**31, "full_step_every", self.full_step_every, "at least 1")
+        _require(0 <= self.first_n_dense_layers < 2**31, "first_n_dense_layers", self.first_n_dense_layers, "0 or more")
 
     def _check_fractions(self):
         _require(0 < self.top_keys <= 1, "top_keys", self.top_keys, "a fraction above 0 and up to 1")

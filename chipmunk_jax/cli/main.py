@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from chipmunk_jax.cli import bench, convert, inspect, sample, verify
 
 DESCRIPTION = """\
@@ -33,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"chipmunk: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"chipmunk: out of memory on {jax.devices()[0]}: use a smaller size or batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("chipmunk: interrupted", file=sys.stderr)
