@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chipmunk_jax.cli.device import keep_compilations
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.quality import relative_l2
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     grid = (args.height // pixels, args.width // pixels)
     tokens = grid[0] * grid[1]
     plan(sparsity, args.steps, tokens=tokens + text_tokens, mlp_width=config.mlp_width)  # a bad schedule, told at once
+    keep_compilations()
     model = random_flux(config, jnp.dtype(args.dtype))
     noise, cond = random_inputs(config, args.batch, tokens, text_tokens)
     timesteps = flux_timesteps(args.steps, tokens)

@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 
+from chipmunk_jax.cli.device import keep_compilations
 from chipmunk_jax.cli.images import check_writable, write_png
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.pipeline import Pipeline, WordTable, check_request
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [prompt for prompt in args.prompt for _ in range(args.batch)]
     settings = {name: getattr(args, name) for name in ("height", "width", "steps", "guidance", "seed")}
     check_request(WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
+    keep_compilations()
     pipeline = Pipeline.load(args.checkpoint, args.dtype)
     start = time.perf_counter()
     images = pipeline(prompts, **settings, sparsity=sparsity, progress=True)

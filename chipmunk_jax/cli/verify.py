@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from chipmunk_jax.cli.device import keep_compilations
 from chipmunk_jax.cli.images import check_writable, to_bytes, write_png
 from chipmunk_jax.cli.sample import add_sampling_flags
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     sparsity = read_sparsity(args)
     settings = {name: getattr(args, name) for name in ("height", "width", "steps", "guidance", "seed")}
     check_request(WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
+    keep_compilations()
     pipeline = Pipeline.load(args.checkpoint, args.dtype)
     dense, dense_seconds = _timed(pipeline, prompts, settings, None)
     sparse, sparse_seconds = _timed(pipeline, prompts, settings, sparsity)
