@@ -59,7 +59,7 @@ def train_judge(seconds: float, *, size: int, batch: int, seed: int) -> tuple[Ju
 
 def accuracies(judge: Judge, images: jax.Array, labels: jax.Array) -> dict[str, float]:
     """Share of images [B, S, S, 3] whose class the judge names as labels [B, 4] do, by attribute and for all four."""
-    logits = nnx.jit(lambda judge, images: judge(images))(judge, jnp.clip(images, -1, 1))
+    logits = _logits(judge, jnp.clip(images, -1, 1))
     right = np.stack([np.asarray(one.argmax(-1)) for one in logits], axis=-1) == np.asarray(labels)
     shares = dict(zip(ATTRIBUTES, right.mean(0), strict=True)) | {"all": right.all(1).mean()}
     return {name: round(float(share), 4) for name, share in shares.items()}
@@ -71,6 +71,11 @@ def write_grid(path: Path, images: np.ndarray, most: int = 64) -> None:
     pixels = np.uint8(np.clip((images[: side * side] + 1) * 127.5 + 0.5, 0, 255))
     grid = pixels.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
     Image.fromarray(grid).save(path)
+
+
+@nnx.jit
+def _logits(judge: Judge, images: jax.Array) -> list[jax.Array]:
+    return judge(images)
 
 
 def _train_steps(graph, optimizer, size, batch, state, key, steps, progress):

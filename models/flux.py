@@ -96,14 +96,14 @@ class Flux(nnx.Module):
         return out.astype(jnp.float32), {"double": double, "single": single}
 
     def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
-        """cos and sin of the rotary angles, f32 [T + N, 1, d / 2]."""
+        """cos and +-sin of the rotary angles as `rotate` takes them, f32 [T + N, 1, d] each."""
         positions = jnp.pad(positions.astype(jnp.float32), ((text_tokens, 0), (0, 0)))
         axes = [
             positions[:, axis, None] * self.config.theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
             for axis, width in enumerate(self.config.axes_dim)
         ]
-        angles = jnp.concatenate(axes, axis=-1)[:, None]
-        return jnp.cos(angles), jnp.sin(angles)
+        angles = jnp.repeat(jnp.concatenate(axes, axis=-1)[:, None], 2, axis=-1)
+        return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
 
     def positions(self, grid: tuple[int, int]) -> np.ndarray:
         """(0, row, column) of every image token of a grid (rows, columns), in raster order, f32 [N, 3]."""
@@ -149,10 +149,11 @@ class DoubleBlock(nnx.Module):
     def __call__(self, tokens, vec, rope, cache, step):
         img, txt = tokens
         img_mod, txt_mod = self.img.modulation(vec), self.txt.modulation(vec)  # 6 x [B, 1, D] each
-        qkv = zip(self.txt.qkv(txt, *txt_mod[:2]), self.img.qkv(img, *img_mod[:2]), strict=True)
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in qkv)  # [B, T + N, H, d]
-        out, cache = attend(rotate(q, rope, v.dtype), rotate(k, rope, v.dtype), v, cache, step)
-        txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
+        text = txt.shape[1]
+        txt_rope, img_rope = zip(*(jnp.split(table, [text]) for table in rope), strict=True)
+        qkv = zip(self.txt.qkv(txt, *txt_mod[:2], txt_rope), self.img.qkv(img, *img_mod[:2], img_rope), strict=True)
+        out, cache = attend(*(jnp.concatenate(pair, axis=1) for pair in qkv), cache, step)  # [B, T + N, H, d]
+        txt_out, img_out = jnp.split(out, [text], axis=1)
         img = add_gated(img, img_mod[2], self.img.proj(merge_heads(img_out)))
         txt = add_gated(txt, txt_mod[2], self.txt.proj(merge_heads(txt_out)))
         img_out, cache = self.img.mlp(modulate(img, *img_mod[3:5]), cache, step)
@@ -175,8 +176,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x, vec, rope, cache, step):
         shift, scale, gate = self.modulation(vec)  # [B, 1, D] each
         h = modulate(x, shift, scale)
-        q, k, v = self.qkv(h)
-        attn_out, cache = attend(rotate(q, rope, v.dtype), rotate(k, rope, v.dtype), v, cache, step)
+        attn_out, cache = attend(*self.qkv(h, rope), cache, step)
         mlp_out, cache = self.mlp(h, cache, step)
         return add_gated(x, gate, self.proj(merge_heads(attn_out)) + mlp_out), cache
 
@@ -191,12 +191,12 @@ class Stream(nnx.Module):
         self.proj = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
 
-    def qkv(self, x, shift, scale):
-        return self.attention(modulate(x, shift, scale))
+    def qkv(self, x, shift, scale, rope):
+        return self.attention(modulate(x, shift, scale), rope)
 
 
 class Qkv(nnx.Module):
-    """Queries, keys (both RMS-normalised a head) and values, [B, N, H, d] each."""
+    """Queries, keys (both RMS-normalised a head, and rotated) and values, [B, N, H, d] each."""
 
     def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         c, head_dim = config, sum(config.axes_dim)
@@ -205,9 +205,10 @@ class Qkv(nnx.Module):
         self.query_norm = nnx.Param(jnp.ones(head_dim, dtype))
         self.key_norm = nnx.Param(jnp.ones(head_dim, dtype))
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(self.linear(x), 3, axis=-1))
-        return rms_norm(q, self.query_norm), rms_norm(k, self.key_norm), v
+        q, k = rotate(rms_norm(q, self.query_norm), rope), rotate(rms_norm(k, self.key_norm), rope)
+        return q.astype(v.dtype), k.astype(v.dtype), v
 
 
 class Modulation(nnx.Module):
@@ -253,16 +254,16 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x / rms(x) * weight over the last axis, float32 inside and out: the rotation that follows rounds once."""
+    """x / rms(x) * weight over the last axis, float32 inside and out: rounded once, after the rotation that follows."""
     y = x.astype(jnp.float32)
     return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * weight.astype(jnp.float32)
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """x [B, N, H, d] with each pair (2j, 2j + 1) turned by its angle, in the dtype asked for."""
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """x [B, N, H, d], f32, with each pair (u, v) turned by its angle: (u, v) cos + (v, u) (-sin, sin)."""
     cos, sin = rope
-    u, v = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([u * cos - v * sin, u * sin + v * cos], axis=-1).reshape(x.shape).astype(dtype)
+    swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return x * cos + swapped * sin
 
 
 def merge_heads(x: jax.Array) -> jax.Array:
