@@ -23,7 +23,7 @@ def convert(
 ) -> None:
     """Writes the checkpoint `source` to the folder `target`, in this library's form.
 
-    Everything that can be wrong is found from headers first. Host memory: the model twice, of which Orbax takes one.
+    Everything that can be wrong is found from headers first. Host memory: the model, and a few of its leaves.
 
     Args:
         source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/.

@@ -358,7 +358,8 @@ def test_weights_must_fit_their_config(source, target):
 
 def test_damaged_weights_are_one_sentence(source, target):
     convert(source, target, progress=False)
-    largest = max((target / "weights").rglob("d/*"), key=lambda file: file.stat().st_size)
+    files = [file for file in (target / "weights").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged weights") as error:
         load(target)
