@@ -131,6 +131,8 @@ def _print(report: dict, output: Path) -> None:
     levels = " ".join(f"{level:.1f}" for level in report["psnr"])
     print(f"dense   {report['dense_seconds']:7.1f} s for {len(report['prompts'])} images, {report['steps']} steps")
     print(f"sparse  {report['sparse_seconds']:7.1f} s, {ratio:.2f} x as fast, on {report['device']}")
+    if report["device"] == "cpu":
+        print("        (a CPU runs the plain references of the kernels: exact, not fast)")
     shares = 100 * density["attention"], 100 * density["mlp"]
     print(f"density {shares[0]:7.1f} % of attention keys, {shares[1]:.1f} % of MLP neurons, over all steps and layers")
     print(f"PSNR    {report['median_psnr']:7.1f} dB against the dense sample (median of {levels})")

@@ -1,0 +1,38 @@
+"""The README says what was measured: its numbers are those of the committed records."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def record(name: str) -> dict:
+    return json.loads((ROOT / name).read_text())
+
+
+def test_numbers_of_the_speed_table_are_the_committed_records():
+    lines = (ROOT / "benchmarks/results/flux-dev-1280x768-h100.jsonl").read_text().splitlines()
+    dense, sparse = map(json.loads, lines)
+    assert (dense["variant"], sparse["variant"]) == ("dense", "sparse")
+    for entry in (dense, sparse):
+        assert f"| {entry['ms'] / 1e3:.2f} s | {entry['ms_per_step']:.1f} ms |" in README
+    assert f"**{sparse['speedup']:.2f} x**" in README
+    assert all(sparse[key] in README for key in ("device", "driver", "jax"))
+    assert f"{100 * sparse['density']['attention']:.1f} % of the keys" in README
+    assert f"Peak memory {sparse['peak_bytes'] / 1e9:.1f} GB" in README
+
+
+def test_numbers_of_the_fidelity_table_are_the_committed_records():
+    for name in ("mini-flux-demo-cpu", "mini-flux-preset-flux-cpu"):
+        entry = record(f"benchmarks/results/{name}.json")
+        shares = [f"{100 * entry['density'][part]:.1f} %" for part in ("attention", "mlp")]
+        assert f"| {' | '.join(shares)} | {', '.join(f'{level:.1f}' for level in entry['psnr'])} dB |" in README
+    right = record("examples/mini-flux/judge.json")["accuracy"]["guidance 2"]["all"]
+    assert right >= 0.6 and f"right in {100 * right:.1f} % of" in README
+
+
+def test_files_that_the_readme_names_exist():
+    linked = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert linked and all((ROOT / name).exists() for name in linked)
