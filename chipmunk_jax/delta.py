@@ -24,9 +24,10 @@ from pallas_kernels import (
     store_column_fc2,
     topk_columns,
 )
-from pallas_kernels.groups import split_groups
+from pallas_kernels.groups import group_count, split_groups
 
 
+@jax.named_scope("attend")
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache | None, step: Step
 ) -> tuple[jax.Array, LayerCache | None]:
@@ -38,10 +39,9 @@ def attend(
         step: which phase, which layer.
     """
     if cache is None or cache.attention is None:
-        return dense_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation=step.implementation)[0], cache
+        return _dense_with_lse(q, k, v, step)[0], cache
     phases = (_dense_attention, _measure, _select, _refresh, _delta)  # in the order of AttentionPhase
-    with jax.named_scope("attend"):
-        out, attention = lax.switch(step.attention.phase, phases, q, k, v, cache.attention, step)
+    out, attention = lax.switch(step.attention.phase, phases, q, k, v, cache.attention, step)
     return out, cache.replace(attention=attention)
 
 
@@ -95,6 +95,7 @@ class MlpWeights(NamedTuple):
     b2: jax.Array  # [L, D]
 
 
+@jax.named_scope("feed_forward")
 def feed_forward(
     x: jax.Array, mlp: MlpWeights, cache: LayerCache | None, step: Step
 ) -> tuple[jax.Array, LayerCache | None]:
@@ -108,13 +109,12 @@ def feed_forward(
     """
     if cache is None or cache.mlp is None:
         return _dense_mlp(x, mlp, None, step)[0], cache
-    full = _full_residual if cache.mlp.activations is None else _full_activations
-    delta = _delta_residual if cache.mlp.activations is None else _delta_activations
-    phases = (_dense_mlp, full, _select_delta, delta)  # in the order of MlpPhase
+    # In the order of MlpPhase; the neurons of a residual are chosen when it is made.
     if cache.mlp.activations is None:
-        phases = (_dense_mlp, full, delta, delta)
-    with jax.named_scope("feed_forward"):
-        out, updated = lax.switch(step.mlp.phase, phases, x, mlp, cache.mlp, step)
+        phases = (_dense_mlp, _full_residual, _delta_residual, _delta_residual)
+    else:
+        phases = (_dense_mlp, _full_activations, _select_delta, _delta_activations)
+    out, updated = lax.switch(step.mlp.phase, phases, x, mlp, cache.mlp, step)
     return out, cache.replace(mlp=updated)
 
 
@@ -183,8 +183,9 @@ def _neurons(cache: MlpCache, step: Step) -> tuple[tuple, dict]:
 
 def _group_mean(x, mlp: MlpWeights, step: Step):
     """Mean pre-activation of every group, f32 [B, G, F]: fc1 of the mean row, as fc1 is linear."""
-    rows = jnp.minimum(step.mlp.group, x.shape[1] - step.mlp.group * jnp.arange(-(-x.shape[1] // step.mlp.group)))
-    mean = split_groups(x.astype(jnp.float32), step.mlp.group).sum(-2) / rows[:, None]
+    group, tokens = step.mlp.group, x.shape[1]
+    rows = jnp.minimum(group, tokens - group * jnp.arange(group_count(tokens, group)))  # the last group may be ragged
+    mean = split_groups(x.astype(jnp.float32), group).sum(-2) / rows[:, None]
     hidden = jnp.einsum("bgd,fd->bgf", mean.astype(x.dtype), mlp.fc1[step.layer], preferred_element_type=jnp.float32)
     return hidden + mlp.b1[step.layer].astype(jnp.float32)
 

@@ -20,6 +20,7 @@ from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 
 PATCH = 2  # pixels on a side of a token
+GLUE = frozenset(("a", "an", "and", "at", "in", "of", "on", "the", "with"))  # words of a prompt that say nothing
 TEXT_ROWS = 16  # of the small models' text: one for each attribute, then zeros
 
 
@@ -62,7 +63,7 @@ class WordTable:
         """{"text": [B, 16, C], "pooled": [B, C]}, f32, of sentences with one word of each attribute.
 
         Raises:
-            ValueError: a prompt without a word of an attribute, or with two.
+            ValueError: a prompt without a word of an attribute, with two, or with a word that is not in the table.
         """
         rows = np.stack([self.embeddings[self._ids(prompt)] for prompt in prompts])  # [B, attributes, C]
         padded = np.pad(rows, ((0, 0), (0, TEXT_ROWS - rows.shape[1]), (0, 0)))
@@ -77,6 +78,9 @@ class WordTable:
                 raise ValueError(f"prompt {prompt!r}: expected one {attribute} of {', '.join(words)}; found {given}")
             ids.append(start + words.index(found[0]))
             start += len(words)
+        if unknown := [word for word in said if word not in GLUE.union(*self.words)]:
+            known = "; ".join(", ".join(words) for words in self.words)
+            raise ValueError(f"prompt {prompt!r}: unknown word {', '.join(unknown)}; known are {known}")
         return ids
 
 

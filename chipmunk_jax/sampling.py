@@ -1,10 +1,10 @@
 """sample(): noise to sample in one compiled scan over the steps, whose carry holds the caches."""
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -160,6 +160,8 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
     if guidance is not None and not np.isfinite(guidance):
         raise ValueError(f"guidance={guidance}: expected a finite number")
     model.check(noise, cond)
+    if uncond is not None:
+        model.check(noise, uncond)
 
 
 def check_room(
@@ -191,8 +193,10 @@ def _free_bytes() -> int | None:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if jax.default_backend() == "cpu" and Path("/proc/meminfo").exists():
+        # "Free" pages leave out the files that Linux keeps in memory and drops on demand: a checkpoint just read, for one.
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
     return None
 
 

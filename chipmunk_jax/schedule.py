@@ -19,9 +19,7 @@ class AttentionPhase(IntEnum):
 
     DENSE = 0  #    dense; no cache
     MEASURE = 1  #  dense; keeps the log-sum-exp
-    SELECT = (
-        2  #   dense; keeps the log-sum-exp, chooses columns by their sums against the previous one, keeps the residual
-    )
+    SELECT = 2  #   dense; chooses columns by their sums against the last log-sum-exp, keeps its own and the residual
     REFRESH = 3  #  dense; keeps the residual over the columns chosen before
     DELTA = 4  #    residual + attention over the chosen columns
 

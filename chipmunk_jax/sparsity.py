@@ -17,19 +17,24 @@ import yaml
 COLUMN_TILE = 64  # the kernels' step: keeping a multiple of it leaves no tile half used
 
 
+def _option(default: Any, help: str) -> Any:
+    """A field whose meaning `chipmunk sample --help` shows too."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True, kw_only=True)
 class _ColumnSparsity:
     """What attention and MLP share."""
 
-    top_keys: float  # kept because of their score, fraction in (0, 1]; 1 keeps all
-    random_keys: float = 0.0  # kept by chance, fraction in [0, 1)
-    max_keys: float | None = (
-        None  # static room for the lists, fraction; None: just enough. More room, fewer compilations
+    top_keys: float = _option(1.0, "fraction of columns kept for their score, above 0 and up to 1, which keeps all")
+    random_keys: float = _option(0.0, "fraction of columns kept by chance, from 0 to below 1")
+    max_keys: float | None = _option(
+        None, "static room for the lists, a fraction; with more, other shares compile nothing"
     )
-    first_n_dense_layers: int = 2
-    full_step_every: int = 10
-    full_step_schedule: tuple[int, ...] | None = None  # full steps by number, in place of full_step_every
-    group: int = 128  # rows that share a list of columns, a multiple of 64
+    first_n_dense_layers: int = _option(2, "layers at the start of the model that are never sparse")
+    full_step_every: int = _option(10, "steps between two that compute everything")
+    full_step_schedule: tuple[int, ...] | None = _option(None, "full steps by number, in place of full_step_every")
+    group: int = _option(128, "rows that share a list of columns, a multiple of 64")
 
     def __post_init__(self):
         _check_types(self)
@@ -64,8 +69,8 @@ class _ColumnSparsity:
 class AttentionSparsity(_ColumnSparsity):
     """Column-sparse attention (Chipmunk, section 3): keys a head and group of queries. Defaults: the paper's, for FLUX."""
 
-    top_keys: float = 0.165
-    recompute_mask: bool = False  # choose keys anew at each full step, not at the second alone
+    top_keys: float = _option(0.165, "fraction of keys kept for their attention, above 0 and up to 1")
+    recompute_mask: bool = _option(False, "choose keys anew at each full step, not at the second alone")
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,12 +85,14 @@ class AttentionSparsity(_ColumnSparsity):
 class MlpSparsity(_ColumnSparsity):
     """Column-sparse MLP (Chipmunk, section 3): neurons a group of rows. Defaults: the paper's, for FLUX."""
 
-    top_keys: float = 0.3
-    random_keys: float = 0.05
-    select_every: int = 2  # delta steps between two choices of neurons, once the first full_step_every steps are over
+    top_keys: float = _option(0.3, "fraction of neurons kept for their change, above 0 and up to 1")
+    random_keys: float = _option(0.05, "fraction of neurons kept by chance, from 0 to below 1")
+    select_every: int = _option(2, "steps between two choices of neurons, once the first full_step_every are over")
     # "activations": all post-GELU activations are kept and moved, neurons may change at any step (the paper's).
     # "residual": only the output less that of neurons fixed until the next full step; a 4th to a 40th of the memory.
-    cache: Literal["activations", "residual"] = "activations"
+    cache: Literal["activations", "residual"] = _option(
+        "activations", "what is kept: 'activations', or the 'residual' of fixed neurons, which takes less memory"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,10 +114,9 @@ class Sparsity:
 
     attention: AttentionSparsity | None = dataclasses.field(default_factory=AttentionSparsity)
     mlp: MlpSparsity | None = dataclasses.field(default_factory=MlpSparsity)
-    patches: tuple[int, ...] = (
-        8,
-        4,
-    )  # sides of the nested square patches that image tokens are ordered by; () leaves rows
+    patches: tuple[int, ...] = _option(
+        (8, 4), "sides of the nested squares that image tokens are ordered by; [] for rows"
+    )
 
     def __post_init__(self):
         for name, kind in PARTS.items():
@@ -131,7 +137,8 @@ def load_sparsity(source: str | Path | dict[str, Any] | Sparsity, overrides: dic
         overrides: {"attention.top_keys": 0.2}, by dotted names.
 
     Raises:
-        ValueError: an unknown preset or key, or a value out of its range; FileNotFoundError: no such file.
+        ValueError: an unknown preset or key, a value out of its range, or a file that is neither YAML nor JSON.
+        FileNotFoundError: there is no such file.
     """
     tree = to_dict(source) if isinstance(source, Sparsity) else _read(source)
     for name, value in (overrides or {}).items():
@@ -163,8 +170,9 @@ def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"sparsity file {path}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
+        # YAML 1.1 reads JSON's 1e-1 as a word.
+        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"sparsity file {path}: not YAML or JSON ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"sparsity file {path}: expected keys such as attention and mlp")

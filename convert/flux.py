@@ -165,7 +165,9 @@ def configure(
         ValueError: the config says other than the tensors, or neither tells.
     """
     width, mlp_width, head_dim = (measure(shapes, sizes[name]) for name in ("hidden_size", "mlp_width", "head_dim"))
-    axes = tuple(stated.get("axes_dims_rope", DEFAULT_AXES.get(head_dim, ())))
+    axes = stated.get("axes_dims_rope", DEFAULT_AXES.get(head_dim, ()))
+    if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
+        raise ValueError(f"axes_dims_rope={axes!r} in config.json: expected a list of whole numbers")
     depth, depth_single = count_layers(shapes, double), count_layers(shapes, single)
     if not (width and mlp_width and head_dim and depth and depth_single) or width % head_dim:
         raise ValueError(
@@ -206,7 +208,7 @@ def configure(
         num_heads=width // head_dim,
         depth=depth,
         depth_single_blocks=depth_single,
-        axes_dim=axes,
+        axes_dim=tuple(axes),
         guidance_embed=derived["guidance_embeds"],
     )
 

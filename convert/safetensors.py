@@ -111,9 +111,9 @@ def read_index(file: Path) -> dict[str, str]:
     """Tensor name -> name of its shard, every one of which exists."""
     try:
         placed = dict(json.loads(file.read_text())["weight_map"])
+        absent = sorted(name for name in set(placed.values()) if not (file.parent / name).is_file())
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected JSON with a weight_map from tensor names to files") from error
-    absent = sorted(name for name in set(placed.values()) if not (file.parent / name).is_file())
     if absent:
         raise ValueError(
             f"{file}: names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not in its folder"

@@ -34,6 +34,8 @@ class FluxConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        if len(self.axes_dim) != 3 or any(width < 2 or width % 2 for width in self.axes_dim):
+            raise ValueError(f"axes_dim={self.axes_dim}: expected three even widths, of index, row and column")
         if self.hidden_size != self.num_heads * sum(self.axes_dim):
             raise ValueError(
                 f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, axes_dim={self.axes_dim}: "

@@ -78,8 +78,18 @@ def store_attention_residual(
     residual: jax.Array,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
-    """residual [L, B, N, H, d] with residual[layer] = dense - S, written in place. dense: [B, N, H, d]; the rest as above."""
+    """residual [L, B, N, H, d] with residual[layer] = dense - S, written in place.
+
+    Args:
+        dense: [B, N, H, d], what attention over all keys gives.
+        q, k, v, indices, counts, layer, group, scale, residual, implementation: as in column_attention.
+
+    Raises:
+        ValueError, NotImplementedError: as in column_attention.
+    """
     _check(q, k, v, indices, counts, group, residual)
+    if dense.shape != q.shape:
+        raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
     if implementation == "reference":
         out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
@@ -97,9 +107,12 @@ def _check(q, k, v, indices, counts, group, residual) -> None:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, N, H, d] with equal B, H and d")
     lists = (batch, heads, group_count(rows, group))
     if indices.shape[1:-1] != lists or counts.shape != indices.shape[:-1]:
-        raise ValueError(f"indices {indices.shape}, counts {counts.shape}: expected [L, {lists}, K] and [L, {lists}]")
+        expected = ", ".join(map(str, lists))
+        raise ValueError(
+            f"indices {indices.shape}, counts {counts.shape}: expected [L, {expected}, K], [L, {expected}]"
+        )
     if residual is not None and residual.shape[1:] != q.shape:
-        raise ValueError(f"residual {residual.shape}: expected [L, {q.shape}]")
+        raise ValueError(f"residual {residual.shape}: expected [L, {', '.join(map(str, q.shape))}]")
 
 
 def _reference(q, k, v, indices, counts, group, scale):
@@ -126,11 +139,8 @@ def _pallas(q, k, v, indices, counts, layer, operands, out_shape, *, body, alias
     kernel = functools.partial(body, tile=tile, group=group, scale=scale)
     return pl.pallas_call(
         kernel,
-        grid=(
-            group_count(rows, tile),
-            heads,
-            batch,
-        ),  # tiles of one head run side by side and share its keys in the L2 cache
+        # Tiles of one head run side by side and share its keys in the L2 cache.
+        grid=(group_count(rows, tile), heads, batch),
         name=f"column_attention{body.__name__.removeprefix('_body')}",
         out_shape=out_shape,
         input_output_aliases=aliases,

@@ -50,6 +50,10 @@ def column_fc1(
         NotImplementedError: a named implementation cannot take these arguments.
     """
     _check(x, fc1, indices, counts, group)
+    if b1.shape != fc1.shape[:-1]:
+        raise ValueError(f"b1 {b1.shape}: expected [L, F] to fit fc1 {fc1.shape}")
+    if activations is not None and activations.shape[1:] != (x.shape[0], fc1.shape[1], x.shape[1]):
+        raise ValueError(f"activations {activations.shape}: expected [L, B, F, N] to fit x {x.shape}, fc1 {fc1.shape}")
     implementation = dispatch.choose(implementation, dtype=x.dtype)
     if implementation == "reference":
         return _fc1_reference(x, fc1[layer], b1[layer], indices[layer], counts[layer], layer, group, activations)
@@ -87,6 +91,10 @@ def column_fc2(
         fc2: [L, F, D]: the row of a neuron is what it adds to the output.
         indices, counts, layer, group: as in column_fc1.
         residual: [L, B, N, D].
+        implementation: see dispatch.choose.
+
+    Raises:
+        ValueError, NotImplementedError: as in column_fc1.
     """
     return _fc2(packed, fc2, indices, counts, layer, group, residual, None, False, implementation)
 
@@ -105,7 +113,13 @@ def store_column_fc2(
 ) -> jax.Array:
     """out [L, B, N, D], in place, with out[layer] += packed @ fc2[layer, chosen], or out[layer] = dense - the same product.
 
-    Arguments as in column_fc2; dense: [B, N, D].
+    Args:
+        packed, fc2, indices, counts, layer, group, implementation: as in column_fc2.
+        out: [L, B, N, D].
+        dense: [B, N, D], what all neurons give; None adds to `out` instead.
+
+    Raises:
+        ValueError, NotImplementedError: as in column_fc1.
     """
     return _fc2(packed, fc2, indices, counts, layer, group, out, dense, True, implementation)
 
@@ -117,7 +131,10 @@ def _check(x, weights, indices, counts, group) -> None:
     if width != weights.shape[-1]:
         raise ValueError(f"x {x.shape}, weights {weights.shape}: expected the same width D")
     if indices.shape[1:-1] != lists or counts.shape != indices.shape[:-1]:
-        raise ValueError(f"indices {indices.shape}, counts {counts.shape}: expected [L, {lists}, K] and [L, {lists}]")
+        expected = ", ".join(map(str, lists))
+        raise ValueError(
+            f"indices {indices.shape}, counts {counts.shape}: expected [L, {expected}, K], [L, {expected}]"
+        )
 
 
 def _fc1_reference(x, fc1, b1, indices, counts, layer, group, activations):
@@ -191,7 +208,10 @@ def _load_2d(ref, prefix, rows, columns, columns_total, inside=None):
 def _fc2(packed, fc2, indices, counts, layer, group, base, dense, in_place, implementation):
     if base.shape[1:] != (*packed.shape[:2], fc2.shape[-1]):
         raise ValueError(f"residual or out {base.shape}: expected [L, B, N, D] to fit {packed.shape} and {fc2.shape}")
-    _check(jax.ShapeDtypeStruct((*packed.shape[:2], fc2.shape[-1]), packed.dtype), fc2, indices, counts, group)
+    if packed.shape[-1] != indices.shape[-1] or (dense is not None and dense.shape != base.shape[1:]):
+        shapes = f"packed {packed.shape}" + ("" if dense is None else f", dense {dense.shape}")
+        raise ValueError(f"{shapes}: expected [B, N, K] and [B, N, D] to fit indices {indices.shape} and {base.shape}")
+    _check(jax.ShapeDtypeStruct(base.shape[1:], packed.dtype), fc2, indices, counts, group)
     implementation = dispatch.choose(implementation, dtype=packed.dtype)
     if implementation == "reference":
         product = _fc2_reference(packed, fc2[layer], indices[layer], counts[layer], group)

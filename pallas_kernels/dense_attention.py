@@ -35,7 +35,13 @@ def dense_attention(
         q, k, v: [B, N, H, d], bf16 or f16 (any float for the reference).
         scale: of the logits, usually d ** -0.5.
         implementation: see dispatch.choose; "interpret" runs the reference, as cuDNN has no interpreter.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NotImplementedError: a named implementation cannot take these arguments.
     """
+    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, N, H, d] with equal B, H and d")
     if dispatch.choose(implementation, dtype=q.dtype) == "pallas":
         # The public jax.nn.dot_product_attention casts the log-sum-exp to bf16; column sums need it in float32.
         from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
@@ -65,9 +71,17 @@ def column_sums(
         q, k: [B, N, H, d], bf16 or f16 (any float for the reference).
         lse: [B, H, N], f32, natural logarithm.
         group: queries summed together, a multiple of 64; G = ceil(N / group).
+        scale: of the logits, that of lse.
+        implementation: see dispatch.choose.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NotImplementedError: a named implementation cannot take these arguments.
     """
     check_group(group)
     batch, rows, heads, width = q.shape
+    if (k.shape[0], *k.shape[2:]) != (batch, heads, width):
+        raise ValueError(f"q {q.shape}, k {k.shape}: expected [B, N, H, d] with equal B, H and d")
     if lse.shape != (batch, heads, rows):
         raise ValueError(f"lse {lse.shape}: expected [B, H, N] = {(batch, heads, rows)}")
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=width)
@@ -104,9 +118,8 @@ def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, tile, group, scale):
         q = plgpu.load(
             q_ref.at[b, rows[:, None], h, features], mask=jnp.broadcast_to(inside[:, None], (tile, width)), other=0
         )
-        lse = plgpu.load(
-            lse_ref.at[b, h, rows], mask=inside, other=jnp.inf
-        )  # a row that is not there weighs exp(-inf) = 0
+        # A row that is not there weighs exp(-inf) = 0.
+        lse = plgpu.load(lse_ref.at[b, h, rows], mask=inside, other=jnp.inf)
         exponent = plgpu.dot(k, q.T) * scale - lse[None, :]
         return jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT) * LOG2E).sum(axis=1)
 

@@ -28,6 +28,7 @@ def topk_columns(
         scores: [..., N], f32, bf16 or f16, not negative; +inf is taken first.
         k: how many, an i32 scalar of 0 to capacity that may be traced; slots behind the first k are unspecified.
         capacity: length of the lists, at most N.
+        implementation: see dispatch.choose.
 
     Raises:
         ValueError: capacity outside 1..N, or scores of an integer dtype.
@@ -67,10 +68,8 @@ def _body(bits_ref, k_ref, indices_ref, *, digits, block):
         inside = columns < width
         return plgpu.load(bits_ref.at[row, columns], mask=inside, other=0).astype(jnp.int32), columns, inside
 
-    threshold, wanted = (
-        jnp.int32(0),
-        k_ref[0],
-    )  # the digits found so far; how many columns are still to take among equals
+    threshold = jnp.int32(0)  # the digits found so far
+    wanted = k_ref[0]  # columns still to take among those that equal it
     for digit in reversed(range(digits)):
         shift = 4 * digit
 

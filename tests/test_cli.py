@@ -151,7 +151,8 @@ def make_bare_source(checkpoint):
 
 def cut_weights(checkpoint):
     """As a copy that was interrupted."""
-    largest = max((checkpoint / "weights").rglob("d/*"), key=lambda file: file.stat().st_size)
+    files = [file for file in (checkpoint / "weights").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from chipmunk_jax.cli.device import keep_compilations
+from chipmunk_jax.cli.images import check_writable
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.quality import relative_l2
@@ -44,6 +45,8 @@ def add_parser(subparsers) -> None:
     """Adds `chipmunk bench` to the subparsers of an ArgumentParser."""
     parser = subparsers.add_parser(
         "bench",
+        usage="chipmunk bench [--model MODEL] [options]",
+        allow_abbrev=False,
         help="time dense and sparse samples",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     sparsity = read_sparsity(args)
     grid = (args.height // pixels, args.width // pixels)
     tokens = grid[0] * grid[1]
-    plan(sparsity, args.steps, tokens=tokens + text_tokens, mlp_width=config.mlp_width)  # a bad schedule, told at once
+    table = plan(sparsity, args.steps, tokens=tokens + text_tokens, mlp_width=config.mlp_width)
     keep_compilations()
     model = random_flux(config, jnp.dtype(args.dtype))
     noise, cond = random_inputs(config, args.batch, tokens, text_tokens)
@@ -80,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     }
     seconds, first, outputs = time_in_turn(kinds, args.repeats)
     stacks = model.stacks(tokens, cond)
-    table = plan(sparsity, args.steps, tokens=tokens + text_tokens, mlp_width=config.mlp_width)
     base = record(args, text_tokens) | {
         "sparsity": to_dict(sparsity),
         "density": density(table, sum(stack.layers for stack in stacks.values())),
@@ -119,8 +121,8 @@ def _check(args: argparse.Namespace, pixels: int) -> None:
     for name in ("steps", "batch", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if args.output and not Path(args.output).parent.is_dir():
-        raise ValueError(f"{args.output}: no folder {Path(args.output).parent}")
+    if args.output:
+        check_writable(args.output, suffix=None)
 
 
 def random_flux(config: FluxConfig, dtype: jnp.dtype) -> Flux:

@@ -23,8 +23,13 @@ def check_writable(path: str | Path, suffix: str | None = ".png") -> Path:
         raise ValueError(f"{path}: expected a name that ends in {suffix}")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise ValueError(f"{path}: cannot be written")
+    try:  # permissions do not tell: to root, /proc looks writable
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 
@@ -33,12 +38,16 @@ def write_png(path: Path, image: np.ndarray, text: Mapping[str, object]) -> None
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = _partial(path)
     try:
         Image.fromarray(to_bytes(image)).save(partial, format="PNG", pnginfo=info)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:

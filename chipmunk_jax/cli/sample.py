@@ -11,8 +11,8 @@ from chipmunk_jax.pipeline import Pipeline, WordTable, check_request
 from chipmunk_jax.sparsity import to_dict
 
 DESCRIPTION = """\
-Sample pictures from a folder written by `chipmunk convert`. The same seed gives the same picture, dense or sparse, alone
-or in a batch. Prompts of the small models are sentences with one word each of
+Sample pictures from a folder written by `chipmunk convert`. The same seed gives the same picture, alone or in a batch; a
+sparse one is nearly the dense one (see `chipmunk verify`). Prompts of the small models are sentences with one word each of
   shape       disc square triangle star ring cross hexagon heart
   colour      red orange yellow green teal blue purple white
   texture     plain striped checkered marbled
@@ -30,6 +30,8 @@ def add_parser(subparsers) -> None:
     """Adds `chipmunk sample` to the subparsers of an ArgumentParser."""
     parser = subparsers.add_parser(
         "sample",
+        usage="chipmunk sample CKPT --prompt PROMPT [-o OUT.png] [options]",
+        allow_abbrev=False,
         help="sample pictures from prompts",
         description=DESCRIPTION,
         epilog=EXAMPLES,

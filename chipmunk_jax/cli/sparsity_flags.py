@@ -11,14 +11,19 @@ from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
     """Adds --sparsity and one flag for each field of a Sparsity to the parser."""
     group = parser.add_argument_group(
-        "sparsity", f"what is recomputed at each step: {', '.join(PRESETS)}, or a YAML or JSON file; flags win over it"
+        "sparsity",
+        f"What is recomputed at each step: {', '.join(PRESETS)}, or a YAML or JSON file such as\n"
+        "  attention: {top_keys: 0.2, full_step_every: 10}\n"
+        "  mlp: null\n"
+        "A flag wins over it; its VALUE is a number, true, false, null, a word, or a list as 0,1,10 or [8].",
     )
     group.add_argument(
         "--sparsity", default=default, metavar="PRESET", help=f"preset or file (default: {default or 'dense'})"
     )
     given = dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)  # null is a value, so absent must not be None
-    for name in _fields():
-        group.add_argument(f"--sparsity.{name.replace('_', '-')}", dest=f"sparsity.{name}", **given)
+    for name, field in _fields():
+        flag = f"--sparsity.{name.replace('_', '-')}"
+        group.add_argument(flag, dest=f"sparsity.{name}", help=field.metadata["help"], **given)
 
 
 def read_sparsity(args: argparse.Namespace) -> Sparsity | None:
@@ -28,16 +33,16 @@ def read_sparsity(args: argparse.Namespace) -> Sparsity | None:
         ValueError, FileNotFoundError: see load_sparsity.
     """
     given = vars(args)
-    overrides = {name: given[f"sparsity.{name}"] for name in _fields() if f"sparsity.{name}" in given}
+    overrides = {name: given[f"sparsity.{name}"] for name, _ in _fields() if f"sparsity.{name}" in given}
     if args.sparsity is None and not overrides:
         return None
     return load_sparsity(args.sparsity or "flux", overrides)
 
 
-def _fields() -> Iterator[str]:
+def _fields() -> Iterator[tuple[str, dataclasses.Field]]:
     for part, kind in PARTS.items():
-        yield from (f"{part}.{field.name}" for field in dataclasses.fields(kind))
-    yield "patches"
+        yield from ((f"{part}.{field.name}", field) for field in dataclasses.fields(kind))
+    yield from ((field.name, field) for field in dataclasses.fields(Sparsity) if field.name not in PARTS)
 
 
 def _value(text: str):

@@ -37,6 +37,8 @@ def add_parser(subparsers) -> None:
     """Adds `chipmunk verify` to the subparsers of an ArgumentParser."""
     parser = subparsers.add_parser(
         "verify",
+        usage="chipmunk verify CKPT [-o COMPARE.png] [options]",
+        allow_abbrev=False,
         help="compare sparse samples with dense ones",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -81,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    write_png(output, _sheet(prompts, dense, sparse, decibels), {"settings": json.dumps(report)})
+    finite = report | {
+        "psnr": [min(level, SAME) for level in decibels],
+        "median_psnr": min(report["median_psnr"], SAME),
+    }
+    write_png(output, _sheet(prompts, dense, sparse, decibels), {"settings": json.dumps(finite)})
     if args.json:
-        finite = report | {
-            "psnr": [min(level, SAME) for level in decibels],
-            "median_psnr": min(report["median_psnr"], SAME),
-        }
         Path(args.json).write_text(json.dumps(finite, indent=1) + "\n")
     _print(report, output)
     return 0 if report["median_psnr"] >= args.min_psnr else 1
