@@ -170,6 +170,8 @@ def check_request(
     sparsity: Sparsity | None,
 ) -> None:
     """Raises ValueError unless Pipeline(model, words) can be called with these, so that none is loaded in vain."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts={prompts!r}: expected a list of sentences")
     if not prompts:
         raise ValueError("no prompts: expected at least one")
     words.encode(prompts)

@@ -75,6 +75,9 @@ def sample(
 ) -> jax.Array:
     """The sample, f32 [B, N, C], tokens in raster order.
 
+    The same arguments give the same bits; on a GPU, where XLA chooses algorithms by timing them, in another process only with a
+    compilation cache (jax_compilation_cache_dir), as the command line keeps one.
+
     Compiled once for the shapes of its arguments: prompts, seeds, guidance, times, schedules and shares of columns are data.
 
     Args:
@@ -85,7 +88,7 @@ def sample(
         grid: (rows, columns) of the tokens; their product is N.
         sparsity: what to recompute at each step; None samples densely.
         guidance: scale of true (two-sided) guidance, v_u + guidance (v_c - v_u), as one batch of 2 B; None for none.
-        uncond: conditions of the other side; None: zeros.
+        uncond: conditions of the other side; None: zeros, but for "guidance".
         seed: of the columns kept by chance.
         solver: None for Euler.
         progress: draws a bar.
@@ -98,7 +101,8 @@ def sample(
     steps = len(timesteps) - 1
     _check(model, noise, cond, timesteps, grid, guidance, uncond)
     if guidance is not None:
-        uncond = uncond or jax.tree.map(jnp.zeros_like, cond)
+        # The strength of a distilled guidance is no prompt: it stays.
+        uncond = uncond or {name: x if name == "guidance" else jnp.zeros_like(x) for name, x in cond.items()}
         cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
     batch, tokens, _ = noise.shape
     batch = batch if guidance is None else 2 * batch
@@ -207,6 +211,7 @@ class _Reporter:
     steps: int
     progress: bool
     callback: Callback | None
+    error: BaseException | None = None  # the first one of the callback, raised when the run is over
 
     def __enter__(self) -> "_Reporter":
         self.kind = "samples" if self.callback else "steps" if self.progress else ""
@@ -217,15 +222,22 @@ class _Reporter:
         return self
 
     def __exit__(self, *_) -> None:
-        jax.effects_barrier()
-        del _reporters[self.number]
-        self.bar.close()
+        try:
+            jax.effects_barrier()
+        finally:
+            del _reporters[self.number]
+            self.bar.close()
+        if self.error:
+            raise self.error
 
     def report(self, step: int, t: float, *x: np.ndarray) -> None:
         self.bar.set_description("sampling")
         self.bar.update()
-        if self.callback:
-            self.callback(step, t, *x)
+        if self.callback and not self.error:
+            try:
+                self.callback(step, t, *x)
+            except BaseException as error:  # through the compiled program it would come out as an internal error of XLA
+                self.error = error
 
 
 _numbers = itertools.count()

@@ -31,6 +31,9 @@ class Euler:
         return x + (t_next - t) * velocity, state
 
 
+MOST_STEPS = 100_000  # a mistyped number must not be taken for work
+
+
 def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray:
     """Times of FLUX.1, 1 to 0, f32 [steps + 1].
 
@@ -43,10 +46,10 @@ def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray
         shift: False for FLUX.1-schnell, whose times are evenly spaced.
 
     Raises:
-        ValueError: steps below 1.
+        ValueError: steps below 1 or above 100,000.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: expected at least 1")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps={steps}: expected at least 1 and at most {MOST_STEPS}")
     t = np.linspace(1.0, 0.0, steps + 1)
     if shift:
         mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)

@@ -41,7 +41,7 @@ class _ColumnSparsity:
         if self.full_step_schedule is not None:
             object.__setattr__(self, "full_step_schedule", tuple(sorted(set(self.full_step_schedule))))
         self._check_fractions()
-        _require(self.group >= 64 and self.group % 64 == 0, "group", self.group, "a multiple of 64")
+        _require(64 <= self.group <= 4096 and self.group % 64 == 0, "group", self.group, "a multiple of 64 up to 4096")
         _require(1 <= self.full_step_every < 2**31, "full_step_every", self.full_step_every, "at least 1")
         _require(0 <= self.first_n_dense_layers < 2**31, "first_n_dense_layers", self.first_n_dense_layers, "0 or more")
 

@@ -90,7 +90,7 @@ def load(folder: str | Path, dtype: Any = None) -> nnx.Module:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(weights_of(folder), nest(targets))
-    except (ValueError, OSError) as error:
+    except Exception as error:  # TensorStore raises a bare one for bytes that do not decode
         raise ValueError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
     return with_arrays(model, tree)
 
@@ -110,7 +110,7 @@ def describe(folder: str | Path) -> Description:
             raise ValueError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
         raise ValueError(f"{folder}: not a converted checkpoint; make one with `chipmunk convert SOURCE FOLDER`")
     content = json.loads((folder / CONFIG).read_text())
-    if content["model"] not in NETWORKS:
+    if content["model"] not in list(NETWORKS):
         raise ValueError(f"{folder}: model {content['model']}, expected one of {', '.join(NETWORKS)}")
     try:
         config = NETWORKS[content["model"]].config(**content["config"])

@@ -29,11 +29,13 @@ def choose(implementation: Implementation | None, *, dtype: jnp.dtype, head_dim:
     """
     if implementation not in (None, "pallas", "interpret", "reference"):
         raise ValueError(f"implementation={implementation!r}: expected 'pallas', 'interpret', 'reference' or None")
-    if implementation in ("interpret", "reference"):
+    if implementation == "reference":
         return implementation
-    obstacle = _obstacle(dtype, head_dim)
-    if implementation == "pallas" and obstacle:
-        raise NotImplementedError(f"implementation='pallas': {obstacle}; use implementation='reference'")
+    obstacle = _obstacle(jnp.bfloat16 if implementation == "interpret" else dtype, head_dim)  # any dtype interprets
+    if implementation and obstacle:
+        raise NotImplementedError(f"implementation={implementation!r}: {obstacle}; use implementation='reference'")
+    if implementation == "interpret":
+        return implementation
     on_gpu = implementation == "pallas" or jax.default_backend() == "gpu"
     return "pallas" if on_gpu and not obstacle else "reference"
 

@@ -46,6 +46,9 @@ def topk_columns(
         return jnp.sort(jnp.where(jnp.arange(capacity) < k, order, width), axis=-1).astype(jnp.int32), counts
     warps = 4 if counts.size > 512 else 8  # few rows leave processors idle: each gets a larger program
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
+    bits &= jnp.iinfo(
+        bits.dtype
+    ).max  # no sign: -0.0 and a negative NaN count too, else a list would have unwritten slots
     indices = pl.pallas_call(
         functools.partial(_body, digits=4 if bits.dtype == jnp.int16 else 8, block=256 * warps),
         grid=(counts.size,),

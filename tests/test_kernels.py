@@ -209,6 +209,12 @@ def test_topk_lists_the_largest_ascending_with_ties_from_the_left(implementation
         np.testing.assert_array_equal(np.asarray(indices[at])[:k], expected)
 
 
+def test_topk_fills_every_list_whatever_the_signs(implementation):
+    scores = jnp.asarray([[0.5, -0.0, 0.0, -jnp.nan, 2.0, -0.0, 0.0, 0.0]])
+    indices, _ = topk_columns(scores, 6, capacity=6, implementation=implementation)
+    assert np.unique(indices).size == 6 and (np.asarray(indices) >= 0).all() and (np.asarray(indices) < 8).all()
+
+
 def test_a_named_implementation_is_obeyed_or_raises():
     x = jnp.zeros((1, 64, 1, 64))
     with pytest.raises(NotImplementedError, match="float32"):

@@ -141,6 +141,14 @@ def test_callback_sees_every_step_in_raster_order_and_changes_nothing(model):
     np.testing.assert_array_equal(draw(model, noise, cond, sparsity=SPARSE, progress=True), final)
 
 
+def test_an_error_of_the_callback_comes_out_as_it_is(model):
+    def fail(*_):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        draw(model, *inputs(1), callback=fail)
+
+
 BITS = """
 import sys
 sys.path.insert(0, {folder!r})

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from chipmunk_jax.cli.device import keep_compilations
 from chipmunk_jax.cli.images import check_writable
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     noise, cond = random_inputs(config, args.batch, tokens, text_tokens)
     timesteps = flux_timesteps(args.steps, tokens)
     kinds = {
-        name: lambda s=s: sample(model, noise, cond, timesteps=timesteps, grid=grid, sparsity=s, progress=True)
+        name: lambda s=s: sample(model, noise, cond, timesteps=timesteps, grid=grid, sparsity=s)
         for name, s in (("dense", None), ("sparse", sparsity))
     }
     seconds, first, outputs = time_in_turn(kinds, args.repeats)
@@ -151,9 +152,12 @@ def random_inputs(
 def time_in_turn(kinds: dict[str, Callable[[], jax.Array]], repeats: int):
     """Seconds of each kind's repeats, run in turn; seconds of its first call, which compiles; its output."""
     first, seconds, outputs = {}, {name: [] for name in kinds}, {}
+    bar = tqdm(total=len(kinds) * (1 + repeats), unit="sample")
     for name, call in kinds.items():
+        bar.set_description(f"compiling {name}")
         start = time.perf_counter()
         outputs[name] = np.asarray(call())
+        bar.update()
         first[name] = time.perf_counter() - start
         if not np.isfinite(outputs[name]).all():
             raise ValueError(f"{name}: the output is not finite, so its time means nothing")
@@ -162,6 +166,9 @@ def time_in_turn(kinds: dict[str, Callable[[], jax.Array]], repeats: int):
             start = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
+            bar.set_description(f"timed {name}")
+            bar.update()
+    bar.close()
     return seconds, first, outputs
 
 
