@@ -48,8 +48,10 @@ def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray
     Raises:
         ValueError: steps below 1 or above 100,000.
     """
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps={steps}: expected at least 1 and at most {MOST_STEPS}")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected at least 1")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps={steps}: expected at most {MOST_STEPS}")
     t = np.linspace(1.0, 0.0, steps + 1)
     if shift:
         mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
