@@ -29,6 +29,8 @@ def test_numbers_of_the_fidelity_table_are_the_committed_records():
         entry = record(f"benchmarks/results/{name}.json")
         shares = [f"{100 * entry['density'][part]:.1f} %" for part in ("attention", "mlp")]
         assert f"| {' | '.join(shares)} | {', '.join(f'{level:.1f}' for level in entry['psnr'])} dB |" in README
+    demo = record("benchmarks/results/mini-flux-demo-cpu.json")
+    assert f"({demo['dense_seconds'] / demo['sparse_seconds']:.2f} x dense in the demo)" in README
     right = record("examples/mini-flux/judge.json")["accuracy"]["guidance 2"]["all"]
     assert right >= 0.6 and f"right in {100 * right:.1f} % of" in README
 
