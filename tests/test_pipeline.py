@@ -61,6 +61,7 @@ def test_words_become_rows_of_the_table_one_an_attribute_and_their_sum(checkpoin
         ("red striped heart", ["one background", "none"]),
         ("red striped heart on sky, meadow", ["one background", "both sky and meadow"]),
         ("red hearty striped ringlet on meadow", ["one shape", "none"]),
+        ("a red striped heart with a dragon on the meadow", ["unknown word dragon", "known are"]),
     ],
 )
 def test_a_prompt_needs_one_word_of_each_attribute(words, prompt, words_of_the_error):

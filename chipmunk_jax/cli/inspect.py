@@ -3,7 +3,6 @@
 import argparse
 
 from chipmunk_jax.convert import Inspection, inspect
-from chipmunk_jax.convert.rules import listed
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
@@ -46,6 +45,6 @@ def describe(found: Inspection) -> str:
     }
     for kind in ("missing", "unknown", "doubled", "misshapen"):
         if names := getattr(found, kind):
-            rows[kind] = f"{len(names)}: {listed(names)}"
+            rows[kind] = f"{len(names)}: {', '.join(names)}"
     width = max(map(len, rows))
     return "\n".join([str(found.path), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
