@@ -119,9 +119,13 @@ def feed_forward(
 
 
 def _dense_mlp(x, mlp: MlpWeights, cache: MlpCache | None, step: Step):
+    return _dense_with_activations(x, mlp, step)[0], cache
+
+
+def _dense_with_activations(x, mlp: MlpWeights, step: Step):
     hidden = jnp.einsum("bnd,fd->bnf", x, mlp.fc1[step.layer]) + mlp.b1[step.layer]
-    out = jax.nn.gelu(hidden, approximate=True) @ mlp.fc2[step.layer] + mlp.b2[step.layer]
-    return out, cache
+    activations = jax.nn.gelu(hidden, approximate=True)
+    return activations @ mlp.fc2[step.layer] + mlp.b2[step.layer], activations
 
 
 def _full_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
@@ -155,13 +159,10 @@ def _delta_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
 
 
 def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
-    layer = step.layer
-    hidden = jnp.einsum("bnd,fd->bnf", x, mlp.fc1[layer]) + mlp.b1[layer]
-    activations = jax.nn.gelu(hidden, approximate=True)
-    out = activations @ mlp.fc2[layer] + mlp.b2[layer]
+    out, activations = _dense_with_activations(x, mlp, step)
     # A neuron matters by what it can add: the mean size of its activation times the length of its row.
     size = split_groups(jnp.abs(activations.astype(jnp.float32)), step.mlp.group).mean(-2)  # [B, G, F]
-    score = size * jnp.linalg.norm(mlp.fc2[layer].astype(jnp.float32), axis=-1)
+    score = size * jnp.linalg.norm(mlp.fc2[step.layer].astype(jnp.float32), axis=-1)
     cache = cache.replace(columns=_choose(score.astype(x.dtype), cache.columns, step.mlp, step))
     columns, options = _neurons(cache, step)
     chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)

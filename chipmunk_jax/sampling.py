@@ -107,8 +107,7 @@ def sample(
     batch, tokens, _ = noise.shape
     batch = batch if guidance is None else 2 * batch
     stacks = model.stacks(tokens, cond)
-    first = next(iter(stacks.values()))
-    table = plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width) if sparsity else None
+    table = plan_stacks(stacks, sparsity, steps) if sparsity else None
     check_room(stacks, sparsity, batch, model.dtype, implementation)
 
     order = patch_order(grid, sparsity.patches if sparsity else ())
@@ -166,6 +165,12 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
     model.check(noise, cond)
     if uncond is not None:
         model.check(noise, uncond)
+
+
+def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int) -> Step:
+    """plan() for a model's stacks, which share their attention's tokens and their MLP's width."""
+    first = next(iter(stacks.values()))
+    return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width)
 
 
 def check_room(

@@ -15,7 +15,8 @@ from chipmunk_jax.cli.sample import add_sampling_flags
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.pipeline import PATCH, Pipeline, WordTable, check_request
 from chipmunk_jax.quality import psnr
-from chipmunk_jax.schedule import density, plan
+from chipmunk_jax.sampling import plan_stacks
+from chipmunk_jax.schedule import density
 from chipmunk_jax.sparsity import Sparsity, to_dict
 
 DESCRIPTION = """\
@@ -108,9 +109,7 @@ def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> 
 def _density(pipeline: Pipeline, prompts, args: argparse.Namespace, sparsity: Sparsity) -> dict[str, float]:
     cond = pipeline.words.encode(prompts[:1])
     stacks = pipeline.model.stacks(args.height * args.width // PATCH**2, cond)
-    first = next(iter(stacks.values()))
-    table = plan(sparsity, args.steps, tokens=first.tokens, mlp_width=first.mlp_width)
-    return density(table, sum(stack.layers for stack in stacks.values()))
+    return density(plan_stacks(stacks, sparsity, args.steps), sum(stack.layers for stack in stacks.values()))
 
 
 def _sheet(prompts, dense: np.ndarray, sparse: np.ndarray, decibels: list[float]) -> np.ndarray:
