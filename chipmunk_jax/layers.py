@@ -1,7 +1,8 @@
 """The loop over stacked layers, and the one module whose weights feed kernels directly."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from chipmunk_jax.cache import LayerCache
-from chipmunk_jax.delta import MlpWeights, feed_forward
+from chipmunk_jax.delta import MlpWeights, feed_forward, product
 from chipmunk_jax.schedule import Step
 
 Carry = TypeVar("Carry")
@@ -17,6 +18,18 @@ Carry = TypeVar("Carry")
 
 class Stacked(nnx.Param):
     """A parameter that goes into every layer whole, with the layer's index: its slice in front of a kernel would be copied."""
+
+
+class Linear(nnx.Module):
+    """x kernel + bias, for x [.., N, in_features] and a kernel [in_features, out_features] that is a slice of a stack."""
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = product(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...]
 
 
 class Mlp(nnx.Module):
@@ -40,27 +53,46 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.
     return nnx.split_rngs(splits=layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
+def each_layer(module: nnx.Module, x: jax.Array) -> Any:
+    """module(x) of every layer of a stack at once, the layers in front."""
+    graph, params = nnx.split(module)
+    return jax.vmap(lambda own: nnx.merge(graph, own)(x))(params)
+
+
 def run_layers(
-    blocks: nnx.Module, x: Carry, cache: LayerCache | None, step: Step | None, *args, first: int = 0
+    blocks: nnx.Module,
+    x: Carry,
+    cache: LayerCache | None,
+    *args,
+    step: Step | None = None,
+    per_layer: Sequence = (),
+    first: int = 0,
+    unroll: bool = False,
 ) -> tuple[Carry, LayerCache | None]:
     """x after every block of the stack, and the cache.
 
     Args:
-        blocks: of stack_layers; called as block(x, *args, cache, step) -> (x, cache).
+        blocks: of stack_layers; called as block(x, *per_layer, *args, cache, step) -> (x, cache).
         x: what the blocks hand on, any pytree.
         cache: of this stack, or None.
-        step: of the sampler, or None for the plain dense network.
         args: the same for every layer.
+        step: of the sampler, or None for the plain dense network.
+        per_layer: pytrees with the layers in front, of which each block gets its own entry.
         first: depth of the stack's first layer in the whole model.
+        unroll: compile every layer apart instead of one for all. For training: the gradient of a loop adds to those of all
+            layers at every layer.
     """
     graph, whole, sliced = nnx.split(blocks, Stacked, ...)
     layers = jax.tree.leaves(sliced)[0].shape[0]
     step = step or Step()
 
-    def body(carry, inputs):
+    def run_layer(layer, carry):
         x, cache = carry
-        params, layer = inputs
+        # Slices at the loop's own index: XLA then hands cuBLAS a pointer into the stack, and copies nothing.
+        params, own = jax.tree.map(lambda stack: stack[layer], (sliced, tuple(per_layer)))
         block = nnx.merge(graph, whole, params)
-        return block(x, *args, cache, step.at_layer(layer, first + layer)), None
+        return block(x, *own, *args, cache, step.at_layer(layer, first + layer))
 
-    return lax.scan(body, (x, cache), (sliced, jnp.arange(layers)))[0]
+    if unroll:
+        return functools.reduce(lambda carry, layer: run_layer(layer, carry), range(layers), (x, cache))
+    return lax.fori_loop(0, layers, run_layer, (x, cache))

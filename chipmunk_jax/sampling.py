@@ -22,7 +22,7 @@ from chipmunk_jax.schedule import Step, plan
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import COMPILER_OPTIONS, choose
 
 Condition = dict[str, jax.Array]
 Callback = Callable[[int, float, np.ndarray], None]
@@ -127,7 +127,9 @@ def sample(
     return x
 
 
-@partial(jax.jit, static_argnames=("solver", "report"), donate_argnames="cache")
+@partial(
+    jax.jit, static_argnames=("solver", "report"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
+)
 def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver: Solver, report: str):
     order, timesteps, guidance = arrays["order"], arrays["timesteps"], arrays["guidance"]
     back = jnp.argsort(order)

@@ -29,7 +29,6 @@ from judge import accuracies, train_judge, write_grid
 from procgen_shapes import CLASSES, WORD_WIDTH, caption, make_images, save_vocabulary, word_rows, word_table
 from safetensors.numpy import save_file
 
-from chipmunk_jax.layers import Stacked
 from chipmunk_jax.models.flux import Flux, FluxConfig
 
 TEXT_TOKENS = 16  # four words, then zeros
@@ -139,26 +138,6 @@ def start_log(out: Path) -> None:
 # Model and objective.
 
 
-class Unrolled(nnx.Module):
-    """A stack of blocks as one layer that calls them in turn.
-
-    In a loop, what the backward pass needs is copied or computed twice: 1.5 times the memory traffic at 64 px.
-    """
-
-    def __init__(self, blocks: nnx.Module):
-        graph, whole, sliced = nnx.split(blocks, Stacked, ...)
-        self.layers = jax.tree.leaves(sliced)[0].shape[0]
-        self.blocks = nnx.merge(graph, whole, jax.tree.map(lambda leaf: leaf[None], sliced))
-
-    def __call__(self, x, *args):
-        *args, cache, step = args
-        graph, whole, sliced = nnx.split(self.blocks, Stacked, ...)
-        for layer in range(self.layers):
-            block = nnx.merge(graph, whole, jax.tree.map(lambda leaf, layer=layer: leaf[layer], sliced))
-            x, cache = block(x, *args, cache, step.replace(layer=layer))
-        return x, cache
-
-
 def init_state(recipe: Recipe, seed: int) -> tuple[nnx.GraphDef, TrainState]:
     """The graph of the bf16 network, and its float32 start: modulations and the last layer at zero (adaLN-zero)."""
     make = lambda: nnx.split(Flux(recipe.model, dtype=jnp.bfloat16, rngs=nnx.Rngs(seed)))
@@ -179,7 +158,9 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW without its learning rate, which depends on the clock; a step whose gradient is not finite is left out."""
 
     def is_matrix(params):
-        named = lambda path, _: bool({"kernel", "fc1", "fc2"} & {str(getattr(key, "key", key)) for key in path})
+        named = lambda path, _: bool(
+            {"kernel", "weight", "fc1", "fc2"} & {str(getattr(key, "key", key)) for key in path}
+        )
         return jax.tree_util.tree_map_with_path(named, params)
 
     steps = (
@@ -201,7 +182,7 @@ def velocity_loss(params, graph, recipe: Recipe, stage: Stage, key: jax.Array) -
     cond = condition(labels, jax.random.bernoulli(drop_key, 1 - recipe.drop, t.shape))
 
     model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    model.double_blocks, model.single_blocks = Unrolled(model.double_blocks), Unrolled(model.single_blocks)
+    model.unroll = True
     velocity, _ = model(noisy, t, cond, grid_positions(stage.size))
     return jnp.square(velocity - (noise - image)).mean()
 
@@ -427,9 +408,9 @@ def diffusers_tensors(params: nnx.State, config: FluxConfig) -> dict[str, np.nda
     """Our weights under diffusers' names, transposed, split and joined as its layers are."""
     p = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
     # Ours is (shift, scale), diffusers' (scale, shift).
-    final = {name: np.roll(array, config.hidden_size, axis=-1) for name, array in p["final"]["linear"].items()}
+    final = {name: np.roll(array, config.hidden_size, axis=0) for name, array in p["final"].items()}
     tensors = linear("x_embedder", p["img_in"]) | linear("context_embedder", p["txt_in"])
-    tensors |= linear("norm_out.linear", final) | linear("proj_out", p["img_out"])
+    tensors |= modulation("norm_out.linear", final) | linear("proj_out", p["img_out"])
     for name, embedder in (("timestep_embedder", p["time_in"]), ("text_embedder", p["vector_in"])):
         tensors |= linear(f"time_text_embed.{name}.linear_1", embedder["in_layer"])
         tensors |= linear(f"time_text_embed.{name}.linear_2", embedder["out_layer"])
@@ -449,7 +430,7 @@ def double_block(block: dict) -> dict[str, np.ndarray]:
     tensors |= linear("attn.to_out.0", img["proj"]) | linear("attn.to_add_out", txt["proj"])
     for stream, norm, feed_forward in ((img, "norm1", "ff"), (txt, "norm1_context", "ff_context")):
         mlp = stream["mlp"]
-        tensors |= linear(f"{norm}.linear", stream["modulation"]["linear"])
+        tensors |= modulation(f"{norm}.linear", stream["modulation"])
         tensors |= {f"{feed_forward}.net.0.proj.weight": mlp["fc1"], f"{feed_forward}.net.0.proj.bias": mlp["b1"]}
         tensors |= {f"{feed_forward}.net.2.weight": mlp["fc2"].T, f"{feed_forward}.net.2.bias": mlp["b2"]}
     return tensors
@@ -458,7 +439,7 @@ def double_block(block: dict) -> dict[str, np.ndarray]:
 def single_block(block: dict) -> dict[str, np.ndarray]:
     mlp = block["mlp"]
     tensors = qkv(block["qkv"], ("to_q", "to_k", "to_v"), "norm_")
-    tensors |= linear("norm.linear", block["modulation"]["linear"])
+    tensors |= modulation("norm.linear", block["modulation"])
     tensors |= {"proj_mlp.weight": mlp["fc1"], "proj_mlp.bias": mlp["b1"], "proj_out.bias": mlp["b2"]}
     return tensors | {"proj_out.weight": np.concatenate([block["proj"]["kernel"], mlp["fc2"]]).T}
 
@@ -469,6 +450,10 @@ def qkv(attention: dict, names: tuple[str, str, str], norm: str) -> dict[str, np
     for name, kernel, bias in zip(names, kernels, biases, strict=True):
         tensors |= linear(f"attn.{name}", {"kernel": kernel, "bias": bias})
     return tensors
+
+
+def modulation(name: str, layer: dict) -> dict[str, np.ndarray]:
+    return {f"{name}.weight": layer["weight"], f"{name}.bias": layer["bias"]}
 
 
 def linear(name: str, layer: dict) -> dict[str, np.ndarray]:

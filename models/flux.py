@@ -4,6 +4,7 @@ Config fields are named as in the original. Positions are an input, so the order
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from chipmunk_jax.cache import LayerCache, Stack
-from chipmunk_jax.delta import attend
-from chipmunk_jax.layers import Mlp, run_layers, stack_layers
+from chipmunk_jax.delta import attend, product
+from chipmunk_jax.layers import Linear, Mlp, each_layer, run_layers, stack_layers
 from chipmunk_jax.schedule import Step
+from pallas_kernels.rotary_qkv import Projection, rotary_qkv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Flux(nnx.Module):
     def __init__(self, config: FluxConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.config, self.dtype = config, dtype
+        self.unroll = False  # True compiles every layer apart: for training, see run_layers
         self.img_in = nnx.Linear(c.in_channels, c.hidden_size, **kw)
         self.txt_in = nnx.Linear(c.context_in_dim, c.hidden_size, **kw)
         self.time_in = Embedder(256, c.hidden_size, **kw)
@@ -90,21 +93,25 @@ class Flux(nnx.Module):
         vec = jax.nn.silu(vec)  # every modulation starts with it
         img, txt = self.img_in(img.astype(self.dtype)), self.txt_in(cond["text"].astype(self.dtype))
         rope = self.rotations(positions, txt.shape[1])
-        (img, txt), double = run_layers(self.double_blocks, (img, txt), cache["double"], step, vec, rope)
-        x = jnp.concatenate([txt, img], axis=1)
-        x, single = run_layers(self.single_blocks, x, cache["single"], step, vec, rope, first=self.config.depth)
+        # Of all layers at once: a product of one row is a reading of its weights, and one kernel reads fastest.
+        double_mods = [each_layer(s.modulation, vec) for s in (self.double_blocks.img, self.double_blocks.txt)]
+        single_mods = [each_layer(self.single_blocks.modulation, vec)]
+        run = partial(run_layers, step=step, unroll=self.unroll)
+        (img, txt), double = run(self.double_blocks, (img, txt), cache["double"], rope, per_layer=double_mods)
+        x, first = jnp.concatenate([txt, img], axis=1), self.config.depth
+        x, single = run(self.single_blocks, x, cache["single"], rope, per_layer=single_mods, first=first)
         shift, scale = self.final(vec)
         out = self.img_out(modulate(x[:, txt.shape[1] :], shift, scale))
         return out.astype(jnp.float32), {"double": double, "single": single}
 
     def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
-        """cos and +-sin of the rotary angles as `rotate` takes them, f32 [T + N, 1, d] each."""
+        """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [T + N, d] each."""
         positions = jnp.pad(positions.astype(jnp.float32), ((text_tokens, 0), (0, 0)))
         axes = [
             positions[:, axis, None] * self.config.theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
             for axis, width in enumerate(self.config.axes_dim)
         ]
-        angles = jnp.repeat(jnp.concatenate(axes, axis=-1)[:, None], 2, axis=-1)
+        angles = jnp.repeat(jnp.concatenate(axes, axis=-1), 2, axis=-1)
         return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
 
     def positions(self, grid: tuple[int, int]) -> np.ndarray:
@@ -148,14 +155,13 @@ class DoubleBlock(nnx.Module):
         self.txt = Stream(config, dtype, rngs)
 
     @jax.named_scope("double_block")
-    def __call__(self, tokens, vec, rope, cache, step):
-        img, txt = tokens
-        img_mod, txt_mod = self.img.modulation(vec), self.txt.modulation(vec)  # 6 x [B, 1, D] each
-        text = txt.shape[1]
-        txt_rope, img_rope = zip(*(jnp.split(table, [text]) for table in rope), strict=True)
-        qkv = zip(self.txt.qkv(txt, *txt_mod[:2], txt_rope), self.img.qkv(img, *img_mod[:2], img_rope), strict=True)
-        out, cache = attend(*(jnp.concatenate(pair, axis=1) for pair in qkv), cache, step)  # [B, T + N, H, d]
-        txt_out, img_out = jnp.split(out, [text], axis=1)
+    def __call__(self, tokens, img_mod, txt_mod, rope, cache, step):
+        img, txt = tokens  # mods: 6 x [B, 1, D] each
+        parts = self.txt.qkv(modulate(txt, *txt_mod[:2])), self.img.qkv(modulate(img, *img_mod[:2]))
+        out, cache = attend(
+            *rotary_qkv(parts, *rope, implementation=step.implementation), cache, step
+        )  # [B, T + N, H, d]
+        txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
         img = add_gated(img, img_mod[2], self.img.proj(merge_heads(img_out)))
         txt = add_gated(txt, txt_mod[2], self.txt.proj(merge_heads(txt_out)))
         img_out, cache = self.img.mlp(modulate(img, *img_mod[3:5]), cache, step)
@@ -171,14 +177,15 @@ class SingleBlock(nnx.Module):
         self.modulation = Modulation(c.hidden_size, 3, dtype, rngs)
         self.qkv = Qkv(c, dtype, rngs)
         # linear2's one bias is the MLP's b2.
-        self.proj = nnx.Linear(c.hidden_size, c.hidden_size, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.proj = Linear(c.hidden_size, c.hidden_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("single_block")
-    def __call__(self, x, vec, rope, cache, step):
-        shift, scale, gate = self.modulation(vec)  # [B, 1, D] each
+    def __call__(self, x, mod, rope, cache, step):
+        shift, scale, gate = mod  # [B, 1, D] each
         h = modulate(x, shift, scale)
-        attn_out, cache = attend(*self.qkv(h, rope), cache, step)
+        qkv = rotary_qkv([self.qkv(h)], *rope, implementation=step.implementation)
+        attn_out, cache = attend(*qkv, cache, step)
         mlp_out, cache = self.mlp(h, cache, step)
         return add_gated(x, gate, self.proj(merge_heads(attn_out)) + mlp_out), cache
 
@@ -190,27 +197,25 @@ class Stream(nnx.Module):
         c = config
         self.modulation = Modulation(c.hidden_size, 6, dtype, rngs)
         self.attention = Qkv(c, dtype, rngs)
-        self.proj = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.proj = Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
 
-    def qkv(self, x, shift, scale, rope):
-        return self.attention(modulate(x, shift, scale), rope)
+    def qkv(self, x):
+        return self.attention(x)
 
 
 class Qkv(nnx.Module):
-    """Queries, keys (both RMS-normalised a head, and rotated) and values, [B, N, H, d] each."""
+    """Queries, keys and values of all heads, and their norms a head, as `rotary_qkv` finishes them."""
 
     def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         c, head_dim = config, sum(config.axes_dim)
-        self.heads = c.num_heads
-        self.linear = nnx.Linear(c.hidden_size, 3 * c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.linear = Linear(c.hidden_size, 3 * c.hidden_size, dtype=dtype, rngs=rngs)
         self.query_norm = nnx.Param(jnp.ones(head_dim, dtype))
         self.key_norm = nnx.Param(jnp.ones(head_dim, dtype))
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(self.linear(x), 3, axis=-1))
-        q, k = rotate(rms_norm(q, self.query_norm), rope), rotate(rms_norm(k, self.key_norm), rope)
-        return q.astype(v.dtype), k.astype(v.dtype), v
+    def __call__(self, x: jax.Array) -> Projection:
+        linear = self.linear
+        return Projection(product(x, linear.kernel[...]), linear.bias[...], self.query_norm[...], self.key_norm[...])
 
 
 class Modulation(nnx.Module):
@@ -218,13 +223,16 @@ class Modulation(nnx.Module):
 
     def __init__(self, width: int, n: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.n = n
-        # bf16 weights, float32 sums and result: a float32 copy of the weights would cost more than the product.
-        self.linear = nnx.Linear(
-            width, n * width, dtype=dtype, param_dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
-        )
+        init = nnx.initializers.lecun_normal(in_axis=1, out_axis=0)
+        self.weight = nnx.Param(init(rngs.params(), (n * width, width), dtype))  # an output a row, as it is read
+        self.bias = nnx.Param(jnp.zeros(n * width, dtype))
 
     def __call__(self, vec: jax.Array) -> list[jax.Array]:
-        return jnp.split(self.linear(vec)[:, None].astype(jnp.float32), self.n, axis=-1)
+        weight, bias = (param[...].astype(jnp.float32) for param in (self.weight, self.bias))
+        # Written as a sum: for a product with a float32 result XLA would first write the weights out in float32.
+        vec = vec.astype(self.weight.dtype).astype(jnp.float32)
+        out = (vec[:, None] * weight).sum(-1) + bias
+        return jnp.split(out[:, None], self.n, axis=-1)
 
 
 class Embedder(nnx.Module):
@@ -253,19 +261,6 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
     return ((1 + scale) * y + shift).astype(x.dtype)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x / rms(x) * weight over the last axis, float32 inside and out: rounded once, after the rotation that follows."""
-    y = x.astype(jnp.float32)
-    return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * weight.astype(jnp.float32)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x [B, N, H, d], f32, with each pair (u, v) turned by its angle: (u, v) cos + (v, u) (-sin, sin)."""
-    cos, sin = rope
-    swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-    return x * cos + swapped * sin
 
 
 def merge_heads(x: jax.Array) -> jax.Array:

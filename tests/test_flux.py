@@ -103,11 +103,12 @@ def activations(model, *arguments):
     outputs = []
 
     # As chipmunk_jax.layers.run_layers, one block at a time.
-    def run(blocks, x, cache, step, *args, first=0):
+    def run(blocks, x, cache, *args, per_layer, first=0, **options):
         graph, params = nnx.split(blocks)
         for i in range(jax.tree.leaves(params)[0].shape[0]):
-            block = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i : i + 1], params))
-            x, cache = run_layers(block, x, cache, step, *args, first=first + i)
+            one = lambda tree, i=i: jax.tree.map(lambda a: a[i : i + 1], tree)
+            block = nnx.merge(graph, one(params))
+            x, cache = run_layers(block, x, cache, *args, per_layer=one(per_layer), first=first + i, **options)
             outputs.append(x)
         return x, cache
 
