@@ -20,8 +20,9 @@ from pallas_kernels import (
     column_fc2,
     column_sums,
     dense_attention,
+    move_column_fc2,
     store_attention_residual,
-    store_column_fc2,
+    store_fc2_residual,
     topk_columns,
 )
 from pallas_kernels.groups import group_count, split_groups
@@ -155,9 +156,9 @@ def _select_delta(x, mlp: MlpWeights, cache: MlpCache, step: Step):
 def _delta_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     columns, options = _neurons(cache, step)
     change, activations = column_fc1(x, mlp.fc1, mlp.b1, *columns, activations=cache.activations, **options)
-    out = store_column_fc2(change, mlp.fc2, *columns, out=cache.out, **options)
-    out, activations, lists = _after((out, activations, cache.columns))
-    return out[step.layer], cache.replace(activations=activations, out=out, columns=lists)
+    moved, out = move_column_fc2(change, mlp.fc2, *columns, out=cache.out, **options)
+    moved, activations, lists = _after((moved, activations, cache.columns))
+    return out, cache.replace(activations=activations, out=moved, columns=lists)
 
 
 def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
@@ -168,7 +169,7 @@ def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     cache = cache.replace(columns=_choose(score.astype(x.dtype), cache.columns, step.mlp, step))
     columns, options = _neurons(cache, step)
     chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
-    residual = store_column_fc2(chosen, mlp.fc2, *columns, out=cache.out, dense=out, **options)
+    residual = store_fc2_residual(out, chosen, mlp.fc2, *columns, residual=cache.out, **options)
     residual, lists = _after((residual, cache.columns))
     return out, cache.replace(out=residual, columns=lists)
 

@@ -127,9 +127,7 @@ def sample(
     return x
 
 
-@partial(
-    jax.jit, static_argnames=("solver", "report"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS
-)
+@partial(jax.jit, static_argnames=("solver", "report"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver: Solver, report: str):
     order, timesteps, guidance = arrays["order"], arrays["timesteps"], arrays["guidance"]
     back = jnp.argsort(order)

@@ -1,7 +1,7 @@
 """Kernels for column-sparse deltas: arrays in, arrays out. A file is a public function, its jnp reference, its Pallas body."""
 
 from pallas_kernels.column_attention import column_attention, store_attention_residual
-from pallas_kernels.column_mlp import column_fc1, column_fc2, store_column_fc2
+from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_fc2_residual
 from pallas_kernels.dense_attention import column_sums, dense_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.topk import topk_columns
@@ -13,7 +13,8 @@ __all__ = [
     "column_fc2",
     "column_sums",
     "dense_attention",
+    "move_column_fc2",
     "store_attention_residual",
-    "store_column_fc2",
+    "store_fc2_residual",
     "topk_columns",
 ]

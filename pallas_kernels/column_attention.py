@@ -15,10 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, launch
 from pallas_kernels.groups import check_group, group_count, join_groups, row_tile, split_groups
+from pallas_kernels.launch import Launch, Tile
 
 LOG2E = math.log2(math.e)
+NARROW = 32  # rows of a program where those of whole tiles would not fill a wave
 MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
 
 
@@ -57,11 +59,8 @@ def column_attention(
         out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
         base = 0 if residual is None else residual[layer].astype(jnp.float32)
         return (base + out).astype(q.dtype)
-    operands = [] if residual is None else [residual]
-    return _pallas(
-        q, k, v, indices, counts, layer, operands, jax.ShapeDtypeStruct(q.shape, q.dtype),
-        body=_body_add if operands else _body_plain, aliases={}, group=group, scale=scale, implementation=implementation,
-    )  # fmt: skip
+    options = dict(group=group, scale=scale, residual=residual, implementation=implementation)
+    return _pallas(q, k, v, indices, counts, layer, **options)
 
 
 def store_attention_residual(
@@ -94,10 +93,8 @@ def store_attention_residual(
     if implementation == "reference":
         out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
         return residual.at[layer].set((dense.astype(jnp.float32) - out).astype(residual.dtype))
-    return _pallas(
-        q, k, v, indices, counts, layer, [dense, residual], jax.ShapeDtypeStruct(residual.shape, residual.dtype),
-        body=_body_store, aliases={7: 0}, group=group, scale=scale, implementation=implementation,
-    )  # fmt: skip
+    options = dict(group=group, scale=scale, residual=residual, dense=dense, implementation=implementation)
+    return _pallas(q, k, v, indices, counts, layer, **options)
 
 
 def _check(q, k, v, indices, counts, group, residual) -> None:
@@ -133,43 +130,41 @@ def _reference(q, k, v, indices, counts, group, scale):
     return join_groups(out, q.shape[1]).swapaxes(1, 2)
 
 
-def _pallas(q, k, v, indices, counts, layer, operands, out_shape, *, body, aliases, group, scale, implementation):
-    batch, rows, heads, _ = q.shape
-    tile = row_tile(group)
-    kernel = functools.partial(body, tile=tile, group=group, scale=scale)
-    return pl.pallas_call(
-        kernel,
-        # Tiles of one head run side by side and share its keys in the L2 cache.
-        grid=(group_count(rows, tile), heads, batch),
-        name=f"column_attention{body.__name__.removeprefix('_body')}",
-        out_shape=out_shape,
-        input_output_aliases=aliases,
-        interpret=implementation == "interpret",
-        # 4 warps and 3 stages with 128 x 64 tiles beat every 8-warp setting on H100.
-        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=3),
-    )(q, k, v, indices, counts, jnp.asarray(layer, jnp.int32)[None], *operands)
+def _pallas(q, k, v, indices, counts, layer, *, group, scale, residual, dense=None, implementation):
+    """residual[layer] + S, or S, as a new array; with `dense`, the residual with dense - S in its layer, in place."""
+    layer = jnp.asarray(layer, jnp.int32)[None]
+    sources = [a for a in ((residual,) if dense is None else (dense,)) if a is not None]
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype) if dense is None else residual
+    # Tiles of one head run side by side and share its keys in the L2 cache.
+    for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], *_tiles(group)):
+        mode = "store" if dense is not None else "add" if sources else "new"
+        body = functools.partial(_body, mode=mode, part=part, group=group, scale=scale)
+        inputs = (q, k, v, indices, counts, layer, *sources)
+        (out,) = launch.run(body, f"column_attention_{mode}", inputs, [out], part, implementation)
+    return out
 
 
-def _body_plain(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, out_ref, **tiling):
-    out, at, inside = _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref[0], **tiling)
+def _tiles(group):
+    # 4 warps with 128 x 64 tiles beat every 8-warp setting on an H100.
+    wide = Tile(row_tile(group), 1, warps=4, resident=2)
+    return wide, wide._replace(rows=min(NARROW, wide.rows))
+
+
+def _body(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, *refs, mode, part, group, scale):
+    layer, out_ref = layer_ref[0], refs[-1]
+    out, at, inside = _attend(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer, part=part, group=group, scale=scale)
+    if mode == "add":
+        out = plgpu.load(refs[0].at[layer, *at], mask=inside, other=0).astype(jnp.float32) + out
+    elif mode == "store":
+        out = plgpu.load(refs[0].at[at], mask=inside, other=0).astype(jnp.float32) - out
+        at = (layer, *at)
     plgpu.store(out_ref.at[at], out.astype(out_ref.dtype), mask=inside)
 
 
-def _body_add(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, residual_ref, out_ref, **tiling):
-    out, at, inside = _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref[0], **tiling)
-    base = plgpu.load(residual_ref.at[layer_ref[0], *at], mask=inside, other=0).astype(jnp.float32)
-    plgpu.store(out_ref.at[at], (base + out).astype(out_ref.dtype), mask=inside)
-
-
-def _body_store(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, dense_ref, _, residual_ref, **tiling):
-    out, at, inside = _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref[0], **tiling)
-    dense = plgpu.load(dense_ref.at[at], mask=inside, other=0).astype(jnp.float32)
-    plgpu.store(residual_ref.at[layer_ref[0], *at], (dense - out).astype(residual_ref.dtype), mask=inside)
-
-
-def _tile(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer, *, tile, group, scale):
+def _attend(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer, *, part: Launch, group, scale):
     """S [tile, d] in float32 for this program's rows, where they lie in [B, N, H, d], and which of them exist."""
-    i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    tile = part.tile.rows
+    i, h, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
     block = 64  # columns a step: more spill, fewer starve the matrix units
     rows_total, width = q_ref.shape[1], q_ref.shape[3]
     capacity = indices_ref.shape[-1]

@@ -7,6 +7,7 @@ column_fc1 gives a, or its change since a cached a, packed as [B, N, K]; column_
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, launch
 from pallas_kernels.groups import check_group, group_count, join_groups, row_tile, split_groups
+from pallas_kernels.launch import Launch, Tile
 
-NEURONS = 128  # a tile's neurons (fc1) and output features (fc2)
+# Measured on an H100 at FLUX's size (launch.py says what the second of each is for).
+FC1 = Tile(128, 256, warps=8), Tile(128, 32, warps=4)
+FC2 = Tile(128, 128, warps=4, resident=2), Tile(128, 32, warps=4)
+SQRT_2_PI, LOG2E = math.sqrt(2 / math.pi), math.log2(math.e)
 INNER = 64  # a step's width of the contraction
 
 
@@ -57,20 +62,13 @@ def column_fc1(
     implementation = dispatch.choose(implementation, dtype=x.dtype)
     if implementation == "reference":
         return _fc1_reference(x, fc1[layer], b1[layer], indices[layer], counts[layer], layer, group, activations)
-    batch, rows, _ = x.shape
-    tile, capacity = row_tile(group), indices.shape[-1]
-    packed = jax.ShapeDtypeStruct((batch, rows, capacity), x.dtype)
-    caches = [] if activations is None else [activations]
-    out = pl.pallas_call(
-        functools.partial(_fc1_body, tile=tile, group=group),
-        grid=(group_count(rows, tile), group_count(capacity, NEURONS), batch),
-        name="column_fc1",
-        out_shape=[packed, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in caches)],
-        input_output_aliases={6: 1} if caches else {},
-        interpret=implementation == "interpret",
-        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=3),
-    )(x, fc1, b1, indices, counts, jnp.asarray(layer, jnp.int32)[None], *caches)
-    return out[0], out[1] if caches else None
+    layer = jnp.asarray(layer, jnp.int32)[None]
+    rows, capacity = x.shape[1], indices.shape[-1]
+    outputs = [jax.ShapeDtypeStruct((*x.shape[:2], capacity), x.dtype), activations]
+    for part in launch.launches(rows, capacity, x.shape[0], *_tiles(group, FC1)):
+        body = functools.partial(_fc1_body, cached=activations is not None, part=part, group=group)
+        outputs = launch.run(body, "column_fc1", (x, fc1, b1, indices, counts, layer), outputs, part, implementation)
+    return outputs
 
 
 def column_fc2(
@@ -96,10 +94,10 @@ def column_fc2(
     Raises:
         ValueError, NotImplementedError: as in column_fc1.
     """
-    return _fc2(packed, fc2, indices, counts, layer, group, residual, None, False, implementation)
+    return _fc2(packed, fc2, indices, counts, layer, group, residual, "add", implementation)
 
 
-def store_column_fc2(
+def move_column_fc2(
     packed: jax.Array,
     fc2: jax.Array,
     indices: jax.Array,
@@ -108,20 +106,46 @@ def store_column_fc2(
     *,
     group: int,
     out: jax.Array,
-    dense: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
-) -> jax.Array:
-    """out [L, B, N, D], in place, with out[layer] += packed @ fc2[layer, chosen], or out[layer] = dense - the same product.
+) -> tuple[jax.Array, jax.Array]:
+    """out [L, B, N, D], in place, with out[layer] += packed @ fc2[layer, chosen]; and a copy of out[layer], [B, N, D].
 
     Args:
         packed, fc2, indices, counts, layer, group, implementation: as in column_fc2.
         out: [L, B, N, D].
-        dense: [B, N, D], what all neurons give; None adds to `out` instead.
 
     Raises:
         ValueError, NotImplementedError: as in column_fc1.
     """
-    return _fc2(packed, fc2, indices, counts, layer, group, out, dense, True, implementation)
+    return _fc2(packed, fc2, indices, counts, layer, group, out, "move", implementation)
+
+
+def store_fc2_residual(
+    dense: jax.Array,
+    packed: jax.Array,
+    fc2: jax.Array,
+    indices: jax.Array,
+    counts: jax.Array,
+    layer: jax.Array | int,
+    *,
+    group: int,
+    residual: jax.Array,
+    implementation: dispatch.Implementation | None = None,
+) -> jax.Array:
+    """residual [L, B, N, D], in place, with residual[layer] = dense - packed @ fc2[layer, chosen].
+
+    Args:
+        dense: [B, N, D], what all neurons give.
+        packed, fc2, indices, counts, layer, group, residual, implementation: as in column_fc2.
+
+    Raises:
+        ValueError, NotImplementedError: as in column_fc1.
+    """
+    return _fc2(packed, fc2, indices, counts, layer, group, residual, "store", implementation, dense)
+
+
+def _tiles(group, tiles):
+    return (tile._replace(rows=min(tile.rows, row_tile(group))) for tile in tiles)
 
 
 def _check(x, weights, indices, counts, group) -> None:
@@ -155,9 +179,10 @@ def _fc1_reference(x, fc1, b1, indices, counts, layer, group, activations):
     return join_groups(change, x.shape[1]), activations.at[layer].set(updated.swapaxes(1, 2))
 
 
-def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs, tile, group):
-    old_ref, packed_ref, new_ref = refs if len(refs) == 3 else (None, refs[0], None)
-    i, j, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs, cached, part: Launch, group):
+    packed_ref, new_ref = refs[-2:] if cached else (refs[-1], None)  # before them the same memory as inputs
+    tile, neurons, *_ = part.tile
+    i, j, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
     layer = layer_ref[0]
     rows_total, width = x_ref.shape[1:]
     capacity = indices_ref.shape[-1]
@@ -165,47 +190,54 @@ def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs,
     count = counts_ref[layer, b, g]
     rows = i * tile + jnp.arange(tile)
     inside = rows < rows_total
-    slots = j * NEURONS + jnp.arange(NEURONS)
+    slots = j * neurons + jnp.arange(neurons)
     listed = slots < count
-    neurons = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1)])
-    neurons = jnp.where(listed, neurons, indices_ref[layer, b, g, 0])
+    chosen = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1)])
+    chosen = jnp.where(listed, chosen, indices_ref[layer, b, g, 0])
 
-    def multiply(t, acc):  # [neurons, rows]: the way the cached activations lie
+    def multiply(t, acc):
         features = t * INNER + jnp.arange(INNER)
-        weights = _load_2d(fc1_ref, (layer,), neurons, features, width)
-        tokens = _load_2d(x_ref, (b,), rows, features, width, inside)
-        return acc + plgpu.dot(weights, tokens.T)
+        tokens = _load_2d(x_ref, (b,), rows, features, width, inside if rows_total % tile else None)
+        return acc + plgpu.dot(tokens, _load_2d(fc1_ref, (layer,), chosen, features, width).T)
 
     # A tile without any listed neuron has nothing to multiply: its loop is empty.
-    steps = group_count(width, INNER) * jnp.clip(count - j * NEURONS, 0, 1)
-    acc = lax.fori_loop(0, steps, multiply, jnp.zeros((NEURONS, tile), jnp.float32))
-    bias = plgpu.load(b1_ref.at[layer, neurons], mask=listed, other=0).astype(jnp.float32)
-    new = jax.nn.gelu(acc + bias[:, None], approximate=True).astype(packed_ref.dtype)
-    live = listed[:, None] & inside[None, :]
-    change = new
-    if old_ref is not None:
-        at = (layer, b, neurons[:, None], rows[None, :])
-        old = plgpu.load(old_ref.at[at], mask=live, other=0)
-        change = (new.astype(jnp.float32) - old.astype(jnp.float32)).astype(packed_ref.dtype)
+    steps = group_count(width, INNER) * jnp.clip(count - j * neurons, 0, 1)
+    # Added at the end instead, the bias makes Triton compute the GELU in two layouts, and spill.
+    bias = plgpu.load(b1_ref.at[layer, chosen]).astype(jnp.float32)
+    acc = lax.fori_loop(0, steps, multiply, jnp.broadcast_to(bias[None, :], (tile, neurons)))
+    change = _gelu(acc).astype(packed_ref.dtype)
+    if cached:
+        # All in the cache's own orientation: used in two, the GELU would be computed twice, and spill.
+        new = change.T
         # Masked lanes point behind the last neuron: the interpreter scatters them too, and must not meet a written one.
-        apart = jnp.where(listed, neurons, old_ref.shape[2] + slots)
-        plgpu.store(new_ref.at[layer, b, apart[:, None], rows[None, :]], new.astype(new_ref.dtype), mask=live)
-    change = jnp.where(live, change, 0).T.astype(packed_ref.dtype)
+        apart = jnp.where(listed, chosen, new_ref.shape[2] + slots)
+        at = (layer, b, apart[:, None], rows[None, :])
+        live = listed[:, None] & inside[None, :]
+        old = plgpu.load(new_ref.at[at], mask=live, other=0)
+        plgpu.store(new_ref.at[at], new.astype(new_ref.dtype), mask=live)
+        change = (new.astype(jnp.float32) - old.astype(jnp.float32)).astype(packed_ref.dtype).T
+    change = jnp.where(listed[None, :], change, 0)
     kept = inside[:, None] & (slots < capacity)[None, :]
     plgpu.store(packed_ref.at[b, rows[:, None], slots[None, :]], change, mask=kept)
+
+
+def _gelu(x):
+    """jax.nn.gelu(x, approximate=True), f32, with one exponential for its tanh: (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))."""
+    minus_2u = x * (-2 * SQRT_2_PI - 2 * SQRT_2_PI * 0.044715 * x * x)
+    return x / (1 + jnp.exp2(minus_2u * LOG2E))
 
 
 def _load_2d(ref, prefix, rows, columns, columns_total, inside=None):
     """ref[*prefix, rows, columns] as a tile; rows outside and columns behind the last read as 0."""
     shape = (rows.size, columns.size)
     masks = [] if inside is None else [jnp.broadcast_to(inside[:, None], shape)]
-    if columns_total % columns.size:
+    if columns_total is not None and columns_total % columns.size:
         masks.append(jnp.broadcast_to((columns < columns_total)[None, :], shape))
     mask = functools.reduce(jnp.logical_and, masks) if masks else None
     return plgpu.load(ref.at[*prefix, rows[:, None], columns[None, :]], mask=mask, other=0 if masks else None)
 
 
-def _fc2(packed, fc2, indices, counts, layer, group, base, dense, in_place, implementation):
+def _fc2(packed, fc2, indices, counts, layer, group, base, mode, implementation, dense=None):
     if base.shape[1:] != (*packed.shape[:2], fc2.shape[-1]):
         raise ValueError(f"residual or out {base.shape}: expected [L, B, N, D] to fit {packed.shape} and {fc2.shape}")
     if packed.shape[-1] != indices.shape[-1] or (dense is not None and dense.shape != base.shape[1:]):
@@ -215,23 +247,19 @@ def _fc2(packed, fc2, indices, counts, layer, group, base, dense, in_place, impl
     implementation = dispatch.choose(implementation, dtype=packed.dtype)
     if implementation == "reference":
         product = _fc2_reference(packed, fc2[layer], indices[layer], counts[layer], group)
-        if dense is not None:
+        if mode == "store":
             return base.at[layer].set((dense.astype(jnp.float32) - product).astype(base.dtype))
         total = (base[layer].astype(jnp.float32) + product).astype(base.dtype)
-        return base.at[layer].set(total) if in_place else total
-    batch, rows, _ = packed.shape
-    width, tile = fc2.shape[-1], row_tile(group)
-    sources = [base] if dense is None else [base, dense]
-    shape = base.shape if in_place else base.shape[1:]
-    return pl.pallas_call(
-        functools.partial(_fc2_body, tile=tile, group=group, in_place=in_place),
-        grid=(group_count(rows, tile), group_count(width, NEURONS), batch),
-        name="column_fc2",
-        out_shape=jax.ShapeDtypeStruct(shape, base.dtype),
-        input_output_aliases={5: 0} if in_place else {},
-        interpret=implementation == "interpret",
-        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=3),
-    )(packed, fc2, indices, counts, jnp.asarray(layer, jnp.int32)[None], *sources)
+        return total if mode == "add" else (base.at[layer].set(total), total)
+    inputs = (packed, fc2, indices, counts, jnp.asarray(layer, jnp.int32)[None])
+    fresh = None if mode == "store" else jax.ShapeDtypeStruct(base.shape[1:], base.dtype)
+    stack = base
+    for part in launch.launches(packed.shape[1], fc2.shape[-1], packed.shape[0], *_tiles(group, FC2)):
+        body = functools.partial(_fc2_body, mode=mode, part=part, group=group)
+        sources = {"add": (base,), "move": (), "store": (dense,)}[mode]
+        outputs = [None if mode == "add" else stack, fresh]
+        stack, fresh = launch.run(body, "column_fc2", (*inputs, *sources), outputs, part, implementation)
+    return {"add": fresh, "move": (stack, fresh), "store": stack}[mode]
 
 
 def _fc2_reference(packed, fc2, indices, counts, group):
@@ -242,9 +270,9 @@ def _fc2_reference(packed, fc2, indices, counts, group):
     return join_groups(product, packed.shape[1])
 
 
-def _fc2_body(packed_ref, fc2_ref, indices_ref, counts_ref, layer_ref, base_ref, *refs, tile, group, in_place):
-    dense_ref, out_ref = refs if len(refs) == 2 else (None, refs[0])
-    i, j, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+def _fc2_body(packed_ref, fc2_ref, indices_ref, counts_ref, layer_ref, *refs, mode, part: Launch, group):
+    tile, columns, *_ = part.tile
+    i, j, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
     layer = layer_ref[0]
     rows_total, width, capacity = packed_ref.shape[1], fc2_ref.shape[-1], indices_ref.shape[-1]
     g = lax.div(i * tile, group)
@@ -252,29 +280,33 @@ def _fc2_body(packed_ref, fc2_ref, indices_ref, counts_ref, layer_ref, base_ref,
     first = indices_ref[layer, b, g, 0]
     rows = i * tile + jnp.arange(tile)
     inside = rows < rows_total
-    features = j * NEURONS + jnp.arange(NEURONS)
+    features = j * columns + jnp.arange(columns)
 
     def step(offset, acc, ragged):
         slots = offset + jnp.arange(INNER)
         neurons = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1) if ragged else slots])
         if ragged:
             neurons = jnp.where(slots < count, neurons, first)
-        changes = plgpu.load(
-            packed_ref.at[b, rows[:, None], slots[None, :]],
-            mask=inside[:, None] & ((slots < count)[None, :] if ragged else jnp.ones((1, INNER), bool)),
-            other=0,
-        )
+        # Slots behind the count are 0, those behind the last are not there.
+        edge = capacity if ragged else None
+        changes = _load_2d(packed_ref, (b,), rows, slots, edge, inside if rows_total % tile else None)
         return acc + plgpu.dot(changes, _load_2d(fc2_ref, (layer,), neurons, features, width))
 
-    acc = jnp.zeros((tile, NEURONS), jnp.float32)
+    acc = jnp.zeros((tile, columns), jnp.float32)
     whole = lax.div(count, INNER)
     acc = lax.fori_loop(0, whole, lambda t, acc: step(t * INNER, acc, False), acc)
     acc = lax.fori_loop(whole, lax.div(count + INNER - 1, INNER), lambda t, acc: step(t * INNER, acc, True), acc)
 
     here = inside[:, None] & (features < width)[None, :]
     at = (b, rows[:, None], features[None, :])
-    if dense_ref is not None:
-        total = plgpu.load(dense_ref.at[at], mask=here, other=0).astype(jnp.float32) - acc
+    load = lambda ref, *where: plgpu.load(ref.at[*where, *at], mask=here, other=0).astype(jnp.float32)
+    store = lambda ref, total, *where: plgpu.store(ref.at[*where, *at], total.astype(ref.dtype), mask=here)
+    if mode == "add":
+        store(refs[-1], load(refs[0], layer) + acc)
+    elif mode == "store":
+        store(refs[-1], load(refs[0]) - acc, layer)
     else:
-        total = plgpu.load(base_ref.at[layer, *at], mask=here, other=0).astype(jnp.float32) + acc
-    plgpu.store(out_ref.at[layer, *at] if in_place else out_ref.at[at], total.astype(out_ref.dtype), mask=here)
+        *_, stack_ref, fresh_ref = refs
+        total = load(stack_ref, layer) + acc
+        store(stack_ref, total, layer)
+        store(fresh_ref, total)

@@ -115,7 +115,7 @@ def _pallas(parts, cos, sin, *, implementation):
     together = next(n for n in (8, 6, 4, 3, 2, 1) if heads % n == 0)  # heads that share a load of cos and sin
     out = jax.ShapeDtypeStruct((batch, rows, heads, head_dim), parts[0].x.dtype)
     return pl.pallas_call(
-        functools.partial(_body, sizes=[part.x.shape[1] for part in parts], heads=heads, together=together),
+        functools.partial(_body, heads=heads, together=together),
         grid=(group_count(rows, ROWS), heads // together, batch),
         name="rotary_qkv",
         out_shape=(out, out, out),
@@ -124,45 +124,40 @@ def _pallas(parts, cos, sin, *, implementation):
     )(*(array for part in parts for array in part), cos, sin)
 
 
-def _body(*refs, sizes, heads, together):
+def _body(*refs, heads, together):
     *refs, cos_ref, sin_ref, q_ref, k_ref, v_ref = refs
     parts = [Projection(*refs[i : i + 4]) for i in range(0, len(refs), 4)]
     i, first_head, b = pl.program_id(0), pl.program_id(1) * together, pl.program_id(2)
-    rows_total, width = cos_ref.shape
+    width = cos_ref.shape[1]
     features = jnp.arange(width)
     rows = i * ROWS + jnp.arange(ROWS)
-    everywhere = lambda mask: jnp.broadcast_to(mask[:, None], (ROWS, width))
-    inside = everywhere(rows < rows_total)
-    cos, sin = (
-        plgpu.load(ref.at[rows[:, None], features[None, :]], mask=inside, other=0) for ref in (cos_ref, sin_ref)
-    )
-    # Every row belongs to one part; the others add zeros, and a load that is masked everywhere costs nothing.
-    starts = [sum(sizes[:n]) for n in range(len(sizes))]
-    belongs = [everywhere((rows >= start) & (rows < start + size)) for start, size in zip(starts, sizes, strict=True)]
+    start = 0
+    for part in parts:
+        size = part.x.shape[1]
 
-    def norm_weights(refs):
-        weights = [ref[:].astype(jnp.float32)[None, :] for ref in refs]
-        return sum(jnp.where(here, weight, 0) for here, weight in zip(belongs, weights, strict=True))
+        # A tile that lies in one part alone, as almost all do, reads nothing of the others.
+        @pl.when((i * ROWS < start + size) & ((i + 1) * ROWS > start))
+        def _(part=part, start=start, size=size):
+            inside = jnp.broadcast_to(((rows >= start) & (rows < start + size))[:, None], (ROWS, width))
+            tables = (
+                plgpu.load(ref.at[rows[:, None], features[None, :]], mask=inside, other=0) for ref in (cos_ref, sin_ref)
+            )
+            cos, sin = tables
+            query_norm, key_norm = part.query_norm[:], part.key_norm[:]
 
-    query_norm, key_norm = norm_weights([p.query_norm for p in parts]), norm_weights([p.key_norm for p in parts])
+            def one_head(n, carry):
+                h = first_head + n
 
-    def one_head(n, carry):
-        h = first_head + n
+                def load(side):  # q, k, v: 0, 1, 2
+                    columns = (side * heads + h) * width + features
+                    x = plgpu.load(part.x.at[b, (rows - start)[:, None], columns[None, :]], mask=inside, other=0)
+                    return x.astype(jnp.float32) + part.bias[columns].astype(jnp.float32)
 
-        def load(side):  # q, k, v: 0, 1, 2
-            columns = (side * heads + h) * width + features
-            total = jnp.zeros((ROWS, width), jnp.float32)
-            for part, start, here in zip(parts, starts, belongs, strict=True):
-                x = plgpu.load(part.x.at[b, (rows - start)[:, None], columns[None, :]], mask=here, other=0)
-                bias = part.bias[columns].astype(jnp.float32)[None, :]
-                total += x.astype(jnp.float32) + jnp.where(here, bias, 0)
-            return total
+                q, k = _rotate(_norm(load(0), query_norm), cos, sin), _rotate(_norm(load(1), key_norm), cos, sin)
+                for ref, value in ((q_ref, q), (k_ref, k), (v_ref, load(2))):
+                    plgpu.store(ref.at[b, rows[:, None], h, features[None, :]], value.astype(ref.dtype), mask=inside)
+                return carry
 
-        at = (b, rows[:, None], h, features[None, :])
-        q = _rotate(_norm(load(0), query_norm), cos, sin)
-        k = _rotate(_norm(load(1), key_norm), cos, sin)
-        for ref, value in ((q_ref, q), (k_ref, k), (v_ref, load(2))):
-            plgpu.store(ref.at[at], value.astype(ref.dtype), mask=inside)
-        return carry
+            lax.fori_loop(0, together, one_head, 0)
 
-    lax.fori_loop(0, together, one_head, 0)
+        start += size

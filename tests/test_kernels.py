@@ -16,12 +16,22 @@ from pallas_kernels import (
     column_fc2,
     column_sums,
     dense_attention,
+    launch,
+    move_column_fc2,
     store_attention_residual,
-    store_column_fc2,
+    store_fc2_residual,
     topk_columns,
 )
 
 LAYERS, LAYER = 2, 1
+
+
+@pytest.fixture(params=[132, 2])
+def processors(request, monkeypatch):
+    """Multiprocessors to plan for: many leave everything to the narrow launch, few make both."""
+    monkeypatch.setattr(launch, "MULTIPROCESSORS", request.param)
+
+
 GARBAGE = 10**6  # in slots that must never be read
 
 
@@ -72,7 +82,7 @@ def naive_column_attention(q, k, v, indices, counts, group, scale):
     ],
 )
 def test_column_attention_is_softmax_over_the_listed_columns(
-    implementation, batch, rows, heads, width, group, capacity, counts
+    implementation, processors, batch, rows, heads, width, group, capacity, counts
 ):
     rng, scale = np.random.default_rng(0), width**-0.5
     dtype = dtype_of(implementation)
@@ -154,7 +164,7 @@ def naive_gelu(x):
     ],
 )
 def test_column_mlp_is_the_mlp_of_the_listed_neurons(
-    implementation, batch, rows, width, neurons, group, capacity, counts
+    implementation, processors, batch, rows, width, neurons, group, capacity, counts
 ):
     rng, dtype = np.random.default_rng(5), dtype_of(implementation)
     x, nx = draw(rng, batch, rows, width, dtype=dtype)
@@ -187,11 +197,28 @@ def test_column_mlp_is_the_mlp_of_the_listed_neurons(
     np.testing.assert_array_equal(got_cache[0], cached[0])
 
     agree(column_fc2(got, fc2, *columns, residual=base, **options), naive_base[LAYER] + product, implementation)
-    added = jax.jit(lambda o: store_column_fc2(got, fc2, *columns, out=o, **options))(base)
-    agree(added[LAYER], naive_base[LAYER] + product, implementation)
-    left = jax.jit(lambda o: store_column_fc2(got, fc2, *columns, out=o, dense=dense, **options))(base)
+    added, fresh = jax.jit(lambda o: move_column_fc2(got, fc2, *columns, out=o, **options))(base)
+    agree(fresh, naive_base[LAYER] + product, implementation)
+    np.testing.assert_array_equal(added[LAYER], fresh)
+    np.testing.assert_array_equal(added[0], base[0])
+    left = jax.jit(lambda o: store_fc2_residual(dense, got, fc2, *columns, residual=o, **options))(base)
     agree(left[LAYER], naive_dense - product, implementation)
     np.testing.assert_array_equal(left[0], base[0])
+
+
+def test_launches_cover_every_tile_once(monkeypatch):
+    rng = np.random.default_rng(6)
+    for _ in range(300):
+        rows, columns, batch = (int(rng.integers(1, n)) for n in (9000, 2000, 4))
+        monkeypatch.setattr(launch, "MULTIPROCESSORS", int(rng.integers(1, 200)))
+        wide = launch.Tile(128, 256, warps=8, resident=int(rng.integers(1, 3)))
+        narrow = launch.Tile(int(rng.choice([32, 128])), 32, warps=4)
+        covered = np.zeros((rows, columns), int)
+        for part in launch.launches(rows, columns, batch, wide, narrow):
+            first, (tiles, column_tiles, _), tile = part
+            assert part.grid[2] == batch and column_tiles == -(-columns // tile.columns)
+            covered[first * tile.rows : (first + tiles) * tile.rows] += 1
+        np.testing.assert_array_equal(covered, 1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -267,9 +294,13 @@ def flux_calls():
             lambda p, w, i, n, l, r: column_fc2(p, w, i, n, l, residual=r, **mlp),
             [packed, weight, *neurons, layer, out],
         ),
-        "store_column_fc2": (
-            lambda p, w, i, n, l, o: store_column_fc2(p, w, i, n, l, out=o, **mlp),
+        "move_column_fc2": (
+            lambda p, w, i, n, l, o: move_column_fc2(p, w, i, n, l, out=o, **mlp),
             [packed, weight, *neurons, layer, out],
+        ),
+        "store_fc2_residual": (
+            lambda x, p, w, i, n, l, r: store_fc2_residual(x, p, w, i, n, l, residual=r, **mlp),
+            [tokens, packed, weight, *neurons, layer, out],
         ),
     }
 

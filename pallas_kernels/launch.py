@@ -1,0 +1,78 @@
+"""How a kernel's programs cover its rows: wide ones in whole waves, narrow ones for the rows that are left.
+
+4,352 rows are 34 tiles of 128. A kernel with 24 programs a tile, of which 264 run at once on an H100, is through with 33 tiles in
+three waves; the 34th alone would keep a tenth of the card busy for as long as a whole wave. Its rows go into a launch of their own,
+with more and smaller programs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import dispatch
+from pallas_kernels.groups import group_count
+
+MULTIPROCESSORS = 132  # of an H100 or H200 SXM: the cards these kernels were measured on
+
+
+class Tile(NamedTuple):
+    """What one program computes."""
+
+    rows: int
+    columns: int  # of the output: features, neurons, heads
+    warps: int
+    resident: int = 1  # programs that fit a multiprocessor
+
+
+class Launch(NamedTuple):
+    """One call of a kernel."""
+
+    first: int  # row tile
+    grid: tuple[int, int, int]  # row tiles, column tiles, batch
+    tile: Tile
+
+
+def launches(rows: int, columns: int, batch: int, wide: Tile, narrow: Tile) -> list[Launch]:
+    """The calls that cover [batch, rows, columns]: one or two. wide.rows is a multiple of narrow.rows."""
+    whole = _whole_waves(group_count(rows, wide.rows), batch * group_count(columns, wide.columns), wide.resident)
+    first = whole * wide.rows // narrow.rows
+    counts = ((0, whole, wide), (first, group_count(rows, narrow.rows) - first, narrow))
+    return [
+        Launch(start, (count, group_count(columns, tile.columns), batch), tile)
+        for start, count, tile in counts
+        if count
+    ]
+
+
+def _whole_waves(tiles: int, programs: int, resident: int) -> int:
+    """How many of the row tiles, of `programs` programs each, fill whole waves; all where the last wave is half full."""
+    slots = MULTIPROCESSORS * resident
+    waves, rest = divmod(tiles * programs, slots)
+    if waves >= 8 or rest > slots // 2:
+        return tiles
+    return waves * slots // programs
+
+
+def run(body: Callable, name: str, inputs: tuple, outputs: list, launch: Launch, implementation: str) -> list:
+    """outputs after one launch of body(*input refs, *refs of given outputs, *output refs).
+
+    Args:
+        inputs: arrays to read.
+        outputs: arrays are written in place, shapes are allocated, None stays None.
+    """
+    wanted = [a for a in outputs if a is not None]
+    given = [place for place, a in enumerate(wanted) if not isinstance(a, jax.ShapeDtypeStruct)]
+    results = iter(
+        pl.pallas_call(
+            body,
+            grid=launch.grid,
+            name=name,
+            out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in wanted],
+            input_output_aliases={len(inputs) + n: place for n, place in enumerate(given)},
+            interpret=implementation == "interpret",
+            compiler_params=dispatch.compiler_params(num_warps=launch.tile.warps, num_stages=3),
+        )(*inputs, *(wanted[place] for place in given))
+    )
+    return [None if a is None else next(results) for a in outputs]
