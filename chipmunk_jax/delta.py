@@ -20,9 +20,11 @@ from pallas_kernels import (
     column_fc2,
     column_sums,
     dense_attention,
+    group_mean_change,
     move_column_fc2,
     store_attention_residual,
     store_fc2_residual,
+    store_group_mean,
     topk_columns,
 )
 from pallas_kernels.groups import group_count, split_groups
@@ -136,21 +138,24 @@ def _full_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     hidden = jnp.einsum("fd,bnd->bfn", mlp.fc1[layer], x) + mlp.b1[layer][:, None]  # transposed, as it is kept
     activations = jax.nn.gelu(hidden, approximate=True)
     out = jnp.einsum("bfn,fd->bnd", activations, mlp.fc2[layer]) + mlp.b2[layer]
+    means = dict(layer=layer, implementation=step.implementation)
+    mean, _ = group_mean_change(_mean_rows(x, step), mlp.fc1, mlp.b1, cache.group_mean, **means)
     cache = cache.replace(
         activations=cache.activations.at[layer].set(activations),
         out=cache.out.at[layer].set(out),
-        group_mean=cache.group_mean.at[layer].set(_group_mean(x, mlp, step)),
+        group_mean=cache.group_mean.at[layer].set(mean),
     )
     return out, cache
 
 
 def _select_delta(x, mlp: MlpWeights, cache: MlpCache, step: Step):
-    mean, cached = _group_mean(x, mlp, step), cache.group_mean[step.layer]
-    columns = _choose(jnp.abs(mean - cached).astype(x.dtype), cache.columns, step.mlp, step)
+    means = dict(layer=step.layer, implementation=step.implementation)
+    mean, change = group_mean_change(_mean_rows(x, step), mlp.fc1, mlp.b1, cache.group_mean, **means)
+    columns = _choose(change, cache.columns, step.mlp, step)
     # Only the chosen neurons' means move on: what the others drift adds up until they are chosen.
-    moved = _store_chosen(cached, mean, columns.indices[step.layer], columns.counts[step.layer])
-    cache = cache.replace(columns=columns, group_mean=cache.group_mean.at[step.layer].set(moved))
-    return _delta_activations(x, mlp, cache, step)
+    moved = store_group_mean(mean, columns.indices, columns.counts, cached=cache.group_mean, **means)
+    moved, columns = _after((moved, columns))
+    return _delta_activations(x, mlp, cache.replace(columns=columns, group_mean=moved), step)
 
 
 def _delta_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
@@ -185,13 +190,11 @@ def _neurons(cache: MlpCache, step: Step) -> tuple[tuple, dict]:
     return columns, dict(group=step.mlp.group, implementation=step.implementation)
 
 
-def _group_mean(x, mlp: MlpWeights, step: Step):
-    """Mean pre-activation of every group, f32 [B, G, F]: fc1 of the mean row, as fc1 is linear."""
+def _mean_rows(x, step: Step):
+    """The mean row of every group, [B, G, D]."""
     group, tokens = step.mlp.group, x.shape[1]
     rows = jnp.minimum(group, tokens - group * jnp.arange(group_count(tokens, group)))  # the last group may be ragged
-    mean = split_groups(x.astype(jnp.float32), group).sum(-2) / rows[:, None]
-    hidden = jnp.einsum("bgd,fd->bgf", mean.astype(x.dtype), mlp.fc1[step.layer], preferred_element_type=jnp.float32)
-    return hidden + mlp.b1[step.layer].astype(jnp.float32)
+    return (split_groups(x.astype(jnp.float32), group).sum(-2) / rows[:, None]).astype(x.dtype)
 
 
 def _choose(scores: jax.Array, columns: Columns, share: Share, step: Step) -> Columns:
@@ -201,14 +204,6 @@ def _choose(scores: jax.Array, columns: Columns, share: Share, step: Step) -> Co
     capacity = columns.indices.shape[-1]
     indices, counts = topk_columns(scores, share.keep, capacity=capacity, implementation=step.implementation)
     return Columns(columns.indices.at[step.layer].set(indices), columns.counts.at[step.layer].set(counts))
-
-
-def _store_chosen(old: jax.Array, new: jax.Array, indices: jax.Array, counts: jax.Array) -> jax.Array:
-    """old [B, G, F] with the entries listed in indices [B, G, K] taken from new."""
-    where = jnp.where(jnp.arange(indices.shape[-1]) < counts[..., None], indices, old.shape[-1])
-    chosen = jnp.zeros((*old.shape[:-1], old.shape[-1]), bool)
-    chosen = jax.vmap(jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop")))(chosen, where)
-    return jnp.where(chosen, new, old)
 
 
 def product(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ from chipmunk_jax.cache import LayerCache, Stack
 from chipmunk_jax.delta import attend, product
 from chipmunk_jax.layers import Linear, Mlp, each_layer, run_layers, stack_layers
 from chipmunk_jax.schedule import Step
-from pallas_kernels.rotary_qkv import Projection, rotary_qkv
+from pallas_kernels import rotary_qkv
+from pallas_kernels.rotary_qkv import Projection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from pallas_kernels.column_attention import column_attention, store_attention_re
 from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_fc2_residual
 from pallas_kernels.dense_attention import column_sums, dense_attention
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.group_mean import group_mean_change, store_group_mean
+from pallas_kernels.rotary_qkv import rotary_qkv
 from pallas_kernels.topk import topk_columns
 
 __all__ = [
@@ -13,8 +15,11 @@ __all__ = [
     "column_fc2",
     "column_sums",
     "dense_attention",
+    "group_mean_change",
     "move_column_fc2",
+    "rotary_qkv",
     "store_attention_residual",
     "store_fc2_residual",
+    "store_group_mean",
     "topk_columns",
 ]
