@@ -65,13 +65,13 @@ def _select(q, k, v, cache: AttentionCache, step: Step):
 
 
 def _refresh(q, k, v, cache: AttentionCache, step: Step):
-    out, _ = _dense_with_lse(q, k, v, step)
+    out, cache = _measure(q, k, v, cache, step)
     return out, _store_residual(out, q, k, v, cache, step)
 
 
 def _delta(q, k, v, cache: AttentionCache, step: Step):
     columns = (cache.columns.indices, cache.columns.counts, step.layer)
-    return column_attention(q, k, v, *columns, residual=cache.residual, **_tiling(q, step)), cache
+    return column_attention(q, k, v, *columns, lse=cache.lse, residual=cache.residual, **_tiling(q, step)), cache
 
 
 def _dense_with_lse(q, k, v, step: Step):
@@ -80,9 +80,10 @@ def _dense_with_lse(q, k, v, step: Step):
 
 def _store_residual(out, q, k, v, cache: AttentionCache, step: Step) -> AttentionCache:
     columns = (cache.columns.indices, cache.columns.counts, step.layer)
-    residual = store_attention_residual(out, q, k, v, *columns, residual=cache.residual, **_tiling(q, step))
-    residual, lists = _after((residual, cache.columns))
-    return cache.replace(residual=residual, columns=lists)
+    caches = dict(lse=cache.lse, residual=cache.residual)
+    residual = store_attention_residual(out, q, k, v, *columns, **caches, **_tiling(q, step))
+    residual, lse, lists = _after((residual, cache.lse, cache.columns))
+    return cache.replace(residual=residual, lse=lse, columns=lists)
 
 
 def _tiling(q, step: Step) -> dict:

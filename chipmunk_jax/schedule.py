@@ -20,8 +20,8 @@ class AttentionPhase(IntEnum):
     DENSE = 0  #    dense; no cache
     MEASURE = 1  #  dense; keeps the log-sum-exp
     SELECT = 2  #   dense; chooses columns by their sums against the last log-sum-exp, keeps its own and the residual
-    REFRESH = 3  #  dense; keeps the residual over the columns chosen before
-    DELTA = 4  #    residual + attention over the chosen columns
+    REFRESH = 3  #  dense; keeps the log-sum-exp, and the residual over the columns chosen before
+    DELTA = 4  #    residual + attention over the chosen columns, shifted by the last log-sum-exp
 
 
 class MlpPhase(IntEnum):

@@ -4,6 +4,9 @@
 
 normalised over the chosen columns alone (Chipmunk, section 3). A full step stores `dense - S`, a delta step adds a new S to it;
 both directions are fused here, on the whole stacked cache, so that no layer's slice of it is ever copied.
+
+Softmax needs some number near the logits of a row to subtract from them. The log-sum-exp of an earlier step serves as well as the
+running maximum, and spares the kernel to look for it and to rescale what it has summed.
 """
 
 import functools
@@ -22,6 +25,7 @@ from pallas_kernels.launch import Launch, Tile
 LOG2E = math.log2(math.e)
 NARROW = 32  # rows of a program where those of whole tiles would not fill a wave
 MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
+LARGEST_EXPONENT = 100.0  # of 2: a thousand million such weights still have a finite sum
 
 
 def column_attention(
@@ -32,6 +36,7 @@ def column_attention(
     counts: jax.Array,
     layer: jax.Array | int = 0,
     *,
+    lse: jax.Array,
     group: int,
     scale: float,
     residual: jax.Array | None = None,
@@ -44,6 +49,8 @@ def column_attention(
         indices: [L, B, H, G, K], i32: the first counts entries are distinct rows of k; the others are never used.
         counts: [L, B, H, G], i32, 0 to K. A list of no columns gives S = 0.
         layer: i32 scalar, which entry of the stacked arrays to read.
+        lse: [L, B, H, N], f32: a number near the largest logits of each query, as the log-sum-exp of an earlier step. S is exact
+            where it is off by up to 60, and finite whatever it is.
         group: queries that share a list, a multiple of 64; G = ceil(N / group).
         scale: of the logits, usually d ** -0.5.
         residual: [L, B, N, H, d], what the unchosen columns contributed.
@@ -53,14 +60,14 @@ def column_attention(
         ValueError: shapes that do not fit.
         NotImplementedError: a named implementation cannot take these arguments.
     """
-    _check(q, k, v, indices, counts, group, residual)
+    _check(q, k, v, indices, counts, lse, group, residual)
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
     if implementation == "reference":
         out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
         base = 0 if residual is None else residual[layer].astype(jnp.float32)
         return (base + out).astype(q.dtype)
     options = dict(group=group, scale=scale, residual=residual, implementation=implementation)
-    return _pallas(q, k, v, indices, counts, layer, **options)
+    return _pallas(q, k, v, indices, counts, lse, layer, **options)
 
 
 def store_attention_residual(
@@ -72,6 +79,7 @@ def store_attention_residual(
     counts: jax.Array,
     layer: jax.Array | int,
     *,
+    lse: jax.Array,
     group: int,
     scale: float,
     residual: jax.Array,
@@ -81,12 +89,12 @@ def store_attention_residual(
 
     Args:
         dense: [B, N, H, d], what attention over all keys gives.
-        q, k, v, indices, counts, layer, group, scale, residual, implementation: as in column_attention.
+        q, k, v, indices, counts, layer, lse, group, scale, residual, implementation: as in column_attention.
 
     Raises:
         ValueError, NotImplementedError: as in column_attention.
     """
-    _check(q, k, v, indices, counts, group, residual)
+    _check(q, k, v, indices, counts, lse, group, residual)
     if dense.shape != q.shape:
         raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
@@ -94,10 +102,10 @@ def store_attention_residual(
         out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
         return residual.at[layer].set((dense.astype(jnp.float32) - out).astype(residual.dtype))
     options = dict(group=group, scale=scale, residual=residual, dense=dense, implementation=implementation)
-    return _pallas(q, k, v, indices, counts, layer, **options)
+    return _pallas(q, k, v, indices, counts, lse, layer, **options)
 
 
-def _check(q, k, v, indices, counts, group, residual) -> None:
+def _check(q, k, v, indices, counts, lse, group, residual) -> None:
     check_group(group)
     batch, rows, heads, width = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, width):
@@ -108,6 +116,8 @@ def _check(q, k, v, indices, counts, group, residual) -> None:
         raise ValueError(
             f"indices {indices.shape}, counts {counts.shape}: expected [L, {expected}, K], [L, {expected}]"
         )
+    if lse.shape[1:] != (batch, heads, rows):
+        raise ValueError(f"lse {lse.shape}: expected [L, B, H, N] = [L, {batch}, {heads}, {rows}]")
     if residual is not None and residual.shape[1:] != q.shape:
         raise ValueError(f"residual {residual.shape}: expected [L, {', '.join(map(str, q.shape))}]")
 
@@ -130,7 +140,7 @@ def _reference(q, k, v, indices, counts, group, scale):
     return join_groups(out, q.shape[1]).swapaxes(1, 2)
 
 
-def _pallas(q, k, v, indices, counts, layer, *, group, scale, residual, dense=None, implementation):
+def _pallas(q, k, v, indices, counts, lse, layer, *, group, scale, residual, dense=None, implementation):
     """residual[layer] + S, or S, as a new array; with `dense`, the residual with dense - S in its layer, in place."""
     layer = jnp.asarray(layer, jnp.int32)[None]
     sources = [a for a in ((residual,) if dense is None else (dense,)) if a is not None]
@@ -139,7 +149,7 @@ def _pallas(q, k, v, indices, counts, layer, *, group, scale, residual, dense=No
     for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], *_tiles(group)):
         mode = "store" if dense is not None else "add" if sources else "new"
         body = functools.partial(_body, mode=mode, part=part, group=group, scale=scale)
-        inputs = (q, k, v, indices, counts, layer, *sources)
+        inputs = (q, k, v, indices, counts, lse, layer, *sources)
         (out,) = launch.run(body, f"column_attention_{mode}", inputs, [out], part, implementation)
     return out
 
@@ -150,9 +160,26 @@ def _tiles(group):
     return wide, wide._replace(rows=min(NARROW, wide.rows))
 
 
-def _body(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, *refs, mode, part, group, scale):
-    layer, out_ref = layer_ref[0], refs[-1]
-    out, at, inside = _attend(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer, part=part, group=group, scale=scale)
+def _body(q_ref, k_ref, v_ref, indices_ref, counts_ref, lse_ref, layer_ref, *refs, mode, part: Launch, group, scale):
+    tile, layer, out_ref = part.tile.rows, layer_ref[0], refs[-1]
+    i, h, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    rows_total, width = q_ref.shape[1], q_ref.shape[3]
+    g = lax.div(i * tile, group)
+    rows = i * tile + jnp.arange(tile)
+    at = (b, rows[:, None], h, jnp.arange(width)[None, :])
+    inside = jnp.broadcast_to((rows < rows_total)[:, None], (tile, width))
+    q = plgpu.load(q_ref.at[at], mask=inside, other=0)
+    shift = LOG2E * plgpu.load(lse_ref.at[layer, b, h, rows], mask=rows < rows_total, other=0)
+
+    out = _attend(
+        q,
+        shift,
+        lambda columns: k_ref[b, columns, h, :],  # gathered rows, 16 bytes a copy, pipelined
+        lambda columns: v_ref[b, columns, h, :],
+        lambda slots: plgpu.load(indices_ref.at[layer, b, h, g, slots]),
+        counts_ref[layer, b, h, g],
+        scale=scale,
+    )
     if mode == "add":
         out = plgpu.load(refs[0].at[layer, *at], mask=inside, other=0).astype(jnp.float32) + out
     elif mode == "store":
@@ -161,47 +188,33 @@ def _body(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer_ref, *refs, mode, 
     plgpu.store(out_ref.at[at], out.astype(out_ref.dtype), mask=inside)
 
 
-def _attend(q_ref, k_ref, v_ref, indices_ref, counts_ref, layer, *, part: Launch, group, scale):
-    """S [tile, d] in float32 for this program's rows, where they lie in [B, N, H, d], and which of them exist."""
-    tile = part.tile.rows
-    i, h, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block = 64  # columns a step: more spill, fewer starve the matrix units
-    rows_total, width = q_ref.shape[1], q_ref.shape[3]
-    capacity = indices_ref.shape[-1]
-    g = lax.div(i * tile, group)
-    rows = i * tile + jnp.arange(tile)
-    at = (b, rows[:, None], h, jnp.arange(width)[None, :])
-    inside = jnp.broadcast_to((rows < rows_total)[:, None], (tile, width))
+def _attend(q, shift, keys, values, listed, count, *, scale):
+    """S [tile, d], f32, of one list.
 
-    q = plgpu.load(q_ref.at[at], mask=inside, other=0)
-    count = counts_ref[layer, b, h, g]
-    first = indices_ref[layer, b, h, g, 0]  # pads the last step: a chosen row, so unchosen garbage is never read
+    Args:
+        q: [tile, d].
+        shift: [tile], f32, what is subtracted from the logits, in units of log 2.
+        keys, values: functions, columns [n] -> rows [n, d].
+        listed: function, slots [n] -> columns [n] of the list.
+        count: how many there are.
+    """
+    block = 64  # columns a step: more spill, fewer starve the matrix units
 
     def step(offset, carry, ragged):
-        acc, peak, total = carry
+        acc, total = carry
         slots = offset + jnp.arange(block)
+        # The last step is filled up with the first column: a chosen one, so unchosen garbage is never read.
+        columns = listed(jnp.where(slots < count, slots, 0) if ragged else slots)
+        logits = plgpu.dot(q, keys(columns).T)
+        # One fused multiply-add per logit; the scale never touches q, which would be rounded again.
+        weights = jnp.exp2(jnp.minimum(logits * (scale * LOG2E) - shift[:, None], LARGEST_EXPONENT))
         if ragged:
-            listed = slots < count
-            columns = plgpu.load(indices_ref.at[layer, b, h, g, jnp.minimum(slots, capacity - 1)])
-            columns = jnp.where(listed, columns, first)
-        else:
-            columns = plgpu.load(indices_ref.at[layer, b, h, g, pl.ds(offset, block)])
-        keys = k_ref[b, columns, h, :]  # gathered rows, 16 bytes a copy, pipelined
-        logits = plgpu.dot(q, keys.T)
-        if ragged:
-            logits = jnp.where(listed[None, :], logits, MASKED)
-        new_peak = jnp.maximum(peak, logits.max(axis=1))
-        # exp2 of one fused multiply-add per logit; the scale never touches q, which would be rounded again.
-        shrink = jnp.exp2((peak - new_peak) * (scale * LOG2E))
-        weights = jnp.exp2((logits - new_peak[:, None]) * (scale * LOG2E))
-        values = v_ref[b, columns, h, :]
-        acc = acc * shrink[:, None] + plgpu.dot(weights.astype(values.dtype), values)
-        return acc, new_peak, total * shrink + weights.sum(axis=1)
+            weights = jnp.where((slots < count)[None, :], weights, 0)
+        chosen = values(columns)
+        return acc + plgpu.dot(weights.astype(chosen.dtype), chosen), total + weights.sum(axis=1)
 
-    carry = (jnp.zeros((tile, width), jnp.float32), jnp.full((tile,), MASKED), jnp.zeros((tile,), jnp.float32))
+    carry = (jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32))
     whole = lax.div(count, block)
     carry = lax.fori_loop(0, whole, lambda j, c: step(j * block, c, False), carry)
-    acc, _, total = lax.fori_loop(
-        whole, lax.div(count + block - 1, block), lambda j, c: step(j * block, c, True), carry
-    )
-    return acc / jnp.where(total > 0, total, 1)[:, None], at, inside
+    acc, total = lax.fori_loop(whole, lax.div(count + block - 1, block), lambda j, c: step(j * block, c, True), carry)
+    return acc / jnp.where(total > 0, total, 1)[:, None]

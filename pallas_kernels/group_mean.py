@@ -3,7 +3,6 @@
 fc1 is linear, so the mean of its outputs is its output for the mean row: one row a group, and the time is that of reading fc1.
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax import lax

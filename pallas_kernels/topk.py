@@ -46,9 +46,6 @@ def topk_columns(
         return jnp.sort(jnp.where(jnp.arange(capacity) < k, order, width), axis=-1).astype(jnp.int32), counts
     warps = 4 if counts.size > 512 else 8  # few rows leave processors idle: each gets a larger program
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
-    bits &= jnp.iinfo(
-        bits.dtype
-    ).max  # no sign: -0.0 and a negative NaN count too, else a list would have unwritten slots
     indices = pl.pallas_call(
         functools.partial(_body, digits=4 if bits.dtype == jnp.int16 else 8, block=256 * warps),
         grid=(counts.size,),
@@ -69,7 +66,9 @@ def _body(bits_ref, k_ref, indices_ref, *, digits, block):
     def load(j):
         columns = j * block + jnp.arange(block)
         inside = columns < width
-        return plgpu.load(bits_ref.at[row, columns], mask=inside, other=0).astype(jnp.int32), columns, inside
+        # No sign: -0.0 and a negative NaN count too, else a list would have unwritten slots.
+        bits = plgpu.load(bits_ref.at[row, columns], mask=inside, other=0) & jnp.iinfo(bits_ref.dtype).max
+        return bits.astype(jnp.int32), columns, inside
 
     threshold = jnp.int32(0)  # the digits found so far
     wanted = k_ref[0]  # columns still to take among those that equal it

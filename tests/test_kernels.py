@@ -93,7 +93,8 @@ def test_column_attention_is_softmax_over_the_listed_columns(
     indices, sizes = draw_lists(rng, (batch, heads, groups), capacity, rows, counts)
     expected = naive_column_attention(nq, nk, nv, np.asarray(indices[LAYER]), np.asarray(sizes[LAYER]), group, scale)
 
-    columns, options = (indices, sizes, LAYER), dict(group=group, scale=scale, implementation=implementation)
+    lse = draw(rng, LAYERS, batch, heads, rows)[0]  # of logits that have moved since
+    columns, options = (indices, sizes, LAYER), dict(lse=lse, group=group, scale=scale, implementation=implementation)
     agree(column_attention(q, k, v, *columns, **options), expected, implementation)
     added = column_attention(q, k, v, *columns, residual=residual, **options)
     agree(added, naive_residual[LAYER] + expected, implementation)
@@ -102,7 +103,8 @@ def test_column_attention_is_softmax_over_the_listed_columns(
     np.testing.assert_array_equal(stored[0], residual[0])  # the other layer is untouched
 
 
-def test_unlisted_garbage_and_extreme_logits_never_leak(implementation):
+@pytest.mark.parametrize("drift", [-60.0, 0.0, 40.0])  # the largest listed logit may lie far below the largest of all
+def test_unlisted_garbage_and_extreme_logits_never_leak(implementation, drift):
     rng, group, width = np.random.default_rng(1), 64, 64
     dtype = dtype_of(implementation)
     q, k, v = (draw(rng, 1, 128, 1, width, dtype=dtype)[0] for _ in range(3))
@@ -110,12 +112,23 @@ def test_unlisted_garbage_and_extreme_logits_never_leak(implementation):
     indices, sizes = draw_lists(rng, (1, 1, 2), 64, 128, 37)
     unlisted = np.setdiff1d(np.arange(128), np.asarray(indices[LAYER])[..., :37])
     poison = lambda x: x.at[:, unlisted].set(jnp.nan)
-    out = column_attention(
-        q, poison(k), poison(v), indices, sizes, LAYER, group=group, scale=0.125, implementation=implementation
-    )
+    options = dict(group=group, scale=0.125, implementation=implementation)
+    lse = 0.125 * jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32).max(-1) + drift
+    columns = (indices, sizes, LAYER)
+    out = column_attention(q, poison(k), poison(v), *columns, lse=jnp.stack([lse, lse]), **options)
     lists = (np.asarray(indices[LAYER]), np.asarray(sizes[LAYER]))
     expected = naive_column_attention(*(np.asarray(x, np.float64) for x in (q, k, v)), *lists, group, 0.125)
     agree(out, expected, implementation)
+
+
+@pytest.mark.parametrize("drift", [-1000.0, -100.0, 100.0, 1000.0])
+def test_column_attention_stays_finite_under_drift(implementation, drift):
+    rng = np.random.default_rng(9)
+    q, k, v = (draw(rng, 1, 128, 1, 64, dtype=dtype_of(implementation))[0] for _ in range(3))
+    columns = draw_lists(rng, (1, 1, 1), 64, 128, 64)
+    lse = jnp.full((LAYERS, 1, 1, 128), drift)
+    out = column_attention(q, k, v, *columns, lse=lse, group=128, scale=0.125, implementation=implementation)
+    assert bool(jnp.isfinite(out).all())
 
 
 @pytest.mark.parametrize(("rows", "group"), [(128, 64), (200, 128), (257, 192)])
@@ -270,16 +283,19 @@ def flux_calls():
     residual, tokens = s(f["layers"], *qkv[0].shape), s(1, f["tokens"], f["width"])
     weight, out = s(38, f["neurons"], f["width"]), s(38, 1, f["tokens"], f["width"])
     packed, lse = s(1, f["tokens"], f["kept"]), s(1, f["heads"], f["tokens"], dtype=jnp.float32)
+    measured = s(f["layers"], *lse.shape, dtype=jnp.float32)
     attention = dict(group=128, scale=128**-0.5, **kw)
     mlp = dict(group=128, **kw)
     return {
         "column_attention": (
-            lambda q, k, v, i, n, l, r: column_attention(q, k, v, i, n, l, residual=r, **attention),
-            [*qkv, *keys, layer, residual],
+            lambda q, k, v, i, n, l, m, r: column_attention(q, k, v, i, n, l, lse=m, residual=r, **attention),
+            [*qkv, *keys, layer, measured, residual],
         ),
         "store_attention_residual": (
-            lambda o, q, k, v, i, n, l, r: store_attention_residual(o, q, k, v, i, n, l, residual=r, **attention),
-            [qkv[0], *qkv, *keys, layer, residual],
+            lambda o, q, k, v, i, n, l, m, r: store_attention_residual(
+                o, q, k, v, i, n, l, lse=m, residual=r, **attention
+            ),
+            [qkv[0], *qkv, *keys, layer, measured, residual],
         ),
         "column_sums": (lambda q, k, m: column_sums(q, k, m, **attention), [*qkv[:2], lse]),
         "topk_columns": (
