@@ -13,10 +13,10 @@ from chipmunk_jax.bench.attention_kernels import (
     column_attention_candidates,
     dense_colsum_candidates,
 )
-from chipmunk_jax.bench.measure import Candidate, Ceilings, measure, to_records
+from chipmunk_jax.bench.measure import Candidate, Ceilings, failed, measure, to_records
 from chipmunk_jax.bench.mlp_kernels import FUSED_EPILOGUE, MlpCase, mlp_candidates
 from chipmunk_jax.bench.records import Record
-from chipmunk_jax.bench.timing import Chain, time_in_turn
+from chipmunk_jax.bench.timing import MOST_SETS, Chain, time_in_turn
 from chipmunk_jax.bench.topk_kernels import TopkCase, topk_candidates
 from pallas_kernels import Implementation
 
@@ -39,7 +39,7 @@ VIDEO = dict(heads=24, tokens=119_040, head_dim=128, group=128)  # HunyuanVideo 
 
 SIZES = {
     "full": Size(
-        most_sets=64,
+        most_sets=MOST_SETS,
         most_calls=16,
         matrix=8192,
         copy=2**30,
@@ -105,14 +105,21 @@ def bench_kernels(
         print(f"no baselines of PyTorch: {obstacle}")
     for name in names:
         for case in size.cases[name]:
-            with tqdm(desc=name, unit="run", leave=False) as bar:
-                bar.set_postfix_str("drawing inputs")
-                candidates = CANDIDATES[name](case, size.most_sets, implementation)
-                bar.reset(total=len(candidates) * (1 + repeats))
-                outcomes = measure(candidates, ceilings, repeats=repeats, most_calls=size.most_calls, bar=bar)
-                records = to_records(name, outcomes, ceilings)
-            del candidates, outcomes  # their arrays, some of 5 GB, before the next case draws its own
-            yield records
+            yield _bench_case(name, case, size, ceilings, repeats, implementation)
+
+
+def _bench_case(
+    name: str, case: Any, size: Size, ceilings: Ceilings, repeats: int, implementation: Implementation | None
+) -> list[Record]:
+    with tqdm(desc=name, unit="run", leave=False) as bar:
+        bar.set_postfix_str("drawing inputs")
+        try:
+            candidates = CANDIDATES[name](case, size.most_sets, implementation)
+            bar.reset(total=len(candidates) * (1 + repeats))
+            outcomes = measure(candidates, ceilings, repeats=repeats, most_calls=size.most_calls, bar=bar)
+        except RuntimeError as error:  # of the device, such as too little memory: the other cases may do
+            return [failed(name, case.shape, error)]
+    return to_records(name, outcomes, ceilings)
 
 
 def measure_ceilings(size: Size, repeats: int) -> Ceilings:

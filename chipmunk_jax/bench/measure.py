@@ -146,6 +146,14 @@ def _record(
     )
 
 
+def failed(benchmark: str, shape: dict[str, int], error: Exception) -> Record:
+    """The record of a case whose inputs could not be drawn, or that failed while it was timed."""
+    return Record(
+        benchmark=benchmark, variant="all", shape=shape, sparsity=None, dtype="bfloat16", baseline="none",
+        rel_err=None, error=_sentence(error), **times((), ()),
+    )  # fmt: skip
+
+
 def _sentence(error: Exception) -> str:
     """Its first words, on one line."""
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):

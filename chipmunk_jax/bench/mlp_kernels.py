@@ -46,11 +46,9 @@ def mlp_candidates(case: MlpCase, most_sets: int, implementation: Implementation
     fc1 = draw.normal(keys[0], (LAYERS, case.mlp_width, case.width), scale=case.width**-0.5)
     b1 = draw.normal(keys[1], (LAYERS, case.mlp_width))
     fc2 = draw.normal(keys[2], (LAYERS, case.mlp_width, case.width), scale=case.mlp_width**-0.5)
-    b2 = draw.normal(keys[3], (LAYERS, case.width))
+    b2 = draw.normal(keys[3], (LAYERS, case.width), scale=0.1)
     # At least two, as the change of activations between equal inputs is zero, and zeros are cheap to multiply.
-    tokens = input_sets(
-        lambda key: draw.normal(key, (1, case.rows, case.width)), keys[4], least=2, most=min(4, most_sets)
-    )
+    tokens = input_sets(lambda key: draw.normal(key, (1, case.rows, case.width)), keys[4], least=2, most=most_sets)
     dense = _dense(case, tokens, fc1[LAST], b1[LAST], fc2[LAST], b2[LAST])
     candidates = [dense, *torch_baselines.mlp(dense)]
     for kept in case.kept:

@@ -79,11 +79,15 @@ MODELS = {
 
 
 def random_model(model: BenchModel, dtype: jnp.dtype) -> Model:
-    """A network whose every parameter is drawn, leaf by leaf on the device: never more than one beside the network."""
+    """A network whose every parameter is drawn, leaf by leaf on the device: never more than one beside the network.
+
+    All with standard deviation D ** -0.5 (0.018 for FLUX.1-dev), so that every layer moves the tokens and a wrong one shows.
+    """
     make = lambda: model.network(model.config, dtype=dtype, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten(state)
-    draw = jax.jit(lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
+    scale = model.config.hidden_size**-0.5
+    draw = jax.jit(lambda key, shape, dtype: scale * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return nnx.merge(graph, tree.unflatten(draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)))
 

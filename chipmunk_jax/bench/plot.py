@@ -11,7 +11,7 @@ BENCHMARKS = ("column_attention", "mlp")  # whose time should fall with the colu
 def check_plotting() -> None:
     """Raises ValueError unless matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed: a plot needs it, pip install 'chipmunk-jax[plot]'")
+        raise ValueError("matplotlib is not installed: a plot needs it (pip install 'matplotlib>=3.9')")
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -36,17 +36,21 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     devices = ", ".join(sorted({str(entry.get("device")) for entry in records}))
     axes.set(xlabel="columns left out, %", ylabel="times as fast as dense", yscale="log", title=devices)
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, format="png", dpi=150)
 
 
 def _series(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """(sparsity, speed-up) in ascending order, of each benchmark, variant and shape but for the columns kept."""
-    series: dict[str, list[tuple[float, float]]] = {}
+    """(sparsity, speed-up) in ascending order, of each benchmark, variant and shape but for the columns kept.
+
+    Of several records of the same the last one counts.
+    """
+    series: dict[str, dict[float, float]] = {}
     for entry in records:
         if entry["benchmark"] in BENCHMARKS and entry.get("speedup") and "K" in entry["shape"]:
             shape = " ".join(f"{name} {size}" for name, size in entry["shape"].items() if name not in ("B", "K"))
             name = f"{entry['benchmark']} {entry['variant']}, {shape}"
-            series.setdefault(name, []).append((entry["sparsity"], entry["speedup"]))
-    return {name: sorted(points) for name, points in series.items()}
+            series.setdefault(name, {})[entry["sparsity"]] = entry["speedup"]
+    return {name: sorted(points.items()) for name, points in series.items()}

@@ -19,7 +19,7 @@ class Record:
     benchmark: str  # column_attention, dense_colsum, topk, mlp, step or sample
     variant: str
     shape: dict[str, int]  # by the letters of the kernels (H, N, d, K, M, D, F, G, group), or height, width, batch, ..
-    sparsity: float | dict[str, Any]  # fraction of columns left out; of a step or a sample, its configuration
+    sparsity: float | dict[str, Any] | None  # fraction of columns left out; of a step or a sample, its configuration
     dtype: str
     ms: float | None  # median of the repeats, of one call; None where the result was wrong
     ms_spread: float | None = None  # slowest less fastest repeat
@@ -39,7 +39,7 @@ class Record:
     def as_dict(self, commit: str | None = None) -> dict[str, Any]:
         """All fields and where they were measured, ready for JSON."""
         entry = asdict(self)
-        return {**entry, **entry.pop("extra"), **machine(commit)}
+        return entry | entry.pop("extra") | machine(commit)
 
 
 def times(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ Why the times mean what they say:
 - A timed run is many calls and one wait at its end. Dispatching a compiled program from Python takes 50 to 100 us, but it only
   fills the device's queue: where a program keeps the device busy for longer (PROGRAM_SECONDS), the next one is queued before it
   ends, and the wait itself (some 20 us) is spread over REPEAT_SECONDS. Short kernels therefore run several times in one program.
-- Every call inside a program really runs, after the one before it: a call's inputs and the previous call's outputs go through one
-  optimization barrier, so that equal calls are not merged, and all outputs are results of the program, so that none is dropped.
-  (XLA removes elements of a barrier that nobody reads, so a barrier alone would not do.) Nothing is sliced or stacked in front of
-  a kernel: the sets of inputs are separate arguments and the loop over them is unrolled, as XLA would copy a slice.
-- Calls take turns over sets of inputs that together exceed the L2 cache, or one set that exceeds it alone.
+- Every call inside a program really runs: each has inputs of its own, so that no two are equal and merged, and all outputs are
+  results of the program, so that none is dropped. Barriers would not do: XLA removes elements of a barrier that nobody reads, and
+  on a CPU merges equal calls behind barriers (both tried). XLA queues the kernels of a program one after the other. Nothing is
+  sliced or stacked in front of a kernel: inputs are separate arguments, the loop over them is unrolled, as a slice would be copied.
+- The sets of inputs together exceed the L2 cache several times, or one does alone, so that a call finds nothing of its own there.
 - Candidates alternate, run by run, so that a drift of the clock or the temperature meets them all.
 """
 
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax import lax
 
 PROGRAM_SECONDS = 5e-4  # of device work in one program: several times what its dispatch takes
 REPEAT_SECONDS = 0.02  # of a timed run: a thousand times the wait at its end
 MOST_DISPATCHES = 1000  # of a timed run, whatever a clock says
-L2_BYTES = 50e6  # of an H100
+SETS_BYTES = 1e9  # of all sets of inputs: twenty times the L2 cache of an H100
+MOST_SETS = 64  # of inputs too small to reach it; a megabyte each still exceeds the cache
 
 Inputs = Any  # a pytree of arrays
 State = Any  # a pytree of arrays that calls update in place
@@ -92,27 +92,23 @@ class Chain:
         calls: int,
         compiler_options: dict[str, Any] | None = None,
     ):
-        """A chain of at least `calls` calls: a multiple of the sets, or of which the sets are a multiple.
+        """A chain of `calls` calls, or of as many as there are sets.
 
         Args:
             call: inputs, state -> outputs, state; pure. What it updates in place is state and no output.
-            sets: of inputs, of equal shapes; the same arrays may stand in several.
+            sets: of inputs, of equal shapes. Where there are more than calls, programs take turns over portions of them.
             state: before the first call. Donated: the caller's is gone after the first dispatch.
             calls: in a program.
             compiler_options: of XLA, for the whole program.
         """
-        self.calls = calls if len(sets) > calls else math.ceil(calls / len(sets)) * len(sets)
-        whole = len(sets) - len(sets) % self.calls if len(sets) > self.calls else len(sets)
-        self.portions = [list(sets[i : i + self.calls]) for i in range(0, whole, self.calls)]
+        self.calls = calls = min(calls, len(sets))
+        self.portions = [list(sets[i * calls : (i + 1) * calls]) for i in range(len(sets) // calls)]
         self.state, self.turn = state, 0
         call = jax.jit(call)  # traced and lowered once, however often it stands in the program
 
         def program(portion, state):
             outputs = []
-            for i in range(self.calls):
-                inputs = portion[i % len(portion)]
-                if outputs:
-                    inputs, outputs[-1] = lax.optimization_barrier((inputs, outputs[-1]))
+            for inputs in portion:
                 output, state = call(inputs, state)
                 outputs.append(output)
             return outputs, state
@@ -122,8 +118,7 @@ class Chain:
     @property
     def last_inputs(self) -> Inputs:
         """Of the last call in the first dispatch."""
-        portion = self.portions[0]
-        return portion[(self.calls - 1) % len(portion)]
+        return self.portions[0][-1]
 
     def dispatch(self) -> tuple[Any, State]:
         """Outputs of all calls of the next program, and the state behind it."""
@@ -136,8 +131,10 @@ class Chain:
         return Timed(self.dispatch, self.calls)
 
 
-def input_sets(draw: Callable[[jax.Array], Inputs], key: jax.Array, *, least: int = 1, most: int = 64) -> list[Inputs]:
-    """Sets of inputs that together exceed the L2 cache.
+def input_sets(
+    draw: Callable[[jax.Array], Inputs], key: jax.Array, *, least: int = 1, most: int = MOST_SETS
+) -> list[Inputs]:
+    """As many sets of inputs as make SETS_BYTES.
 
     Args:
         draw: key -> a set of arrays of its own.
@@ -145,10 +142,8 @@ def input_sets(draw: Callable[[jax.Array], Inputs], key: jax.Array, *, least: in
         least, most: sets.
     """
     sets = [draw(key)]
-    count = math.ceil(L2_BYTES / max(1, nbytes(sets[0])))
-    for i in range(1, max(least, min(most, count))):
-        sets.append(draw(jax.random.fold_in(key, i)))
-    return sets
+    count = max(least, min(most, int(SETS_BYTES / nbytes(sets[0]))))
+    return sets + [draw(jax.random.fold_in(key, i)) for i in range(1, count)]
 
 
 def nbytes(tree: Any) -> int:

@@ -25,6 +25,10 @@ class TopkCase:
     k: int
     baseline_share: int = 1  # the baseline sorts one row of so many: of all it would take gigabytes and seconds
 
+    @property
+    def shape(self) -> dict[str, int]:
+        return self.lists | {self.axis: self.columns, "K": self.k}
+
 
 def topk_candidates(case: TopkCase, most_sets: int, implementation: Implementation | None) -> list[Candidate]:
     """lax.top_k, which orders its result by score, and topk_columns, whose lists ascend."""
@@ -33,7 +37,7 @@ def topk_candidates(case: TopkCase, most_sets: int, implementation: Implementati
     rows = int(np.prod(shape[:-1]))
     part = [_first_rows(x, rows // case.baseline_share) for x in sets] if case.baseline_share > 1 else sets
     common = dict(
-        shape=case.lists | {case.axis: case.columns, "K": case.k},
+        shape=case.shape,
         sparsity=1 - case.k / case.columns,
         expected=lambda scores, state: [references.top(_checked(scores), case.k)],
         tolerance=EXACT,
