@@ -209,7 +209,7 @@ def test_a_bad_command_line_exits_2_and_names_the_fault(flags, words, folder, ca
     assert message.startswith("usage: chipmunk") and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "sample", "verify"])
+@pytest.mark.parametrize("command", ["convert", "inspect", "sample", "verify", "bench"])
 def test_help_has_examples_of_the_command(command, capsys):
     with pytest.raises(SystemExit) as error:
         main([command, "--help"])
@@ -223,7 +223,7 @@ def test_help_lists_all_commands(capsys):
         main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"\n    {command} " in text for command in ("convert", "inspect", "sample", "verify"))
+    assert all(f"\n    {command} " in text for command in ("convert", "inspect", "sample", "verify", "bench"))
 
 
 def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, capsys):

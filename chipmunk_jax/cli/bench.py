@@ -1,203 +1,155 @@
-"""chipmunk bench: measured speed, sparse against dense in one process."""
+"""chipmunk bench: measured speed, against dense in one process."""
 
 import argparse
-import json
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from tqdm import tqdm
 
+from chipmunk_jax.bench import records
+from chipmunk_jax.bench.compare import compare
+from chipmunk_jax.bench.kernels import CANDIDATES, SIZES, bench_kernels
+from chipmunk_jax.bench.models import MODELS
+from chipmunk_jax.bench.plot import check_plotting, plot
+from chipmunk_jax.bench.records import Record
+from chipmunk_jax.bench.samples import bench_sample
+from chipmunk_jax.bench.steps import bench_step
 from chipmunk_jax.cli.device import keep_compilations
 from chipmunk_jax.cli.images import check_writable
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.models.flux import Flux, FluxConfig
-from chipmunk_jax.quality import relative_l2
-from chipmunk_jax.sampling import sample
-from chipmunk_jax.schedule import density, plan
-from chipmunk_jax.solvers import flux_timesteps
-from chipmunk_jax.sparsity import to_dict
 
 DESCRIPTION = """\
-Time whole samples of a model with random weights, dense and sparse in turn: compiled and warmed up first, synchronised with
-the device, median and spread of repeats. Speed does not depend on what the weights are; quality does, so none is reported."""
+Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
+first, synchronised with the device, baseline and candidates in turn, median and spread of repeats, results checked before
+they are timed. Weights and inputs are random: speed does not depend on what they are; quality does, so none is reported.
+The exit status is 1 where a result was wrong, which then has no time."""
 
 EXAMPLES = """\
 examples:
-  chipmunk bench --model flux-dev --height 768 --width 1280 --steps 50 -o benchmarks/results/flux-dev.jsonl
-  chipmunk bench --model flux-tiny --height 64 --width 64 --steps 4          a minute on a CPU
-  chipmunk bench --model flux-dev --sparsity.mlp.cache residual"""
-
-# name -> (config, text tokens, pixels on a side of a token)
-MODELS = {
-    "flux-dev": (FluxConfig(), 512, 16),
-    "flux-schnell": (FluxConfig(guidance_embed=False), 256, 16),
-    "flux-tiny": (FluxConfig(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4), 16, 4),
-}
+  chipmunk bench kernels -o kernels.jsonl                                every kernel at full size; small ones without a GPU
+  chipmunk bench kernels --only mlp,topk --compare kernels.jsonl         what did a change bring?
+  chipmunk bench step --model flux-dev --layers 6                        dense, full, select and delta step of a short model
+  chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
+  chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
 
 def add_parser(subparsers) -> None:
-    """Adds `chipmunk bench` to the subparsers of an ArgumentParser."""
+    """Adds `chipmunk bench` and its commands to the subparsers of an ArgumentParser."""
+    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = subparsers.add_parser(
-        "bench",
-        usage="chipmunk bench [--model MODEL] [options]",
-        allow_abbrev=False,
-        help="time dense and sparse samples",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "bench", help="time kernels, steps and samples", description=DESCRIPTION, epilog=EXAMPLES, **layout
     )
+    commands = parser.add_subparsers(title="what to time", metavar="WHAT", required=True)
+
+    kernels = commands.add_parser("kernels", help="each kernel against its dense baseline", **layout)
+    kernels.add_argument("--only", default=",".join(CANDIDATES), help=f"some of {','.join(CANDIDATES)} (default: all)")
+    kernels.add_argument("--size", choices=tuple(SIZES), help="default: full on a GPU, toy elsewhere")
+    kernels.add_argument(
+        "--implementation", choices=("pallas", "interpret", "reference"), help="default: the fastest that runs here"
+    )
+    _add_common(kernels, repeats=7)
+    kernels.set_defaults(run=run_kernels)
+
+    step = commands.add_parser("step", help="one step of each kind: dense, full, select, delta", **layout)
+    _add_model_flags(step)
+    step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
+    _add_common(step, repeats=5)
+    add_sparsity_flags(step, "flux")
+    step.set_defaults(run=run_step)
+
+    sample = commands.add_parser("sample", help="whole samples, dense and sparse", **layout)
+    _add_model_flags(sample)
+    sample.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
+    _add_common(sample, repeats=3)
+    add_sparsity_flags(sample, "flux")
+    sample.set_defaults(run=run_sample)
+
+    drawing = commands.add_parser("plot", help="draw speed-up against sparsity from records", **layout)
+    drawing.add_argument("records", nargs="+", metavar="RECORDS", help="files of JSON lines written by -o")
+    drawing.add_argument("-o", "--output", default="plot.png", help="PNG to write (default: plot.png)")
+    drawing.set_defaults(run=run_plot)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="flux-dev", help="default: flux-dev")
     parser.add_argument("--height", type=int, default=768, help="pixels (default: 768)")
     parser.add_argument("--width", type=int, default=1280, help="pixels (default: 1280)")
-    parser.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
     parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed samples of each kind (default: 3)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
+
+
+def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"timed runs of each (default: {repeats})")
     parser.add_argument("--commit", help="what to record as the commit where git is not there")
-    parser.add_argument("-o", "--output", help="JSON lines file to append the record to")
-    add_sparsity_flags(parser, "flux")
-    parser.set_defaults(run=run)
+    parser.add_argument("--compare", metavar="OLD", help="JSON lines file of an earlier run: print old / new")
+    parser.add_argument("-o", "--output", help="JSON lines file to append the records to")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Exit status of `chipmunk bench`."""
-    config, text_tokens, pixels = MODELS[args.model]
-    _check(args, pixels)
-    sparsity = read_sparsity(args)
-    grid = (args.height // pixels, args.width // pixels)
-    tokens = grid[0] * grid[1]
-    table = plan(sparsity, args.steps, tokens=tokens + text_tokens, mlp_width=config.mlp_width)
-    keep_compilations()
-    model = random_flux(config, jnp.dtype(args.dtype))
-    noise, cond = random_inputs(config, args.batch, tokens, text_tokens)
-    timesteps = flux_timesteps(args.steps, tokens)
-    kinds = {
-        name: lambda s=s: sample(model, noise, cond, timesteps=timesteps, grid=grid, sparsity=s)
-        for name, s in (("dense", None), ("sparse", sparsity))
-    }
-    seconds, first, outputs = time_in_turn(kinds, args.repeats)
-    stacks = model.stacks(tokens, cond)
-    base = record(args, text_tokens) | {
-        "sparsity": to_dict(sparsity),
-        "density": density(table, sum(stack.layers for stack in stacks.values())),
-    }
-    dense_ms = 1e3 * statistics.median(seconds["dense"])
-    records = []
-    for name, times in seconds.items():
-        ms = 1e3 * statistics.median(times)
-        records.append(base | {
-            "variant": name,
-            "ms": ms,
-            "ms_spread": 1e3 * (max(times) - min(times)),
-            "ms_per_step": ms / args.steps,
-            "baseline": "dense",
-            "baseline_ms": dense_ms,
-            "speedup": dense_ms / ms,
-            "rel_err": relative_l2(outputs[name], outputs["dense"]),  # of the final latents, random weights
-            "first_call_s": first[name],
-        })  # fmt: skip
-    if args.output:
-        with Path(args.output).open("a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in records)
-    for entry in records:
-        print(
-            f"{entry['variant']:7} {entry['ms']:10.1f} ms  +- {entry['ms_spread']:6.1f}  {entry['ms_per_step']:8.2f} ms a step"
-            f"  {entry['speedup']:5.2f} x  first call {entry['first_call_s']:.1f} s"
+def run_kernels(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench kernels`."""
+    _check(args, "repeats")
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in CANDIDATES]:
+        raise ValueError(
+            f"--only {args.only}: no kernel {', '.join(unknown)}; expected some of {', '.join(CANDIDATES)}"
         )
+    on_gpu = jax.default_backend() == "gpu"
+    size = args.size or ("full" if on_gpu else "toy")
+    if size == "full" and not on_gpu:
+        raise ValueError(f"--size full: expected a GPU, found {jax.default_backend()}; use --size toy")
+    options = dict(repeats=args.repeats, implementation=args.implementation)
+    return _report(args, lambda: bench_kernels(names, SIZES[size], **options))
+
+
+def run_step(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench step`."""
+    _check(args, "batch", "repeats")
+    options = _options(args, "height", "width", "layers", "batch", "dtype", "repeats")
+    return _report(args, lambda: [bench_step(args.model, sparsity=read_sparsity(args), **options)])
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench sample`."""
+    _check(args, "steps", "batch", "repeats")
+    options = _options(args, "height", "width", "steps", "batch", "dtype", "repeats")
+    return _report(args, lambda: [bench_sample(args.model, sparsity=read_sparsity(args), **options)])
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench plot`."""
+    check_plotting()
+    output = check_writable(args.output)
+    plot([entry for path in args.records for entry in records.read(path)], output)
+    print(output)
     return 0
 
 
-def _check(args: argparse.Namespace, pixels: int) -> None:
-    for name in ("height", "width"):
-        size = getattr(args, name)
-        if size < pixels or size % pixels:
-            raise ValueError(f"--{name} {size}: expected a positive multiple of {pixels}")
-    for name in ("steps", "batch", "repeats"):
+def _options(args: argparse.Namespace, *names: str) -> dict:
+    return {name: getattr(args, name) for name in names}
+
+
+def _check(args: argparse.Namespace, *counts: str) -> None:
+    """Raises ValueError for what is wrong whatever is timed."""
+    for name in counts:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.output:
         check_writable(args.output, suffix=None)
+    if args.compare:
+        records.read(args.compare)
 
 
-def random_flux(config: FluxConfig, dtype: jnp.dtype) -> Flux:
-    """A model whose every parameter is drawn, leaf by leaf on the device: never more than one beside the model."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Flux(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    leaves, tree = jax.tree.flatten(state)
-    draw = jax.jit(lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return nnx.merge(graph, tree.unflatten(draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)))
-
-
-def random_inputs(
-    config: FluxConfig, batch: int, tokens: int, text_tokens: int
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """noise [B, N, C] and conditions, unit normal."""
-    keys = jax.random.split(jax.random.key(1), 3)
-    cond = {
-        "text": jax.random.normal(keys[1], (batch, text_tokens, config.context_in_dim)),
-        "pooled": jax.random.normal(keys[2], (batch, config.vec_in_dim)),
-    }
-    if config.guidance_embed:
-        cond["guidance"] = jnp.full(batch, 3.5)
-    return jax.random.normal(keys[0], (batch, tokens, config.in_channels)), cond
-
-
-def time_in_turn(kinds: dict[str, Callable[[], jax.Array]], repeats: int):
-    """Seconds of each kind's repeats, run in turn; seconds of its first call, which compiles; its output."""
-    first, seconds, outputs = {}, {name: [] for name in kinds}, {}
-    bar = tqdm(total=len(kinds) * (1 + repeats), unit="sample")
-    for name, call in kinds.items():
-        bar.set_description(f"compiling {name}")
-        start = time.perf_counter()
-        outputs[name] = np.asarray(call())
-        bar.update()
-        first[name] = time.perf_counter() - start
-        if not np.isfinite(outputs[name]).all():
-            raise ValueError(f"{name}: the output is not finite, so its time means nothing")
-    for _ in range(repeats):
-        for name, call in kinds.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-            bar.set_description(f"timed {name}")
-            bar.update()
-    bar.close()
-    return seconds, first, outputs
-
-
-def record(args: argparse.Namespace, text_tokens: int) -> dict:
-    """What was run, where and with which versions."""
-    device = jax.devices()[0]
-    return {
-        "benchmark": "sample",
-        "model": args.model,
-        "shape": {
-            "height": args.height,
-            "width": args.width,
-            "batch": args.batch,
-            "steps": args.steps,
-            "text": text_tokens,
-        },
-        "dtype": args.dtype,
-        "repeats": args.repeats,
-        "device": device.device_kind,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "jax": jax.__version__,
-        "commit": args.commit or _output("git", "rev-parse", "--short", "HEAD"),
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-    }
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints, None where it cannot be run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _report(args: argparse.Namespace, measure) -> int:
+    """Runs, writes records as they come, prints the table and the comparison: 1 where a result was wrong, else 0."""
+    old = records.read(args.compare) if args.compare else []  # the file may be the one that is appended to
+    keep_compilations()
+    entries = []
+    portions: Iterable[list[Record]] = measure()
+    for portion in portions:
+        new = [record.as_dict(args.commit) for record in portion]
+        if args.output:
+            records.append(args.output, new)
+        entries += new
+    print(records.table(entries))
+    if old:
+        print(compare(entries, old, args.compare))
+    return 1 if any(entry["error"] for entry in entries) else 0

@@ -1,0 +1,162 @@
+"""column_attention against dense attention, and what column sums add to it."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chipmunk_jax.bench import draw, references, torch_baselines
+from chipmunk_jax.bench.measure import Candidate
+from chipmunk_jax.bench.references import one_head, some
+from chipmunk_jax.bench.timing import input_sets, nbytes
+from pallas_kernels import Implementation, column_attention, column_sums, dense_attention
+from pallas_kernels.groups import group_count
+
+LAYERS = 2  # of stacked arrays; the last one is read
+RESIDUAL = 0.1  # about the size of attention over some hundred random columns, so that neither hides in the other
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One shape, and the numbers of keys to keep."""
+
+    heads: int  # H
+    tokens: int  # N
+    head_dim: int  # d
+    group: int
+    plain: tuple[int, ...] = ()  # keys kept, attention over them alone
+    residual: tuple[int, ...] = ()  # keys kept, added to the stacked residual, as a delta step runs it
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": 1, "H": self.heads, "N": self.tokens, "d": self.head_dim}
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def product(self, keys: float) -> float:
+        """Operations of one matrix product of all queries with so many keys."""
+        return 2 * self.heads * self.tokens * keys * self.head_dim
+
+    def slices(self):
+        """(head, group, its rows) of what is checked."""
+        for head in some(self.heads, 2):
+            for g in some(group_count(self.tokens, self.group)):
+                yield head, g, slice(g * self.group, min(self.tokens, (g + 1) * self.group))
+
+
+def column_attention_candidates(
+    case: AttentionCase, most_sets: int, implementation: Implementation | None
+) -> list[Candidate]:
+    """Dense attention, PyTorch's where it is there, and column attention at every number of keys."""
+    arrays = input_sets(lambda key: _draw(case, key), jax.random.key(0), most=most_sets)
+    dense = _dense(case, arrays, implementation)
+    kept = [*((k, False) for k in case.plain), *((k, True) for k in case.residual)]
+    columns = [_columns(case, arrays, k, with_residual, implementation) for k, with_residual in kept]
+    return [dense, *torch_baselines.attention(dense, case.scale), *columns]
+
+
+def dense_colsum_candidates(
+    case: AttentionCase, most_sets: int, implementation: Implementation | None
+) -> list[Candidate]:
+    """Dense attention, and the same with the column sums of every group."""
+    arrays = input_sets(lambda key: _draw(case, key), jax.random.key(0), most=most_sets)
+    groups = group_count(case.tokens, case.group)
+    tiling = dict(scale=case.scale, implementation=implementation)
+
+    def call(inputs, state):
+        q, k, v = inputs
+        out, lse = dense_attention(q, k, v, **tiling)
+        return (out, lse, column_sums(q, k, lse, group=case.group, **tiling)), state
+
+    def expected(inputs, state):
+        heads = _heads(case, inputs[:2])
+        sums = [references.column_mass(heads[h][0][rows], heads[h][1], case.scale) for h, _, rows in case.slices()]
+        return [*_expected_dense(case, inputs, state), *sums]
+
+    def observed(output, state):
+        out, _, sums = output
+        row = lambda h, g: references.host(_index_row(sums, h, g))
+        return [*_rows(case, out), *(row(h, g) for h, g, _ in case.slices())]
+
+    summed = Candidate(
+        variant="with sums", shape=case.shape | {"group": case.group}, sparsity=0.0, call=call, sets=arrays,
+        expected=expected, observed=observed,
+        operations=3 * case.product(case.tokens),
+        bytes=nbytes(arrays[0]) * 4 / 3 + 4 * case.heads * case.tokens + 2 * case.heads * groups * case.tokens,
+    )  # fmt: skip
+    return [_dense(case, arrays, implementation), summed]
+
+
+def _draw(case: AttentionCase, key: jax.Array):
+    shape = (1, case.tokens, case.heads, case.head_dim)
+    return tuple(draw.normal(k, shape) for k in jax.random.split(key, 3))
+
+
+def _dense(case: AttentionCase, arrays, implementation) -> Candidate:
+    return Candidate(
+        variant="dense", shape=case.shape, sparsity=0.0, sets=arrays,
+        call=lambda inputs, state: (
+            dense_attention(*inputs, scale=case.scale, implementation=implementation)[0],
+            state,
+        ),
+        expected=lambda inputs, state: _expected_dense(case, inputs, state),
+        observed=lambda output, state: _rows(case, output),
+        operations=2 * case.product(case.tokens),
+        bytes=nbytes(arrays[0]) * 4 / 3,
+    )  # fmt: skip
+
+
+def _columns(case: AttentionCase, arrays, kept: int, with_residual: bool, implementation) -> Candidate:
+    layers = LAYERS if with_residual else 1
+    lists = (layers, 1, case.heads, group_count(case.tokens, case.group))
+    sets = []
+    for i, qkv in enumerate(arrays):
+        keys = jax.random.split(jax.random.key(kept + i), 2)
+        indices, counts = draw.lists(keys[0], lists, kept, case.tokens)
+        residual = draw.normal(keys[1], (layers, *qkv[0].shape), scale=RESIDUAL) if with_residual else None
+        sets.append((*qkv, indices, counts, jnp.int32(layers - 1), residual))
+
+    def call(inputs, state):
+        *columns, residual = inputs
+        tiling = dict(group=case.group, scale=case.scale, implementation=implementation)
+        return column_attention(*columns, residual=residual, **tiling), state
+
+    def expected(inputs, state):
+        heads, indices, residual = _heads(case, inputs[:3]), np.asarray(inputs[3][-1, 0]), inputs[6]
+        found = []
+        for head, g, rows in case.slices():
+            (q, k, v), columns = heads[head], indices[head, g]
+            base = 0 if residual is None else one_head(residual[-1], head)[rows]
+            found.append(base + references.attention(q[rows], k[columns], v[columns], case.scale))
+        return found
+
+    return Candidate(
+        variant="residual" if with_residual else "plain",
+        shape=case.shape | {"K": kept, "group": case.group},
+        sparsity=1 - kept / case.tokens,
+        call=call, sets=sets, expected=expected, observed=lambda output, state: _rows(case, output),
+        operations=2 * case.product(kept),
+        bytes=nbytes(arrays[0]) * (5 if with_residual else 4) / 3 + 4 * sets[0][3][0].size,
+    )  # fmt: skip
+
+
+def _expected_dense(case: AttentionCase, inputs, state) -> list[np.ndarray]:
+    heads = _heads(case, inputs)
+    attend = lambda q, k, v, rows: references.attention(q[rows], k, v, case.scale)
+    return [attend(*heads[head], rows) for head, _, rows in case.slices()]
+
+
+def _heads(case: AttentionCase, arrays) -> dict[int, list[np.ndarray]]:
+    """Those that are checked: f32 [N, d] each."""
+    return {head: [one_head(x, head) for x in arrays] for head in some(case.heads, 2)}
+
+
+def _rows(case: AttentionCase, out: jax.Array) -> list[np.ndarray]:
+    heads = _heads(case, [out])
+    return [heads[head][0][rows] for head, _, rows in case.slices()]
+
+
+_index_row = jax.jit(lambda sums, head, g: sums[0, head, g])

@@ -1,0 +1,84 @@
+"""Whole samples, dense and sparse in turn."""
+
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from chipmunk_jax.bench.models import MODELS, random_inputs, random_model
+from chipmunk_jax.bench.records import Record, times
+from chipmunk_jax.bench.timing import Timed, time_in_turn
+from chipmunk_jax.quality import relative_l2
+from chipmunk_jax.sampling import plan_stacks, sample
+from chipmunk_jax.schedule import check_schedules, density
+from chipmunk_jax.sparsity import Sparsity, to_dict
+
+
+def bench_sample(
+    name: str, *, height: int, width: int, steps: int, batch: int, dtype: str, sparsity: Sparsity, repeats: int
+) -> list[Record]:
+    """A record of the dense sample and one of the sparse.
+
+    Args:
+        name: of MODELS.
+        height, width: pixels.
+        steps: of the sampler.
+        batch: images at once.
+        dtype: of weights and activations.
+        sparsity: of the sparse sample.
+        repeats: timed samples of each.
+
+    Raises:
+        ValueError: sizes that do not fit, before any work.
+    """
+    entry = MODELS[name]
+    grid = entry.grid(height, width)
+    tokens = grid[0] * grid[1]
+    check_schedules(sparsity, steps)
+    model = random_model(entry, jnp.dtype(dtype))
+    noise, cond = random_inputs(entry, batch, tokens)
+    options = dict(timesteps=entry.timesteps(steps, tokens), grid=grid)
+    kinds = {
+        kind: lambda s=s: sample(model, noise, cond, sparsity=s, **options)
+        for kind, s in (("dense", None), ("sparse", sparsity))
+    }
+    with tqdm(total=len(kinds) * (1 + repeats), unit="sample", leave=False) as bar:
+        first, outputs = _compile(kinds, bar)
+        bar.set_postfix_str("timing")
+        right = {kind: Timed(call) for kind, call in kinds.items() if np.isfinite(outputs[kind]).all()}
+        seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
+    stacks = model.stacks(tokens, cond)
+    table = plan_stacks(stacks, sparsity, steps)
+    shape = {"height": height, "width": width, "batch": batch, "steps": steps, "text": entry.text}
+    extra = {"density": density(table, sum(stack.layers for stack in stacks.values()))}
+    common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
+    return [_record(kind, seconds, outputs, first, common, extra, steps) for kind in kinds]
+
+
+def _compile(kinds, bar: tqdm) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Seconds of the first call of each, which compiles and warms up; and what it gives."""
+    first, outputs = {}, {}
+    for kind, call in kinds.items():
+        bar.set_postfix_str(f"compiling {kind}")
+        start = time.perf_counter()
+        outputs[kind] = np.asarray(call())
+        first[kind] = time.perf_counter() - start
+        bar.update()
+    return first, outputs
+
+
+def _record(kind, seconds, outputs, first, common, extra, steps) -> Record:
+    fields = times(seconds.get(kind, ()), seconds.get("dense", ()))
+    finite = all(np.isfinite(x).all() for x in (outputs[kind], outputs["dense"]))
+    return Record(
+        benchmark="sample",
+        variant=kind,
+        baseline="dense",
+        # Of the final latents. With random weights it says nothing about quality, so it is not judged.
+        rel_err=relative_l2(outputs[kind], outputs["dense"]) if finite else None,
+        error=None if kind in seconds else "the result is not finite",
+        extra=extra | {"ms_per_step": fields["ms"] and fields["ms"] / steps, "first_call_s": first[kind]},
+        **fields,
+        **common,
+    )

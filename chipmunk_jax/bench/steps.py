@@ -1,0 +1,139 @@
+"""One step of each kind: dense, and with caches full, selecting and delta."""
+
+from functools import partial
+from itertools import cycle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from chipmunk_jax import cache as caches
+from chipmunk_jax.bench.measure import judge
+from chipmunk_jax.bench.models import MODELS, random_inputs, random_model
+from chipmunk_jax.bench.records import Record, times
+from chipmunk_jax.bench.timing import Timed, time_in_turn
+from chipmunk_jax.order import patch_order
+from chipmunk_jax.sampling import check_room, plan_stacks
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step
+from chipmunk_jax.solvers import MOST_STEPS
+from chipmunk_jax.sparsity import Sparsity, to_dict
+
+# Rows of the table of steps: the first fills the caches, the others are timed.
+PHASES = {
+    "first": (AttentionPhase.MEASURE, MlpPhase.FULL),
+    "full": (AttentionPhase.REFRESH, MlpPhase.FULL),
+    "select": (AttentionPhase.SELECT, MlpPhase.SELECT_DELTA),
+    "delta": (AttentionPhase.DELTA, MlpPhase.DELTA),
+}
+KINDS = ("dense", "full", "select", "delta")
+
+# On the input of the last full step every kind gives the dense velocity, but for bf16: a residual is rounded once more than the
+# dense output, 2e-3 of it in every layer, and over 57 layers of a narrow FLUX that adds up to 1e-2. Columns of another layer give
+# 0.3, a residual without its columns 0.5. The network in float32 would take twice the memory, so dense bf16 is the reference here.
+TOLERANCES = {"bfloat16": 5e-2, "float32": 1e-3}
+INPUTS = 3  # in turn: unchanged tokens would have the delta steps multiply zeros
+
+
+def bench_step(
+    name: str, *, height: int, width: int, layers: int | None, batch: int, dtype: str, sparsity: Sparsity, repeats: int
+) -> list[Record]:
+    """A record of each of KINDS.
+
+    Args:
+        name: of MODELS.
+        height, width: pixels.
+        layers: to shorten the model to; None for all.
+        batch: images at once.
+        dtype: of weights and activations.
+        sparsity: of the steps with caches; its schedule does not count.
+        repeats: timed runs of each.
+
+    Raises:
+        ValueError: sizes that do not fit, or no room for the caches, before any work.
+    """
+    entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
+    grid = entry.grid(height, width)
+    with tqdm(total=len(KINDS) * (1 + repeats), unit="step", leave=False) as bar:
+        bar.set_postfix_str("drawing weights")
+        steps = _Steps(entry, grid, batch, jnp.dtype(dtype), sparsity)
+        errors = steps.check(TOLERANCES[dtype], bar)
+        bar.set_postfix_str("timing")
+        right = {kind: Timed(partial(steps.run, kind)) for kind in KINDS if errors[kind][0] is None}
+        seconds = time_in_turn(right, repeats, report=lambda _: bar.update())
+    shape = {"height": height, "width": width, "batch": batch, "layers": entry.layers, "text": entry.text}
+    common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
+    return [
+        Record(
+            benchmark="step",
+            variant=kind,
+            baseline="dense",
+            error=errors[kind][0],
+            rel_err=errors[kind][1],
+            **times(seconds.get(kind, ()), seconds.get("dense", ())),
+            **common,
+        )
+        for kind in KINDS
+    ]
+
+
+class _Steps:
+    """A model with random weights, its caches, and inputs in turn."""
+
+    def __init__(self, entry, grid: tuple[int, int], batch: int, dtype: jnp.dtype, sparsity: Sparsity):
+        tokens = grid[0] * grid[1]
+        inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
+        self.model = random_model(entry, dtype)
+        stacks = self.model.stacks(tokens, inputs[0][1])
+        check_room(stacks, sparsity, batch, dtype)
+        self.table = _table(plan_stacks(stacks, sparsity, MOST_STEPS))
+        self.cache = caches.zeros(stacks, sparsity, batch, dtype)
+        positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
+        self.inputs = [
+            (x, jnp.full(batch, t), cond, positions)
+            for (x, cond), t in zip(inputs, np.linspace(0.9, 0.5, INPUTS, dtype=np.float32), strict=True)
+        ]
+        self.turn = cycle(self.inputs)
+
+    def run(self, kind: str, inputs=None) -> jax.Array:
+        """The velocity of one step; the caches move on."""
+        inputs = inputs or next(self.turn)
+        if kind == "dense":
+            return _dense_step(self.model, *inputs)
+        velocity, self.cache = _cached_step(self.model, self.cache, *inputs, self.table, list(PHASES).index(kind))
+        return velocity
+
+    def check(self, tolerance: float, bar: tqdm) -> dict[str, tuple[str | None, float | None]]:
+        """What is wrong with each kind on one input, or None, and its error relative to the dense step."""
+        bar.set_postfix_str("compiling")
+        inputs = self.inputs[0]
+        dense = np.asarray(self.run("dense", inputs))
+        errors = {"dense": judge([dense], [dense], tolerance)}
+        bar.update()
+        for kind in ("first", "select"):  # the one measures what the other selects by
+            self.run(kind, inputs)
+        for kind in KINDS[1:]:
+            errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
+            bar.update()
+        return errors
+
+
+@jax.jit
+def _dense_step(model, x, t, cond, positions):
+    return model(x, t, cond, positions, None, None)[0]
+
+
+# Which step it is, is data, as in sample(): one program serves all kinds.
+@partial(jax.jit, donate_argnames="cache")
+def _cached_step(model, cache, x, t, cond, positions, table: Step, index):
+    return model(x, t, cond, positions, cache, table.at_step(index))
+
+
+def _table(plan: Step) -> Step:
+    """The plan with PHASES for its steps."""
+    attention, mlp = (np.array(phases, np.int32) for phases in zip(*PHASES.values(), strict=True))
+    return plan.replace(
+        attention=plan.attention and plan.attention.replace(phase=attention),
+        mlp=plan.mlp and plan.mlp.replace(phase=mlp),
+        key=jax.random.key(0),
+    )

@@ -1,0 +1,434 @@
+"""The benchmark harness: what it runs and records. No test asserts a time, or that something is fast."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chipmunk_jax.bench import draw, kernels, measure, records, references
+from chipmunk_jax.bench.compare import compare
+from chipmunk_jax.bench.models import MODELS
+from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
+from chipmunk_jax.cli.main import main
+from chipmunk_jax.sparsity import Sparsity, to_dict
+
+REPEATS = ["--repeats", "1"]
+KEYS = {
+    *("benchmark", "variant", "shape", "sparsity", "dtype", "ms", "ms_spread", "baseline", "baseline_ms", "speedup"),
+    *("rel_err", "error", "repeats", "model", "device", "driver", "jax", "commit", "peak_bytes"),
+    *("tflops", "gbps", "of_matrix_ceiling", "of_copy_ceiling"),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Clock:
+    """Seconds that pass only when something runs."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds, log, name):
+        def dispatch():
+            self.now += seconds
+            log.append(name)
+            return name
+
+        return dispatch
+
+
+def test_timing_fills_repeats_drops_the_warm_up_and_takes_turns():
+    clock, log, waits = Clock(), [], []
+    timed = {
+        "slow": Timed(clock.work(0.5, log, "slow"), calls=1, wait=waits.append),
+        "fast": Timed(clock.work(0.008, log, "fast"), calls=4, wait=waits.append),
+    }
+    seconds = time_in_turn(timed, 3, clock=clock)
+    assert seconds == {"slow": pytest.approx([0.5] * 3), "fast": pytest.approx([0.002] * 3)}  # a call, not a dispatch
+    # Each once to measure and once dropped, then in turn; the fast one three times, to fill 20 ms.
+    assert log == ["slow"] * 2 + ["fast"] * 4 + (["slow"] + ["fast"] * 3) * 3
+    assert waits == ["slow"] * 2 + ["fast"] * 2 + ["slow", "fast"] * 3  # one wait a run
+
+
+def test_timing_without_a_warm_up_is_one_dispatch_a_repeat():
+    clock, log, reported = Clock(), [], []
+    timed = {"a": Timed(clock.work(1e-3, log, "a"), wait=id)}
+    time_in_turn(timed, 4, warm=False, clock=clock, report=reported.append)
+    assert log == reported == ["a"] * 4
+
+
+def test_an_instant_candidate_does_not_run_for_ever():
+    log = []
+    time_in_turn({"a": Timed(lambda: log.append(0), wait=id)}, 1, clock=lambda: 0.0)
+    assert len(log) == 2001
+
+
+def test_every_call_of_a_chain_is_compiled():
+    """Sorting is neither fused nor folded, so that its instructions can be counted."""
+    chain = Chain(lambda x, state: (jnp.sort(x), state), [jnp.arange(8.0) for _ in range(5)], calls=5)
+    text = chain.program.lower(chain.portions[0], ()).compile().as_text()
+    assert text.count(" sort(") == chain.calls == 5
+
+
+@pytest.mark.parametrize(
+    ("sets", "calls", "expected"),
+    [
+        (1, 3, [[0], [0]]),  # a call has inputs of its own
+        (3, 3, [[0, 1, 2]] * 2),
+        (4, 2, [[0, 1], [2, 3], [0, 1]]),  # programs take turns over portions
+        (5, 2, [[0, 1], [2, 3], [0, 1]]),
+    ],
+)
+def test_a_chain_rotates_its_inputs(sets, calls, expected):
+    chain = Chain(lambda x, state: (2 * x, state), [jnp.float32(i) for i in range(sets)], calls=calls)
+    assert float(chain.last_inputs) == expected[0][-1]
+    for inputs in expected:
+        outputs, _ = chain.dispatch()
+        assert [float(x) / 2 for x in outputs] == inputs
+    assert chain.timed().calls == len(expected[0])
+
+
+def test_a_chain_hands_its_state_on():
+    chain = Chain(lambda x, state: ((), state + x), [jnp.float32(1), jnp.float32(10)], jnp.zeros(()), calls=2)
+    assert [float(chain.dispatch()[1]) for _ in range(3)] == [11, 22, 33]
+
+
+def test_input_sets_make_a_gigabyte_within_their_limits(monkeypatch):
+    monkeypatch.setattr("chipmunk_jax.bench.timing.SETS_BYTES", 1e5)
+    large = lambda key: (jax.random.normal(key, (5_000,)), jnp.zeros(1_000))  # 24 kB
+    sets = input_sets(large, jax.random.key(0))
+    assert len(sets) == 4 and len({float(x[0]) for x, _ in sets}) == 4
+    small = lambda key: jax.random.normal(key, (8,))
+    assert len(input_sets(small, jax.random.key(0), most=7)) == 7
+    huge = lambda key: jnp.zeros(100_000)
+    assert len(input_sets(huge, jax.random.key(0))) == 1
+    assert len(input_sets(huge, jax.random.key(0), least=2)) == 2
+
+
+@pytest.mark.parametrize(("kept", "columns"), [(1, 1), (1, 70), (7, 9), (63, 64), (64, 64), (300, 5000)])
+def test_lists_are_distinct_ascending_and_in_range(kept, columns):
+    indices, counts = draw.lists(jax.random.key(kept), (2, 3, 5), kept, columns)
+    assert indices.shape == (2, 3, 5, kept) and indices.dtype == counts.dtype == jnp.int32
+    assert np.all(np.asarray(counts) == kept) and counts.shape == (2, 3, 5)
+    indices = np.asarray(indices)
+    assert indices.min() >= 0 and indices.max() < columns
+    assert np.all(np.diff(indices, axis=-1) > 0)
+    if 1 < kept < columns // 2:
+        assert len({tuple(row) for row in indices.reshape(-1, kept)}) == 30
+        assert abs(indices.mean() / columns - 0.5) < 0.05  # all over the columns
+
+
+def test_scores_are_positive_and_uneven():
+    scores = np.asarray(draw.scores(jax.random.key(0), (3, 2, 500))).astype(np.float32)
+    assert scores.shape == (3, 2, 500) and scores.min() > 0 and scores.std() > scores.mean()
+    assert not np.array_equal(scores[0], scores[1])
+
+
+def test_the_reference_of_top_takes_equals_from_the_left():
+    scores = np.array([[1, 3, 2, 3, 2], [0, 0, 0, 0, 0]], np.float32)
+    np.testing.assert_array_equal(references.top(scores, 3), [[1, 2, 3], [0, 1, 2]])
+
+
+def test_some_holds_the_ends():
+    assert references.some(34) == [0, 16, 33] and references.some(1) == [0] and references.some(2) == [0, 1]
+
+
+def candidate(variant="ours", factor=1.0, call=None):
+    """Doubles a number, or not quite."""
+    return measure.Candidate(
+        variant=variant,
+        shape={"N": 4},
+        sparsity=0.5,
+        call=call or (lambda x, state: (2 * factor * x, state)),
+        sets=[jnp.arange(4.0), jnp.arange(1.0, 5.0)],
+        expected=lambda x, state: [2 * np.asarray(x)],
+        observed=lambda x, state: [np.asarray(x)],
+        operations=4.0,
+        bytes=32.0,
+    )
+
+
+class Bar:
+    """Counts what a progress bar is told."""
+
+    n = 0
+
+    def update(self, n=1):
+        self.n += n
+
+    def set_postfix_str(self, text):
+        pass
+
+
+def measured(*candidates):
+    ceilings, bar = measure.Ceilings(flops=1e9, bytes=1e9), Bar()
+    outcomes = measure.measure(candidates, ceilings, repeats=2, most_calls=2, bar=bar)
+    assert bar.n == 3 * len(candidates)
+    return [record.as_dict() for record in measure.to_records("mlp", outcomes, ceilings)]
+
+
+def test_a_wrong_result_has_no_time():
+    def fails(x, state):
+        raise NotImplementedError("no such\nkernel")
+
+    dense, right, wrong, infinite, failing = measured(
+        candidate("dense"), candidate(), candidate(factor=1.02), candidate(factor=np.inf), candidate(call=fails)
+    )
+    assert dense["error"] is right["error"] is None and dense["speedup"] == 1
+    assert right["ms"] > 0 and right["rel_err"] == 0 and right["repeats"] == 2
+    assert right["speedup"] == right["baseline_ms"] / right["ms"] and right["baseline_ms"] == dense["ms"]
+    for entry in (wrong, infinite, failing):
+        nothing = ("ms", "ms_spread", "speedup", "tflops", "gbps", "of_matrix_ceiling", "of_copy_ceiling")
+        assert all(entry[key] is None for key in nothing) and entry["baseline_ms"] == dense["ms"]
+    assert wrong["rel_err"] == pytest.approx(0.02) and "0.02 against float32, expected at most 0.01" in wrong["error"]
+    assert infinite["error"] == "the result is not finite" and infinite["rel_err"] is None
+    assert failing["error"] == "NotImplementedError: no such kernel"
+    assert "no time: the result is not finite" in records.table([dense, infinite])
+
+
+def test_candidates_of_a_wrong_baseline_have_times_and_no_speedup():
+    dense, ours = measured(candidate("dense", factor=2), candidate())
+    assert dense["ms"] is None and ours["ms"] > 0 and ours["speedup"] is ours["baseline_ms"] is None
+
+
+def test_rates_are_counted_work_over_the_median():
+    outcome = measure.Outcome(candidate(), seconds=[3.0, 1.0, 2.0], rel_err=0.0)
+    (record,) = measure.to_records("mlp", [outcome], measure.Ceilings(flops=8.0, bytes=64.0))
+    assert (record.ms, record.ms_spread, record.repeats) == (2000, 2000, 3)
+    assert (record.tflops, record.gbps) == (pytest.approx(2e-12), pytest.approx(16e-9))
+    assert (record.of_matrix_ceiling, record.of_copy_ceiling) == (0.25, 0.25)
+
+
+def test_a_part_of_the_rows_counts_as_all():
+    part = dataclasses.replace(candidate("lax.top_k"), share=1 / 16)
+    outcomes = [measure.Outcome(part, seconds=[16.0]), measure.Outcome(candidate(), seconds=[2.0])]
+    baseline, ours = measure.to_records("topk", outcomes, measure.Ceilings(flops=8.0, bytes=64.0))
+    assert baseline.baseline == ours.baseline == "lax.top_k on 1/16 of the rows, scaled"
+    assert (baseline.ms, ours.speedup, baseline.of_copy_ceiling) == (16000, 8, 0.5)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_bench_kernels_runs_every_kernel(folder, capsys, monkeypatch):
+    monkeypatch.setattr("chipmunk_jax.bench.torch_baselines.obstacle", lambda: "none here")
+    assert main(["bench", "kernels", "--size", "toy", *REPEATS, "-o", "a.jsonl", "--commit", "abc"]) == 0
+    entries = read(folder / "a.jsonl")
+    assert all(entry.keys() == KEYS for entry in entries)
+    assert {entry["benchmark"] for entry in entries} == kernels.CANDIDATES.keys()
+    variants = {(entry["benchmark"], entry["variant"]) for entry in entries}
+    assert {("column_attention", "residual"), ("mlp", "activations"), ("mlp", "residual")} < variants
+    assert len({json.dumps([e["benchmark"], e["variant"], e["shape"], e["sparsity"]]) for e in entries}) == len(entries)
+    for entry in entries:
+        assert entry["error"] is None and entry["ms"] > 0 and entry["speedup"] > 0 and entry["gbps"] > 0
+        assert entry["commit"] == "abc" and 0 <= entry["sparsity"] < 1
+        exact = entry["benchmark"] == "topk"
+        assert entry["rel_err"] == 0 if exact else 0 < entry["rel_err"] < measure.BF16_TOLERANCE
+        assert (entry["tflops"] is None) == exact
+    out = capsys.readouterr().out
+    assert "no baselines of PyTorch: none here" in out and out.count("column_attention  ") == 6
+
+
+def test_bench_kernels_runs_the_implementation_asked_for(monkeypatch):
+    from chipmunk_jax.bench import topk_kernels
+
+    asked, topk_columns = set(), topk_kernels.topk_columns
+    watch = lambda *args, **options: asked.add(options["implementation"]) or topk_columns(*args, **options)
+    monkeypatch.setattr(topk_kernels, "topk_columns", watch)
+    assert main(["bench", "kernels", "--size", "toy", "--only", "topk", *REPEATS, "--implementation", "interpret"]) == 0
+    assert asked == {"interpret"}
+
+
+def test_arrays_of_a_case_are_freed_before_the_next():
+    live = lambda: sum(x.nbytes for x in jax.live_arrays())
+    before, left = live(), []
+    for _ in kernels.bench_kernels(["mlp", "topk"], kernels.SIZES["toy"], repeats=1):
+        left.append(live() - before)
+    assert max(left) < 1000  # a key or a scalar may stay
+
+
+def test_a_case_without_room_leaves_the_others(folder, monkeypatch, capsys):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 5 GB")
+
+    monkeypatch.setitem(kernels.CANDIDATES, "mlp", full)
+    assert main(["bench", "kernels", "--size", "toy", "--only", "mlp,topk", *REPEATS, "-o", "a.jsonl"]) == 1
+    first, *others = read(folder / "a.jsonl")
+    assert first["ms"] is None and "out of memory" in first["error"] and first.keys() == KEYS
+    assert len(others) == 6 and all(entry["ms"] > 0 for entry in others)
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_exits_1_after_all_others(folder, monkeypatch, capsys):
+    name = "chipmunk_jax.bench.topk_kernels.topk_columns"
+    monkeypatch.setattr(name, lambda x, k, capacity, **_: (jnp.zeros((*x.shape[:-1], capacity), jnp.int32), None))
+    assert main(["bench", "kernels", "--size", "toy", "--only", "topk", *REPEATS, "-o", "a.jsonl"]) == 1
+    found = {(entry["variant"], entry["ms"] is None) for entry in read(folder / "a.jsonl")}
+    assert found == {("lax.top_k", False), ("ascending lists", True)}
+    assert capsys.readouterr().out.count("no time: relative error") == 3
+
+
+TINY = ["--model", "flux-tiny", "--height", "32", "--width", "32", *REPEATS, "-o", "a.jsonl"]
+
+
+def test_bench_step_times_each_kind(folder, capsys):
+    assert main(["bench", "step", *TINY, "--layers", "4", "--sparsity.mlp.top-keys", "0.2"]) == 0
+    entries = read(folder / "a.jsonl")
+    assert [entry["variant"] for entry in entries] == ["dense", "full", "select", "delta"]
+    assert all(entry.keys() == KEYS for entry in entries)
+    for entry in entries:
+        assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "layers": 4, "text": 16}
+        assert entry["ms"] > 0 and entry["sparsity"]["mlp"]["top_keys"] == 0.2 and entry["model"] == "flux-tiny"
+    assert [entry["rel_err"] > 0 for entry in entries] == [False, True, True, True]
+    assert "delta" in capsys.readouterr().out
+
+
+def test_a_wrong_step_has_no_time(folder, monkeypatch):
+    from chipmunk_jax import delta
+
+    zeros = lambda q, *_, **__: jnp.zeros_like(q)
+    monkeypatch.setattr(delta, "column_attention", zeros)
+    jax.clear_caches()
+    assert main(["bench", "step", *TINY, "--layers", "2", "--sparsity.attention.first-n-dense-layers", "0"]) == 1
+    assert [entry["ms"] is None for entry in read(folder / "a.jsonl")] == [False, False, False, True]
+    jax.clear_caches()
+
+
+def test_bench_sample_times_dense_and_sparse(folder):
+    assert main(["bench", "sample", *TINY, "--steps", "3"]) == 0
+    dense, sparse = read(folder / "a.jsonl")
+    assert (dense["variant"], sparse["variant"], dense["speedup"], dense["rel_err"]) == ("dense", "sparse", 1, 0)
+    for entry in (dense, sparse):
+        assert entry.keys() == KEYS | {"density", "ms_per_step", "first_call_s"}
+        assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "steps": 3, "text": 16}
+        assert entry["sparsity"] == to_dict(Sparsity()) and entry["ms_per_step"] == entry["ms"] / 3
+    assert sparse["density"]["attention"] < 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(2, (1, 1)), (3, (1, 2)), (6, (2, 4)), (10, (3, 7)), (57, (19, 38)), (56, (19, 37))]
+)
+def test_a_shortened_model_keeps_the_proportion_of_its_stacks(layers, expected):
+    config = MODELS["flux-dev"].shortened(layers).config
+    assert (config.depth, config.depth_single_blocks) == expected
+
+
+def entry(ms, **changes):
+    base = dict(benchmark="mlp", variant="residual", shape={"M": 2, "K": 3}, sparsity=0.5, ms=ms, device="cpu")
+    return base | changes
+
+
+def test_compare_gives_old_over_new():
+    new = [entry(2.0), entry(3.0, variant="activations"), entry(None, sparsity=0.7), entry(1.0, shape={"M": 4})]
+    old = [
+        entry(99.0),
+        entry(5.0),  # the later of two counts
+        entry(1.5, variant="activations", shape={"K": 3, "M": 2}),
+        entry(1.0, sparsity=0.7),
+        entry(1.0, shape={"M": 8}),
+        entry(1.0, benchmark="topk"),  # nothing of topk was run now
+    ]
+    text = compare(new, old, "old.jsonl")
+    lines = text.splitlines()
+    assert [line.split()[-3:] for line in lines[1:3]] == [["5", "2", "2.500"], ["1.5", "3", "0.500"]]
+    assert lines[3].endswith("no time          -")
+    assert lines[4:] == ["not in old.jsonl: mlp residual M 4 50.0 %", "only in old.jsonl: mlp residual M 8 50.0 %"]
+
+
+def test_compare_tells_when_the_devices_differ():
+    text = compare([entry(2.0)], [entry(1.0, device="NVIDIA H100")], "old.jsonl")
+    assert "the devices differ: NVIDIA H100 in old.jsonl, cpu here" in text
+    assert compare([entry(1.0)], [entry(1.0, shape={})], "b").startswith("nothing here has a counterpart in b")
+
+
+def test_compare_reads_the_file_before_it_is_appended_to(folder, capsys):
+    flags = ["bench", "kernels", "--size", "toy", "--only", "topk", *REPEATS, "-o", "a.jsonl"]
+    assert main(flags) == 0
+    old = [record["ms"] for record in read(folder / "a.jsonl")]
+    assert main([*flags, "--compare", "a.jsonl"]) == 0
+    new = [record["ms"] for record in read(folder / "a.jsonl")][len(old) :]
+    lines = capsys.readouterr().out.splitlines()[-len(old) :]
+    assert [line.split()[-1] for line in lines] == [f"{a / b:.3f}" for a, b in zip(old, new, strict=True)]
+
+
+def test_committed_records_can_be_compared(folder):
+    path = records.Path(__file__).parents[1] / "benchmarks/results/flux-dev-1280x768-h100.jsonl"
+    old = records.read(path)
+    assert compare(old, old, path.name).count("1.000") == 2
+
+
+BAD = [
+    (["kernels", "--only", "mlp,atention"], ["no kernel atention", "column_attention, dense_colsum, topk, mlp"]),
+    (["kernels", "--repeats", "0"], ["--repeats 0", "at least 1"]),
+    (["kernels", "--compare", "none.jsonl"], ["none.jsonl", "no such file"]),
+    (["kernels", "--compare", "bad.jsonl"], ["bad.jsonl", "line 2 is no record"]),
+    (["kernels", "--compare", "empty.jsonl"], ["empty.jsonl", "holds no record"]),
+    (["kernels", "-o", "none/a.jsonl"], ["none/a.jsonl", "no folder none"]),
+    (["step", "--height", "50"], ["--height 50", "multiple of 16"]),
+    (["step", "--layers", "1"], ["--layers 1", "expected 2 to 57"]),
+    (["step", "--layers", "58"], ["--layers 58", "expected 2 to 57"]),
+    (["step", "--batch", "0"], ["--batch 0", "at least 1"]),
+    (["step", "--sparsity", "fluks"], ["'fluks'", "one of flux"]),
+    (["sample", "--width", "0"], ["--width 0", "positive multiple of 16"]),
+    (["sample", "--steps", "0"], ["--steps 0", "at least 1"]),
+    (["sample", "--steps", "3", "--sparsity.mlp.full-step-schedule", "0,7"], ["mlp.full_step_schedule", "step 7"]),
+    (["sample", "-o", "."], ["cannot be written"]),
+]
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Random weights and inputs are long work, too late for an error."""
+
+    def never(*_, **__):
+        raise AssertionError("something was drawn")
+
+    for name in ("kernels.measure_ceilings", "steps.random_model", "samples.random_model", "steps.random_inputs"):
+        monkeypatch.setattr(f"chipmunk_jax.bench.{name}", never)
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_sentence_before_any_work(flags, words, folder, no_work, capsys):
+    (folder / "bad.jsonl").write_text(json.dumps(entry(1.0)) + "\n{}\n")
+    (folder / "empty.jsonl").write_text("")
+    assert main(["bench", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("chipmunk: ") and captured.err.count("\n") == 1
+    assert all(word in captured.err for word in words), captured.err
+
+
+def test_full_size_needs_a_gpu(no_work, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert main(["bench", "kernels", "--size", "full"]) == 2
+    assert "--size full: expected a GPU, found cpu; use --size toy" in capsys.readouterr().err
+
+
+def test_plot_without_matplotlib_is_one_sentence(folder, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "plot", "none.jsonl"]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err and not list(folder.iterdir())
+
+
+def test_plot_draws_attention_and_mlp(folder, capsys):
+    pytest.importorskip("matplotlib")
+    timed = [entry(1.0, speedup=speedup, sparsity=s) for s, speedup in ((0.5, 1.8), (0.75, 3.0))]
+    others = [entry(None, speedup=None), entry(1.0, benchmark="topk", speedup=2.0)]
+    records.append("a.jsonl", timed + others)
+    assert main(["bench", "plot", "a.jsonl", "-o", "a.png"]) == 0
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    records.append("b.jsonl", others)
+    assert main(["bench", "plot", "b.jsonl", "-o", "b.png"]) == 2
+    assert "nothing to plot" in capsys.readouterr().err
