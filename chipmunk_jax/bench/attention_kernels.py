@@ -1,6 +1,7 @@
 """column_attention against dense attention, and what column sums add to it."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -117,15 +118,16 @@ def _columns(case: AttentionCase, arrays, kept: int, with_residual: bool, implem
         keys = jax.random.split(jax.random.key(kept + i), 2)
         indices, counts = draw.lists(keys[0], lists, kept, case.tokens)
         residual = draw.normal(keys[1], (layers, *qkv[0].shape), scale=RESIDUAL) if with_residual else None
-        sets.append((*qkv, indices, counts, jnp.int32(layers - 1), residual))
+        caches = dict(lse=jnp.stack([_lse(*qkv[:2], case.scale)] * layers), residual=residual)
+        sets.append((*qkv, indices, counts, jnp.int32(layers - 1), caches))
 
     def call(inputs, state):
-        *columns, residual = inputs
+        *columns, caches = inputs
         tiling = dict(group=case.group, scale=case.scale, implementation=implementation)
-        return column_attention(*columns, residual=residual, **tiling), state
+        return column_attention(*columns, **caches, **tiling), state
 
     def expected(inputs, state):
-        heads, indices, residual = _heads(case, inputs[:3]), np.asarray(inputs[3][-1, 0]), inputs[6]
+        heads, indices, residual = _heads(case, inputs[:3]), np.asarray(inputs[3][-1, 0]), inputs[6]["residual"]
         found = []
         for head, g, rows in case.slices():
             (q, k, v), columns = heads[head], indices[head, g]
@@ -139,8 +141,15 @@ def _columns(case: AttentionCase, arrays, kept: int, with_residual: bool, implem
         sparsity=1 - kept / case.tokens,
         call=call, sets=sets, expected=expected, observed=lambda output, state: _rows(case, output),
         operations=2 * case.product(kept),
-        bytes=nbytes(arrays[0]) * (5 if with_residual else 4) / 3 + 4 * sets[0][3][0].size,
+        bytes=nbytes(arrays[0]) * (5 if with_residual else 4) / 3 + 4 * (sets[0][3][0].size + case.heads * case.tokens),
     )  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=2)
+def _lse(q, k, scale):
+    """About the log-sum-exp of every query, f32 [1, H, N], as an earlier step would have left it: the mean over normal keys."""
+    lengths = jnp.square(q.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    return jnp.log(k.shape[1]) + scale**2 * lengths / 2
 
 
 def _expected_dense(case: AttentionCase, inputs, state) -> list[np.ndarray]:

@@ -14,11 +14,12 @@ from chipmunk_jax.bench.attention_kernels import (
     dense_colsum_candidates,
 )
 from chipmunk_jax.bench.measure import Candidate, Ceilings, failed, measure, to_records
-from chipmunk_jax.bench.mlp_kernels import FUSED_EPILOGUE, MlpCase, mlp_candidates
+from chipmunk_jax.bench.mlp_kernels import MlpCase, mlp_candidates
 from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.timing import MOST_SETS, Chain, time_in_turn
 from chipmunk_jax.bench.topk_kernels import TopkCase, topk_candidates
 from pallas_kernels import Implementation
+from pallas_kernels.dispatch import COMPILER_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,9 @@ def measure_ceilings(size: Size, repeats: int) -> Ceilings:
     a, b = (draw.normal(key, (n, n)) for key in jax.random.split(jax.random.key(0)))
     x = draw.normal(jax.random.key(1), (size.copy // 2,))
     chains = {
-        "product": Chain(lambda ab, state: (ab[0] @ ab[1], state), [(a, b)], calls=1, compiler_options=FUSED_EPILOGUE),
+        "product": Chain(
+            lambda ab, state: (ab[0] @ ab[1], state), [(a, b)], calls=1, compiler_options=COMPILER_OPTIONS
+        ),
         "copy": Chain(lambda x, state: (-x, state), [x], calls=1),
     }
     with tqdm(desc="ceilings", total=len(chains) * (1 + repeats), unit="run", leave=False) as bar:

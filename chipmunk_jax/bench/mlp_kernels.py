@@ -10,13 +10,12 @@ from chipmunk_jax.bench import draw, references, torch_baselines
 from chipmunk_jax.bench.measure import Candidate
 from chipmunk_jax.bench.references import host, some
 from chipmunk_jax.bench.timing import input_sets, nbytes
-from pallas_kernels import Implementation, column_fc1, column_fc2, store_column_fc2
+from pallas_kernels import Implementation, column_fc1, column_fc2, move_column_fc2
+from pallas_kernels.dispatch import COMPILER_OPTIONS
 from pallas_kernels.groups import group_count
 
 LAYERS = 2  # of stacked arrays; the last one is used
 LAST = LAYERS - 1
-# Only so does XLA leave bias and GELU to cuBLASLt, which makes the dense MLP faster than with XLA's own Triton products.
-FUSED_EPILOGUE = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def _dense(case: MlpCase, tokens, fc1, b1, fc2, b2) -> Candidate:
         expected=expected, observed=lambda out, state: _rows(case, out),
         operations=4 * case.rows * case.width * case.mlp_width,
         bytes=2 * nbytes(tokens[0]) + nbytes((fc1, b1, fc2, b2)),
-        compiler_options=FUSED_EPILOGUE,
+        compiler_options=COMPILER_OPTIONS,
     )  # fmt: skip
 
 
@@ -107,7 +106,8 @@ def _activations(case: MlpCase, sets, implementation) -> Candidate:
         x, fc1, b1, fc2, *columns = inputs
         cached, out = state
         packed, cached = column_fc1(x, fc1, b1, *columns, activations=cached, **options)
-        return (), (cached, store_column_fc2(packed, fc2, *columns, out=out, **options))
+        moved, fresh = move_column_fc2(packed, fc2, *columns, out=out, **options)
+        return fresh, (cached, moved)
 
     def expected(inputs, state):
         # After any number of calls with these lists: what the chosen neurons gave before goes, what the last input gives comes.
@@ -122,7 +122,7 @@ def _activations(case: MlpCase, sets, implementation) -> Candidate:
 
     def observed(output, state):
         cached = host(state[0][LAST, 0])
-        return [*_rows(case, state[1][LAST]), *(cached[:, rows] for _, rows in case.slices())]
+        return [*_rows(case, output), *(cached[:, rows] for _, rows in case.slices())]
 
     return _candidate(case, "activations", call, sets, state, expected, observed)
 
