@@ -18,15 +18,17 @@ from chipmunk_jax.sampling import check_room, plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step
 from chipmunk_jax.solvers import MOST_STEPS
 from chipmunk_jax.sparsity import Sparsity, to_dict
+from pallas_kernels.dispatch import COMPILER_OPTIONS
 
 # Rows of the table of steps: the first fills the caches, the others are timed.
 PHASES = {
     "first": (AttentionPhase.MEASURE, MlpPhase.FULL),
     "full": (AttentionPhase.REFRESH, MlpPhase.FULL),
-    "select": (AttentionPhase.SELECT, MlpPhase.SELECT_DELTA),
+    "select": (AttentionPhase.SELECT, MlpPhase.SELECT_DELTA),  # keys and neurons
+    "select neurons": (AttentionPhase.DELTA, MlpPhase.SELECT_DELTA),
     "delta": (AttentionPhase.DELTA, MlpPhase.DELTA),
 }
-KINDS = ("dense", "full", "select", "delta")
+KINDS = ("dense", "full", "select", "select neurons", "delta")
 
 # On the input of the last full step every kind gives the dense velocity, but for bf16: a residual is rounded once more than the
 # dense output, 2e-3 of it in every layer, and over 57 layers of a narrow FLUX that adds up to 1e-2. Columns of another layer give
@@ -118,13 +120,13 @@ class _Steps:
         return errors
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def _dense_step(model, x, t, cond, positions):
     return model(x, t, cond, positions, None, None)[0]
 
 
 # Which step it is, is data, as in sample(): one program serves all kinds.
-@partial(jax.jit, donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _cached_step(model, cache, x, t, cond, positions, table: Step, index):
     return model(x, t, cond, positions, cache, table.at_step(index))
 
