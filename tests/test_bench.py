@@ -287,7 +287,7 @@ TINY = ["--model", "flux-tiny", "--height", "32", "--width", "32", *REPEATS, "-o
 def test_bench_step_times_each_kind(folder, capsys):
     assert main(["bench", "step", *TINY, "--layers", "4", "--sparsity.mlp.top-keys", "0.2"]) == 0
     entries = read(folder / "a.jsonl")
-    assert [entry["variant"] for entry in entries] == ["dense", "full", "select", "delta"]
+    assert [entry["variant"] for entry in entries] == ["dense", "full", "select", "select neurons", "delta"]
     assert all(entry.keys() == KEYS for entry in entries)
     for entry in entries:
         assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "layers": 4, "text": 16}

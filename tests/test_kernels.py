@@ -229,7 +229,7 @@ def test_launches_cover_every_tile_once(monkeypatch):
         covered = np.zeros((rows, columns), int)
         for part in launch.launches(rows, columns, batch, wide, narrow):
             first, (tiles, column_tiles, _), tile = part
-            assert part.grid[2] == batch and column_tiles == -(-columns // tile.columns)
+            assert part.grid[2] == batch and tiles > 0 and column_tiles == -(-columns // tile.columns)
             covered[first * tile.rows : (first + tiles) * tile.rows] += 1
         np.testing.assert_array_equal(covered, 1)
 
