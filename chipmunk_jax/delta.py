@@ -22,6 +22,7 @@ from pallas_kernels import (
     dense_attention,
     group_mean_change,
     move_column_fc2,
+    store_activations,
     store_attention_residual,
     store_fc2_residual,
     store_group_mean,
@@ -71,7 +72,8 @@ def _refresh(q, k, v, cache: AttentionCache, step: Step):
 
 def _delta(q, k, v, cache: AttentionCache, step: Step):
     columns = (cache.columns.indices, cache.columns.counts, step.layer)
-    return column_attention(q, k, v, *columns, lse=cache.lse, residual=cache.residual, **_tiling(q, step)), cache
+    out = column_attention(q, k, v, *columns, lse=cache.lse, residual=cache.residual, **_tiling(q, step))
+    return _after((out, cache))
 
 
 def _dense_with_lse(q, k, v, step: Step):
@@ -135,16 +137,13 @@ def _dense_with_activations(x, mlp: MlpWeights, step: Step):
 
 
 def _full_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
-    layer = step.layer
-    hidden = jnp.einsum("fd,bnd->bfn", mlp.fc1[layer], x) + mlp.b1[layer][:, None]  # transposed, as it is kept
-    activations = jax.nn.gelu(hidden, approximate=True)
-    out = jnp.einsum("bfn,fd->bnd", activations, mlp.fc2[layer]) + mlp.b2[layer]
-    means = dict(layer=layer, implementation=step.implementation)
+    out, activations = _dense_with_activations(x, mlp, step)
+    means = dict(layer=step.layer, implementation=step.implementation)
     mean, _ = group_mean_change(_mean_rows(x, step), mlp.fc1, mlp.b1, cache.group_mean, **means)
     cache = cache.replace(
-        activations=cache.activations.at[layer].set(activations),
-        out=cache.out.at[layer].set(out),
-        group_mean=cache.group_mean.at[layer].set(mean),
+        activations=store_activations(activations, cached=cache.activations, **means),
+        out=cache.out.at[step.layer].set(out),
+        group_mean=cache.group_mean.at[step.layer].set(mean),
     )
     return out, cache
 

@@ -1,7 +1,7 @@
 """Kernels for column-sparse deltas: arrays in, arrays out. A file is a public function, its jnp reference, its Pallas body."""
 
 from pallas_kernels.column_attention import column_attention, store_attention_residual
-from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_fc2_residual
+from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_activations, store_fc2_residual
 from pallas_kernels.dense_attention import column_sums, dense_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.group_mean import group_mean_change, store_group_mean
@@ -18,6 +18,7 @@ __all__ = [
     "group_mean_change",
     "move_column_fc2",
     "rotary_qkv",
+    "store_activations",
     "store_attention_residual",
     "store_fc2_residual",
     "store_group_mean",

@@ -144,6 +144,48 @@ def store_fc2_residual(
     return _fc2(packed, fc2, indices, counts, layer, group, residual, "store", implementation, dense)
 
 
+def store_activations(
+    activations: jax.Array,
+    layer: jax.Array | int,
+    *,
+    cached: jax.Array,
+    implementation: dispatch.Implementation | None = None,
+) -> jax.Array:
+    """cached [L, B, F, N], in place, with cached[layer] = activations [B, N, F], transposed.
+
+    Written with jnp, XLA would rather have the product before it give a transposed result, and then leave out its epilogue.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NotImplementedError: a named implementation cannot take these arguments.
+    """
+    batch, rows, neurons = activations.shape
+    if cached.shape[1:] != (batch, neurons, rows):
+        raise ValueError(f"cached {cached.shape}: expected [L, B, F, N] to fit activations {activations.shape}")
+    implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
+    if implementation == "reference":
+        return cached.at[layer].set(activations.swapaxes(1, 2).astype(cached.dtype))
+    side = 64
+    return pl.pallas_call(
+        functools.partial(_store_activations_body, side=side),
+        grid=(group_count(rows, side), group_count(neurons, side), batch),
+        name="store_activations",
+        out_shape=jax.ShapeDtypeStruct(cached.shape, cached.dtype),
+        input_output_aliases={2: 0},
+        interpret=implementation == "interpret",
+        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
+    )(activations, jnp.asarray(layer, jnp.int32)[None], cached)
+
+
+def _store_activations_body(activations_ref, layer_ref, _, cached_ref, *, side):
+    i, j, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    rows, neurons = i * side + jnp.arange(side), j * side + jnp.arange(side)
+    here = (rows < activations_ref.shape[1])[:, None] & (neurons < activations_ref.shape[2])[None, :]
+    tile = plgpu.load(activations_ref.at[b, rows[:, None], neurons[None, :]], mask=here, other=0)
+    at = (layer_ref[0], b, neurons[:, None], rows[None, :])
+    plgpu.store(cached_ref.at[at], tile.T.astype(cached_ref.dtype), mask=here.T)
+
+
 def _tiles(group, tiles):
     return (tile._replace(rows=min(tile.rows, row_tile(group))) for tile in tiles)
 

@@ -18,6 +18,7 @@ from pallas_kernels import (
     dense_attention,
     launch,
     move_column_fc2,
+    store_activations,
     store_attention_residual,
     store_fc2_residual,
     topk_columns,
@@ -219,6 +220,16 @@ def test_column_mlp_is_the_mlp_of_the_listed_neurons(
     np.testing.assert_array_equal(left[0], base[0])
 
 
+@pytest.mark.parametrize(("batch", "rows", "neurons"), [(1, 64, 128), (2, 77, 100)])
+def test_activations_are_stored_transposed(implementation, batch, rows, neurons):
+    rng = np.random.default_rng(7)
+    activations, cached = draw(rng, batch, rows, neurons)[0], draw(rng, LAYERS, batch, neurons, rows)[0]
+    store = jax.jit(lambda c: store_activations(activations, LAYER, cached=c, implementation=implementation))
+    stored = store(cached)
+    np.testing.assert_array_equal(stored[LAYER], np.swapaxes(activations, 1, 2))
+    np.testing.assert_array_equal(stored[0], cached[0])
+
+
 def test_launches_cover_every_tile_once(monkeypatch):
     rng = np.random.default_rng(6)
     for _ in range(300):
@@ -305,6 +316,10 @@ def flux_calls():
         "column_fc1": (
             lambda x, w, b, i, n, l, a: column_fc1(x, w, b, i, n, l, activations=a, **mlp),
             [tokens, weight, s(38, f["neurons"]), *neurons, layer, s(38, 1, f["neurons"], f["tokens"])],
+        ),
+        "store_activations": (
+            lambda a, l, c: store_activations(a, l, cached=c, **kw),
+            [s(1, f["tokens"], f["neurons"]), layer, s(38, 1, f["neurons"], f["tokens"])],
         ),
         "column_fc2": (
             lambda p, w, i, n, l, r: column_fc2(p, w, i, n, l, residual=r, **mlp),
