@@ -20,8 +20,8 @@ from pallas_kernels.groups import check_group, group_count, join_groups, row_til
 from pallas_kernels.launch import Launch, Tile
 
 # Measured on an H100 at FLUX's size (launch.py says what the second of each is for).
-FC1 = Tile(128, 256, warps=8), Tile(128, 32, warps=4)
-FC2 = Tile(128, 128, warps=4, resident=2), Tile(128, 32, warps=4)
+FC1 = Tile(128, 256, warps=8), Tile(128, 32, warps=4, stages=6)
+FC2 = Tile(128, 128, warps=4, resident=2), Tile(128, 32, warps=4, stages=6)
 SQRT_2_PI, LOG2E = math.sqrt(2 / math.pi), math.log2(math.e)
 INNER = 64  # a step's width of the contraction
 

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     columns: int  # of the output: features, neurons, heads
     warps: int
     resident: int = 1  # programs that fit a multiprocessor
+    stages: int = 3  # of the loop's pipeline: narrow tiles wait for memory, not for matrix units, and take more
 
 
 class Launch(NamedTuple):
@@ -38,11 +39,11 @@ def launches(rows: int, columns: int, batch: int, wide: Tile, narrow: Tile) -> l
     """The calls that cover [batch, rows, columns]: one or two. wide.rows is a multiple of narrow.rows."""
     whole = _whole_waves(group_count(rows, wide.rows), batch * group_count(columns, wide.columns), wide.resident)
     first = whole * wide.rows // narrow.rows
-    counts = ((0, whole, wide), (first, group_count(rows, narrow.rows) - first, narrow))
+    parts = ((0, whole, wide), (first, group_count(rows, narrow.rows) - first, narrow))
     return [
         Launch(start, (count, group_count(columns, tile.columns), batch), tile)
-        for start, count, tile in counts
-        if count
+        for start, count, tile in parts
+        if count > 0  # the last wide tile may reach past the last narrow one
     ]
 
 
@@ -72,7 +73,7 @@ def run(body: Callable, name: str, inputs: tuple, outputs: list, launch: Launch,
             out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in wanted],
             input_output_aliases={len(inputs) + n: place for n, place in enumerate(given)},
             interpret=implementation == "interpret",
-            compiler_params=dispatch.compiler_params(num_warps=launch.tile.warps, num_stages=3),
+            compiler_params=dispatch.compiler_params(num_warps=launch.tile.warps, num_stages=launch.tile.stages),
         )(*inputs, *(wanted[place] for place in given))
     )
     return [None if a is None else next(results) for a in outputs]
