@@ -53,10 +53,11 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.
     return nnx.split_rngs(splits=layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-def each_layer(module: nnx.Module, x: jax.Array) -> Any:
-    """module(x) of every layer of a stack at once, the layers in front."""
+def each_layer(module: nnx.Module, x: jax.Array, axis: int = 0) -> Any:
+    """module(x) of every layer of a stack, the layers at `axis` of each result."""
     graph, params = nnx.split(module)
-    return jax.vmap(lambda own: nnx.merge(graph, own)(x))(params)
+    results = lax.map(lambda own: nnx.merge(graph, own)(x), params)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, axis), results)
 
 
 def run_layers(

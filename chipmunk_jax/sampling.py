@@ -34,9 +34,19 @@ class Model(Protocol):
     dtype: jnp.dtype
 
     def __call__(
-        self, x: jax.Array, t: jax.Array, cond: Condition, positions: jax.Array, cache: Any, step: Step | None
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: Condition,
+        positions: jax.Array,
+        cache: Any,
+        step: Step | None,
+        modulations: Any,
     ) -> tuple[jax.Array, Any]:
         """velocity [B, N, C], f32, at x [B, N, C] and t [B]; and the caches."""
+
+    def modulations(self, t: jax.Array, cond: Condition) -> Any:
+        """What depends on the times t [steps, B] and the conditions alone, the steps in front: computed before the loop."""
 
     def positions(self, grid: tuple[int, ...]) -> np.ndarray:
         """Coordinates of every token of the grid in raster order, [N, axes]."""
@@ -131,17 +141,19 @@ def sample(
 def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver: Solver, report: str):
     order, timesteps, guidance = arrays["order"], arrays["timesteps"], arrays["guidance"]
     back = jnp.argsort(order)
+    batch = len(arrays["noise"]) if guidance is None else 2 * len(arrays["noise"])
+    times = jnp.broadcast_to(timesteps[:-1, None], (len(timesteps) - 1, batch))
+    modulations = model.modulations(times, arrays["cond"])
 
     def body(state: SampleState, index: jax.Array):
-        t = timesteps[index]
+        t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
         step = None if arrays["table"] is None else arrays["table"].at_step(index)
         x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
-        times = jnp.broadcast_to(t, x.shape[:1])
-        velocity, cache = model(x, times, arrays["cond"], arrays["positions"], state.cache, step)
+        velocity, cache = model(x, t, arrays["cond"], arrays["positions"], state.cache, step, mods)
         if guidance is not None:
             conditional, unconditional = jnp.split(velocity, 2)
             velocity = unconditional + guidance * (conditional - unconditional)
-        x, solver_state = solver.step(state.x, state.solver, velocity, t, timesteps[index + 1])
+        x, solver_state = solver.step(state.x, state.solver, velocity, timesteps[index], timesteps[index + 1])
         if report:
             seen = (x[:, back],) if report == "samples" else ()
             io_callback(_report, None, run, index, timesteps[index + 1], *seen, ordered=True)

@@ -6,7 +6,7 @@ scripts/convert_flux_to_diffusers.py.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from statistics import mode
 from typing import Any
@@ -24,11 +24,6 @@ def linear(sources: str | tuple[str, ...], target: str) -> list[Rule]:
         Rule(tuple(f"{source}.weight" for source in sources), (f"{target}.kernel.T",)),
         Rule(tuple(f"{source}.bias" for source in sources), (f"{target}.bias",)),
     ]
-
-
-def modulation(source: str, target: str, transform: Callable | None = None) -> list[Rule]:
-    """A linear layer whose weight stays an output a row."""
-    return [Rule((f"{source}.{kind}",), (f"{target}.{kind}",), transform=transform) for kind in ("weight", "bias")]
 
 
 def mlp(fc1: str, fc2: str, target: str) -> list[Rule]:
@@ -53,7 +48,7 @@ def original_stream(name: str) -> list[Rule]:
     """One modality of the double blocks: "img" or "txt"."""
     source, target = f"double_blocks.*.{name}", f"double_blocks.{name}"
     return [
-        *modulation(f"{source}_mod.lin", f"{target}.modulation"),
+        *linear(f"{source}_mod.lin", f"{target}.modulation.linear"),
         *linear(f"{source}_attn.qkv", f"{target}.attention.linear"),
         Rule((f"{source}_attn.norm.query_norm.scale",), (f"{target}.attention.query_norm",)),
         Rule((f"{source}_attn.norm.key_norm.scale",), (f"{target}.attention.key_norm",)),
@@ -68,7 +63,7 @@ def diffusers_stream(
     """One modality of the double blocks, whose names follow no pattern."""
     source, target = "transformer_blocks.*", f"double_blocks.{target}"
     return [
-        *modulation(f"{source}.{norm}.linear", f"{target}.modulation"),
+        *linear(f"{source}.{norm}.linear", f"{target}.modulation.linear"),
         *linear(tuple(f"{source}.attn.{name}" for name in qkv), f"{target}.attention.linear"),
         Rule((f"{source}.attn.{q_norm}.weight",), (f"{target}.attention.query_norm",)),
         Rule((f"{source}.attn.{k_norm}.weight",), (f"{target}.attention.key_norm",)),
@@ -86,13 +81,13 @@ ORIGINAL = (
     *(rule for ours in EMBEDDERS for layer in LAYERS for rule in linear(f"{ours}.{layer}", f"{ours}.{layer}")),
     *original_stream("img"),
     *original_stream("txt"),
-    *modulation("single_blocks.*.modulation.lin", "single_blocks.modulation"),
+    *linear("single_blocks.*.modulation.lin", "single_blocks.modulation.linear"),
     Rule(("single_blocks.*.linear1.weight",), ("single_blocks.qkv.linear.kernel.T", "single_blocks.mlp.fc1")),
     Rule(("single_blocks.*.linear1.bias",), ("single_blocks.qkv.linear.bias", "single_blocks.mlp.b1")),
     Rule(("single_blocks.*.norm.query_norm.scale",), ("single_blocks.qkv.query_norm",)),
     Rule(("single_blocks.*.norm.key_norm.scale",), ("single_blocks.qkv.key_norm",)),
     *single_output("single_blocks.*.linear2"),
-    *modulation("final_layer.adaLN_modulation.1", "final"),
+    *linear("final_layer.adaLN_modulation.1", "final.linear"),
     *linear("final_layer.linear", "img_out"),
 )
 
@@ -115,14 +110,15 @@ DIFFUSERS = (
         "to_add_out",
         "ff_context",
     ),
-    *modulation("single_transformer_blocks.*.norm.linear", "single_blocks.modulation"),
+    *linear("single_transformer_blocks.*.norm.linear", "single_blocks.modulation.linear"),
     *linear(tuple(f"single_transformer_blocks.*.attn.to_{x}" for x in "qkv"), "single_blocks.qkv.linear"),
     Rule(("single_transformer_blocks.*.attn.norm_q.weight",), ("single_blocks.qkv.query_norm",)),
     Rule(("single_transformer_blocks.*.attn.norm_k.weight",), ("single_blocks.qkv.key_norm",)),
     Rule(("single_transformer_blocks.*.proj_mlp.weight",), ("single_blocks.mlp.fc1",)),
     Rule(("single_transformer_blocks.*.proj_mlp.bias",), ("single_blocks.mlp.b1",)),
     *single_output("single_transformer_blocks.*.proj_out"),
-    *modulation("norm_out.linear", "final", swap_halves),
+    Rule(("norm_out.linear.weight",), ("final.linear.kernel.T",), transform=swap_halves),
+    Rule(("norm_out.linear.bias",), ("final.linear.bias",), transform=swap_halves),
     *linear("proj_out", "img_out"),
 )
 

@@ -158,9 +158,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW without its learning rate, which depends on the clock; a step whose gradient is not finite is left out."""
 
     def is_matrix(params):
-        named = lambda path, _: bool(
-            {"kernel", "weight", "fc1", "fc2"} & {str(getattr(key, "key", key)) for key in path}
-        )
+        named = lambda path, _: bool({"kernel", "fc1", "fc2"} & {str(getattr(key, "key", key)) for key in path})
         return jax.tree_util.tree_map_with_path(named, params)
 
     steps = (
@@ -408,9 +406,9 @@ def diffusers_tensors(params: nnx.State, config: FluxConfig) -> dict[str, np.nda
     """Our weights under diffusers' names, transposed, split and joined as its layers are."""
     p = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
     # Ours is (shift, scale), diffusers' (scale, shift).
-    final = {name: np.roll(array, config.hidden_size, axis=0) for name, array in p["final"].items()}
+    final = {name: np.roll(array, config.hidden_size, axis=-1) for name, array in p["final"]["linear"].items()}
     tensors = linear("x_embedder", p["img_in"]) | linear("context_embedder", p["txt_in"])
-    tensors |= modulation("norm_out.linear", final) | linear("proj_out", p["img_out"])
+    tensors |= linear("norm_out.linear", final) | linear("proj_out", p["img_out"])
     for name, embedder in (("timestep_embedder", p["time_in"]), ("text_embedder", p["vector_in"])):
         tensors |= linear(f"time_text_embed.{name}.linear_1", embedder["in_layer"])
         tensors |= linear(f"time_text_embed.{name}.linear_2", embedder["out_layer"])
@@ -430,7 +428,7 @@ def double_block(block: dict) -> dict[str, np.ndarray]:
     tensors |= linear("attn.to_out.0", img["proj"]) | linear("attn.to_add_out", txt["proj"])
     for stream, norm, feed_forward in ((img, "norm1", "ff"), (txt, "norm1_context", "ff_context")):
         mlp = stream["mlp"]
-        tensors |= modulation(f"{norm}.linear", stream["modulation"])
+        tensors |= linear(f"{norm}.linear", stream["modulation"]["linear"])
         tensors |= {f"{feed_forward}.net.0.proj.weight": mlp["fc1"], f"{feed_forward}.net.0.proj.bias": mlp["b1"]}
         tensors |= {f"{feed_forward}.net.2.weight": mlp["fc2"].T, f"{feed_forward}.net.2.bias": mlp["b2"]}
     return tensors
@@ -439,7 +437,7 @@ def double_block(block: dict) -> dict[str, np.ndarray]:
 def single_block(block: dict) -> dict[str, np.ndarray]:
     mlp = block["mlp"]
     tensors = qkv(block["qkv"], ("to_q", "to_k", "to_v"), "norm_")
-    tensors |= modulation("norm.linear", block["modulation"])
+    tensors |= linear("norm.linear", block["modulation"]["linear"])
     tensors |= {"proj_mlp.weight": mlp["fc1"], "proj_mlp.bias": mlp["b1"], "proj_out.bias": mlp["b2"]}
     return tensors | {"proj_out.weight": np.concatenate([block["proj"]["kernel"], mlp["fc2"]]).T}
 
@@ -450,10 +448,6 @@ def qkv(attention: dict, names: tuple[str, str, str], norm: str) -> dict[str, np
     for name, kernel, bias in zip(names, kernels, biases, strict=True):
         tensors |= linear(f"attn.{name}", {"kernel": kernel, "bias": bias})
     return tensors
-
-
-def modulation(name: str, layer: dict) -> dict[str, np.ndarray]:
-    return {f"{name}.weight": layer["weight"], f"{name}.bias": layer["bias"]}
 
 
 def linear(name: str, layer: dict) -> dict[str, np.ndarray]:

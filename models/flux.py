@@ -18,6 +18,8 @@ from chipmunk_jax.schedule import Step
 from pallas_kernels import rotary_qkv
 from pallas_kernels.rotary_qkv import Projection
 
+Modulations = dict[str, list]  # "double" and "single": of each of a block's streams, 6 or 3 arrays; "final": 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class FluxConfig:
@@ -76,6 +78,7 @@ class Flux(nnx.Module):
         positions: jax.Array,
         cache: dict[str, LayerCache] | None = None,
         step: Step | None = None,
+        modulations: Modulations | None = None,
     ) -> tuple[jax.Array, dict[str, LayerCache] | None]:
         """velocity [B, N, in_channels], f32, and the caches.
 
@@ -86,24 +89,31 @@ class Flux(nnx.Module):
             positions: [N, 3], f32 or i32: (index, row, column) of every image token; text stands at (0, 0, 0).
             cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
             step: what this step computes; None for the dense network.
+            modulations: of self.modulations(t, cond), where these are known already.
         """
         cache = cache or {"double": None, "single": None}
+        mods = modulations or self.modulations(t, cond)
+        img, txt = self.img_in(img.astype(self.dtype)), self.txt_in(cond["text"].astype(self.dtype))
+        rope = self.rotations(positions, txt.shape[1])
+        run = partial(run_layers, step=step, unroll=self.unroll)
+        (img, txt), double = run(self.double_blocks, (img, txt), cache["double"], rope, per_layer=mods["double"])
+        x, first = jnp.concatenate([txt, img], axis=1), self.config.depth
+        x, single = run(self.single_blocks, x, cache["single"], rope, per_layer=mods["single"], first=first)
+        out = self.img_out(modulate(x[:, txt.shape[1] :], *mods["final"]))
+        return out.astype(jnp.float32), {"double": double, "single": single}
+
+    def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> Modulations:
+        """Shifts, scales and gates of all layers: all that the time t [.., B] has a say in, f32 [.., L, B, 1, D] each.
+
+        Their weights are a quarter of the model. For all steps at once they are read once a sample, and not in every step.
+        """
         vec = self.time_in(time_embedding(t)) + self.vector_in(cond["pooled"])
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(time_embedding(cond["guidance"]))
         vec = jax.nn.silu(vec)  # every modulation starts with it
-        img, txt = self.img_in(img.astype(self.dtype)), self.txt_in(cond["text"].astype(self.dtype))
-        rope = self.rotations(positions, txt.shape[1])
-        # Of all layers at once: a product of one row is a reading of its weights, and one kernel reads fastest.
-        double_mods = [each_layer(s.modulation, vec) for s in (self.double_blocks.img, self.double_blocks.txt)]
-        single_mods = [each_layer(self.single_blocks.modulation, vec)]
-        run = partial(run_layers, step=step, unroll=self.unroll)
-        (img, txt), double = run(self.double_blocks, (img, txt), cache["double"], rope, per_layer=double_mods)
-        x, first = jnp.concatenate([txt, img], axis=1), self.config.depth
-        x, single = run(self.single_blocks, x, cache["single"], rope, per_layer=single_mods, first=first)
-        shift, scale = self.final(vec)
-        out = self.img_out(modulate(x[:, txt.shape[1] :], shift, scale))
-        return out.astype(jnp.float32), {"double": double, "single": single}
+        stacks = {"double": (self.double_blocks.img, self.double_blocks.txt), "single": (self.single_blocks,)}
+        every = lambda stream: each_layer(stream.modulation, vec, axis=t.ndim - 1)
+        return {name: [every(s) for s in streams] for name, streams in stacks.items()} | {"final": self.final(vec)}
 
     def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
         """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [T + N, d] each."""
@@ -220,24 +230,21 @@ class Qkv(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """n vectors [B, 1, D], f32, from the already activated condition: shifts, scales and gates."""
+    """n vectors [.., 1, D], f32, from the already activated condition [.., D]: shifts, scales and gates."""
 
     def __init__(self, width: int, n: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.n = n
-        init = nnx.initializers.lecun_normal(in_axis=1, out_axis=0)
-        self.weight = nnx.Param(init(rngs.params(), (n * width, width), dtype))  # an output a row, as it is read
-        self.bias = nnx.Param(jnp.zeros(n * width, dtype))
+        # bf16 weights, float32 sums and result.
+        self.linear = nnx.Linear(
+            width, n * width, dtype=dtype, param_dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
+        )
 
     def __call__(self, vec: jax.Array) -> list[jax.Array]:
-        weight, bias = (param[...].astype(jnp.float32) for param in (self.weight, self.bias))
-        # Written as a sum: for a product with a float32 result XLA would first write the weights out in float32.
-        vec = vec.astype(self.weight.dtype).astype(jnp.float32)
-        out = (vec[:, None] * weight).sum(-1) + bias
-        return jnp.split(out[:, None], self.n, axis=-1)
+        return jnp.split(self.linear(vec)[..., None, :].astype(jnp.float32), self.n, axis=-1)
 
 
 class Embedder(nnx.Module):
-    """Linear, SiLU, linear, in float32 [B, D]."""
+    """Linear, SiLU, linear, in float32 [.., D]."""
 
     def __init__(self, in_dim: int, width: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, param_dtype=param_dtype, preferred_element_type=jnp.float32, rngs=rngs)
@@ -249,10 +256,10 @@ class Embedder(nnx.Module):
 
 
 def time_embedding(t: jax.Array, width: int = 256) -> jax.Array:
-    """[cos, sin] of 1000 t at geometric frequencies, f32 [B, width]."""
+    """[cos, sin] of 1000 t at geometric frequencies, f32 [.., width]."""
     # Rounded once from float64: at angles of 3,500 (guidance) a device's own float32 power would show in the result.
     frequencies = (10_000.0 ** (-np.arange(width // 2) / (width // 2))).astype(np.float32)
-    angles = 1000.0 * t.astype(jnp.float32)[:, None] * frequencies
+    angles = 1000.0 * t.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -158,7 +158,7 @@ def test_leaves_are_the_tensors(source, diffusers):
     np.testing.assert_array_equal(leaves["single_blocks.mlp.b2"][2], d[f"{block}.proj_out.bias"])
     key = leaves["double_blocks.txt.attention.linear.kernel"][1, :, D : 2 * D]
     np.testing.assert_array_equal(key, d["transformer_blocks.1.attn.add_k_proj.weight"].T)
-    shift, scale = np.split(np.asarray(leaves["final.bias"]), 2)
+    shift, scale = np.split(np.asarray(leaves["final.linear.bias"]), 2)
     np.testing.assert_array_equal(np.concatenate([scale, shift]), d["norm_out.linear.bias"])
 
 

@@ -91,9 +91,10 @@ class _Steps:
         self.table = _table(plan_stacks(stacks, sparsity, MOST_STEPS))
         self.cache = caches.zeros(stacks, sparsity, batch, dtype)
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
+        times = jnp.broadcast_to(jnp.linspace(0.9, 0.5, INPUTS)[:, None], (INPUTS, batch))
         self.inputs = [
-            (x, jnp.full(batch, t), cond, positions)
-            for (x, cond), t in zip(inputs, np.linspace(0.9, 0.5, INPUTS, dtype=np.float32), strict=True)
+            (x, t, cond, positions, _modulations(self.model, t, cond))  # as sample() has them, before its steps
+            for (x, cond), t in zip(inputs, times, strict=True)
         ]
         self.turn = cycle(self.inputs)
 
@@ -121,14 +122,17 @@ class _Steps:
 
 
 @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-def _dense_step(model, x, t, cond, positions):
-    return model(x, t, cond, positions, None, None)[0]
+def _dense_step(model, x, t, cond, positions, modulations):
+    return model(x, t, cond, positions, None, None, modulations)[0]
 
 
 # Which step it is, is data, as in sample(): one program serves all kinds.
 @partial(jax.jit, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
-def _cached_step(model, cache, x, t, cond, positions, table: Step, index):
-    return model(x, t, cond, positions, cache, table.at_step(index))
+def _cached_step(model, cache, x, t, cond, positions, modulations, table: Step, index):
+    return model(x, t, cond, positions, cache, table.at_step(index), modulations)
+
+
+_modulations = jax.jit(lambda model, t, cond: model.modulations(t, cond))
 
 
 def _table(plan: Step) -> Step:
