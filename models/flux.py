@@ -18,7 +18,7 @@ from chipmunk_jax.schedule import Step
 from pallas_kernels import rotary_qkv
 from pallas_kernels.rotary_qkv import Projection
 
-Modulations = dict[str, list]  # "double" and "single": of each of a block's streams, 6 or 3 arrays; "final": 2
+Modulations = dict[str, list[jax.Array]]  # "double", "single": an array for each of a block's streams; "final": one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,11 @@ class Flux(nnx.Module):
         (img, txt), double = run(self.double_blocks, (img, txt), cache["double"], rope, per_layer=mods["double"])
         x, first = jnp.concatenate([txt, img], axis=1), self.config.depth
         x, single = run(self.single_blocks, x, cache["single"], rope, per_layer=mods["single"], first=first)
-        out = self.img_out(modulate(x[:, txt.shape[1] :], *mods["final"]))
+        out = self.img_out(modulate(x[:, txt.shape[1] :], *jnp.split(mods["final"][0], 2, axis=-1)))
         return out.astype(jnp.float32), {"double": double, "single": single}
 
     def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> Modulations:
-        """Shifts, scales and gates of all layers: all that the time t [.., B] has a say in, f32 [.., L, B, 1, D] each.
+        """Shifts, scales and gates of all layers: all that the time t [.., B] has a say in, f32 [.., L, B, 1, 6 or 3 D].
 
         Their weights are a quarter of the model. For all steps at once they are read once a sample, and not in every step.
         """
@@ -113,7 +113,7 @@ class Flux(nnx.Module):
         vec = jax.nn.silu(vec)  # every modulation starts with it
         stacks = {"double": (self.double_blocks.img, self.double_blocks.txt), "single": (self.single_blocks,)}
         every = lambda stream: each_layer(stream.modulation, vec, axis=t.ndim - 1)
-        return {name: [every(s) for s in streams] for name, streams in stacks.items()} | {"final": self.final(vec)}
+        return {name: [every(s) for s in streams] for name, streams in stacks.items()} | {"final": [self.final(vec)]}
 
     def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
         """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [T + N, d] each."""
@@ -167,7 +167,8 @@ class DoubleBlock(nnx.Module):
 
     @jax.named_scope("double_block")
     def __call__(self, tokens, img_mod, txt_mod, rope, cache, step):
-        img, txt = tokens  # mods: 6 x [B, 1, D] each
+        img, txt = tokens
+        img_mod, txt_mod = (jnp.split(mod, 6, axis=-1) for mod in (img_mod, txt_mod))  # [B, 1, D] each
         parts = self.txt.qkv(modulate(txt, *txt_mod[:2])), self.img.qkv(modulate(img, *img_mod[:2]))
         out, cache = attend(
             *rotary_qkv(parts, *rope, implementation=step.implementation), cache, step
@@ -193,7 +194,7 @@ class SingleBlock(nnx.Module):
 
     @jax.named_scope("single_block")
     def __call__(self, x, mod, rope, cache, step):
-        shift, scale, gate = mod  # [B, 1, D] each
+        shift, scale, gate = jnp.split(mod, 3, axis=-1)  # [B, 1, D] each
         h = modulate(x, shift, scale)
         qkv = rotary_qkv([self.qkv(h)], *rope, implementation=step.implementation)
         attn_out, cache = attend(*qkv, cache, step)
@@ -230,17 +231,16 @@ class Qkv(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """n vectors [.., 1, D], f32, from the already activated condition [.., D]: shifts, scales and gates."""
+    """n vectors side by side, [.., 1, n D], f32, from the already activated condition [.., D]: shifts, scales and gates."""
 
     def __init__(self, width: int, n: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.n = n
         # bf16 weights, float32 sums and result.
         self.linear = nnx.Linear(
             width, n * width, dtype=dtype, param_dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
         )
 
-    def __call__(self, vec: jax.Array) -> list[jax.Array]:
-        return jnp.split(self.linear(vec)[..., None, :].astype(jnp.float32), self.n, axis=-1)
+    def __call__(self, vec: jax.Array) -> jax.Array:
+        return self.linear(vec)[..., None, :].astype(jnp.float32)
 
 
 class Embedder(nnx.Module):
