@@ -24,6 +24,19 @@ def test_numbers_of_the_speed_table_are_the_committed_records():
     assert f"Peak memory {sparse['peak_bytes'] / 1e9:.1f} GB" in README
 
 
+def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
+    digits = lambda ms: f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}"
+    lines = lambda name: map(json.loads, (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines())
+    steps = {f"| {entry['ms']:.1f} | {entry['speedup']:.2f} x |" for entry in lines("flux-dev-step-1280x768-h100")}
+    kernels = [entry for entry in lines("kernels-h100") if entry["ms"]]
+    times = {(digits(e["ms"]), digits(e["baseline_ms"]), f"{e['speedup']:.2f}") for e in kernels}
+    table = README[README.index("| step | ms |") : README.index("![speed-up of the kernels")]
+    assert len(steps) == 5 and all(row in table for row in steps)
+    found = re.findall(r"^\| [^|]+ \| ([\d.]+) \| [^|]*, ([\d.]+) \| ([\d.]+) x \|$", table, re.MULTILINE)
+    assert len(found) == 9 and set(found) <= times
+    assert {"0.397", "0.494"} <= {digits(e["ms"]) for e in kernels if e["shape"].get("N") == 4352}
+
+
 def test_numbers_of_the_fidelity_table_are_the_committed_records():
     for name in ("mini-flux-demo-cpu", "mini-flux-preset-flux-cpu"):
         entry = record(f"benchmarks/results/{name}.json")

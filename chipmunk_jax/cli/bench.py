@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 
@@ -46,6 +47,7 @@ def add_parser(subparsers) -> None:
     kernels.add_argument(
         "--implementation", choices=("pallas", "interpret", "reference"), help="default: the fastest that runs here"
     )
+    kernels.add_argument("--plot", metavar="PNG", help="draw speed-up against sparsity, too")
     _add_common(kernels, repeats=7)
     kernels.set_defaults(run=run_kernels)
 
@@ -136,6 +138,9 @@ def _check(args: argparse.Namespace, *counts: str) -> None:
         check_writable(args.output, suffix=None)
     if args.compare:
         records.read(args.compare)
+    if getattr(args, "plot", None):
+        check_plotting()
+        check_writable(args.plot)
 
 
 def _report(args: argparse.Namespace, measure) -> int:
@@ -150,6 +155,9 @@ def _report(args: argparse.Namespace, measure) -> int:
             records.append(args.output, new)
         entries += new
     print(records.table(entries))
+    if getattr(args, "plot", None):
+        plot(entries, Path(args.plot))
+        print(args.plot)
     if old:
         print(compare(entries, old, args.compare))
     return 1 if any(entry["error"] for entry in entries) else 0
