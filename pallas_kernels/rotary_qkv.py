@@ -73,16 +73,15 @@ def _check(parts, cos, sin) -> None:
 
 def _reference(parts, cos, sin):
     dtype, width = parts[0].x.dtype, cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]  # the same for all heads
 
-    def ready(part: Projection):
+    def normed(part: Projection):
         x = part.x.astype(jnp.float32) + part.bias.astype(jnp.float32)
         q, k, v = (a.reshape(*a.shape[:2], -1, width) for a in jnp.split(x, 3, axis=-1))
         return _norm(q, part.query_norm), _norm(k, part.key_norm), v
 
-    q, k, v = (jnp.concatenate(side, axis=1) for side in zip(*map(ready, parts), strict=True))
-    return tuple(
-        a.astype(dtype) for a in (_rotate(q, cos[:, None], sin[:, None]), _rotate(k, cos[:, None], sin[:, None]), v)
-    )
+    q, k, v = (jnp.concatenate(side, axis=1) for side in zip(*map(normed, parts), strict=True))
+    return tuple(a.astype(dtype) for a in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
 
 
 def _norm(x, weight):
@@ -91,12 +90,8 @@ def _norm(x, weight):
 
 
 def _rotate(x, cos, sin):
-    """x, f32, with the two of every pair of its last axis turned."""
-    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    odd = lax.broadcasted_iota(jnp.int32, pairs.shape, pairs.ndim - 1) == 1
-    # The other of each pair, as sums of one value and a zero: a reversal would not lower in a kernel.
-    u, v = (jnp.where(place, pairs, 0).sum(-1, keepdims=True) for place in (~odd, odd))
-    return x * cos + jnp.where(odd, u, v).reshape(x.shape) * sin
+    """x [.., d], f32, with the two of every pair of its last axis turned."""
+    return x * cos + x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape) * sin
 
 
 def _compiled(implementation):
@@ -153,7 +148,7 @@ def _body(*refs, heads, together):
                     x = plgpu.load(part.x.at[b, (rows - start)[:, None], columns[None, :]], mask=inside, other=0)
                     return x.astype(jnp.float32) + part.bias[columns].astype(jnp.float32)
 
-                q, k = _rotate(_norm(load(0), query_norm), cos, sin), _rotate(_norm(load(1), key_norm), cos, sin)
+                q, k = _turn(_norm(load(0), query_norm), cos, sin), _turn(_norm(load(1), key_norm), cos, sin)
                 for ref, value in ((q_ref, q), (k_ref, k), (v_ref, load(2))):
                     plgpu.store(ref.at[b, rows[:, None], h, features[None, :]], value.astype(ref.dtype), mask=inside)
                 return carry
@@ -161,3 +156,11 @@ def _body(*refs, heads, together):
             lax.fori_loop(0, together, one_head, 0)
 
         start += size
+
+
+def _turn(x, cos, sin):
+    """_rotate of a tile: a reversal does not lower here, but the other of each pair is also a sum of it and a zero."""
+    pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2)
+    odd = lax.broadcasted_iota(jnp.int32, pairs.shape, 2) == 1
+    u, v = (jnp.where(place, pairs, 0).sum(-1, keepdims=True) for place in (~odd, odd))
+    return x * cos + jnp.where(odd, u, v).reshape(x.shape) * sin
