@@ -130,8 +130,9 @@ def _dense_mlp(x, mlp: MlpWeights, cache: MlpCache | None, step: Step):
 
 def _dense_with_activations(x, mlp: MlpWeights, step: Step):
     fc1 = mlp.fc1[step.layer].T
-    # Bias and GELU in the product's epilogue cost a copy of the weights, apart from it a pass over the activations.
-    hidden = x @ fc1 if x.shape[1] > x.shape[2] else product(x, fc1)
+    # Bias and GELU in the product's epilogue cost a copy of the weights, F D; apart from it a pass over the activations, B N F.
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    hidden = x @ fc1 if rows > width else product(x, fc1)
     activations = jax.nn.gelu(hidden + mlp.b1[step.layer], approximate=True)
     return product(activations, mlp.fc2[step.layer]) + mlp.b2[step.layer], activations
 

@@ -117,8 +117,11 @@ def sample(
     batch, tokens, _ = noise.shape
     batch = batch if guidance is None else 2 * batch
     stacks = model.stacks(tokens, cond)
-    table = plan_stacks(stacks, sparsity, steps) if sparsity else None
-    check_room(stacks, sparsity, batch, model.dtype, implementation)
+    table = plan_stacks(stacks, sparsity, steps) if sparsity else Step()
+    times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
+    modulations = jax.tree.leaves(jax.eval_shape(lambda *args: model.modulations(*args), times, cond))
+    parts = {"modulations of all steps": sum(a.size * a.dtype.itemsize for a in modulations)}
+    check_room(stacks, sparsity, batch, model.dtype, implementation, parts)
 
     order = patch_order(grid, sparsity.patches if sparsity else ())
     arrays = dict(
@@ -128,7 +131,7 @@ def sample(
         guidance=None if guidance is None else np.float32(guidance),
         positions=model.positions(grid)[order],
         order=order,
-        table=None if table is None else table.replace(key=jax.random.key(seed), implementation=implementation),
+        table=table.replace(key=jax.random.key(seed), implementation=implementation),
     )
     cache = caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None
     with _Reporter(steps, progress, callback) as reporter:
@@ -147,7 +150,7 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
 
     def body(state: SampleState, index: jax.Array):
         t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
-        step = None if arrays["table"] is None else arrays["table"].at_step(index)
+        step = arrays["table"].at_step(index)
         x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
         velocity, cache = model(x, t, arrays["cond"], arrays["positions"], state.cache, step, mods)
         if guidance is not None:
@@ -157,7 +160,7 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
         if report:
             seen = (x[:, back],) if report == "samples" else ()
             io_callback(_report, None, run, index, timesteps[index + 1], *seen, ordered=True)
-        return SampleState(x, solver_state, None if step is None else cache), None
+        return SampleState(x, solver_state, None if state.cache is None else cache), None
 
     x = arrays["noise"][:, order].astype(jnp.float32)
     state = SampleState(x, solver.init(x), cache)
@@ -191,9 +194,10 @@ def check_room(
     batch: int,
     dtype: jnp.dtype,
     implementation: Implementation | None = None,
+    more: dict[str, int] | None = None,
 ) -> None:
-    """Raises ValueError if the caches and the working set cannot fit the default device beside what lies there now."""
-    parts = caches.nbytes(stacks, sparsity, batch, dtype)
+    """Raises ValueError if caches, working set and `more`, bytes by name, cannot fit the default device beside what lies there."""
+    parts = caches.nbytes(stacks, sparsity, batch, dtype) | (more or {})
     tokens, width = (max(getattr(s, name) for s in stacks.values()) for name in ("tokens", "mlp_width"))
     parts["activations of a layer"] = 4 * batch * tokens * width * jnp.dtype(dtype).itemsize
     stack = next(iter(stacks.values()))
@@ -204,7 +208,7 @@ def check_room(
         largest = max(parts, key=parts.get)
         hint = "mlp.cache='residual', " if largest.endswith("mlp.activations") else ""
         raise ValueError(
-            f"no room on {jax.devices()[0]}: caches and activations take {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free, most of "
+            f"no room on {jax.devices()[0]}: this takes {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free, most of "
             f"it {largest} ({parts[largest] / 1e9:.1f} GB); use {hint}a smaller batch or a smaller size"
         )
 

@@ -58,7 +58,7 @@ class Step:
     def at_step(self, index: jax.Array) -> "Step":
         """Row `index` of a plan, with a key of its own."""
         row = lambda share: share and share.replace(phase=jnp.asarray(share.phase)[index])
-        key = jax.random.fold_in(self.key, index)
+        key = None if self.key is None else jax.random.fold_in(self.key, index)
         return self.replace(attention=row(self.attention), mlp=row(self.mlp), key=key)
 
     def at_layer(self, layer: jax.Array, depth: jax.Array) -> "Step":

@@ -23,6 +23,9 @@ from pallas_kernels.groups import check_group, group_count, join_groups, row_til
 from pallas_kernels.launch import Launch, Tile
 
 LOG2E = math.log2(math.e)
+LARGEST_TOTAL = (
+    2.0**112
+)  # of weights: a shift off by 60 keeps 10^5 of them below it, and values of 10^4 their sum finite
 NARROW = 32  # rows of a program where those of whole tiles would not fill a wave
 MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
 
@@ -44,7 +47,7 @@ def column_attention(
     """residual[layer] + S, or S alone without a residual: [B, N, H, d], dtype of q.
 
     Args:
-        q, k, v: [B, N, H, d], bf16 or f16 (any float for the reference).
+        q, k, v: [B, N, H, d], bf16 (any float for the reference).
         indices: [L, B, H, G, K], i32: the first counts entries are distinct rows of k; the others are never used.
         counts: [L, B, H, G], i32, 0 to K. A list of no columns gives S = 0.
         layer: i32 scalar, which entry of the stacked arrays to read.
@@ -216,6 +219,6 @@ def _attend(q, shift, keys, values, listed, count, *, scale):
     whole = lax.div(count, block)
     carry = lax.fori_loop(0, whole, lambda j, c: step(j * block, c, False), carry)
     acc, total = lax.fori_loop(whole, lax.div(count + block - 1, block), lambda j, c: step(j * block, c, True), carry)
-    # Nothing listed, or a shift so far off that all weights vanished, or some became infinite: no S rather than a NaN.
-    known = (total > 0) & (total < jnp.inf)
+    # Nothing listed, or a shift so far off that all weights vanished, or grew beyond what float32 can sum times a value.
+    known = (total > 0) & (total < LARGEST_TOTAL)
     return jnp.where(known[:, None], acc / jnp.where(known, total, 1)[:, None], 0)

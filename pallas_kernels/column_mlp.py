@@ -41,7 +41,7 @@ def column_fc1(
     """packed [B, N, K] and activations: the chosen neurons' activations, or their change where a cache is given.
 
     Args:
-        x: [B, N, D], bf16 or f16 (any float for the reference).
+        x: [B, N, D], bf16 (any float for the reference).
         fc1, b1: [L, F, D] and [L, F].
         indices: [L, B, G, K], i32: the first counts entries are distinct neurons, the others are never used.
         counts: [L, B, G], i32, 0 to K. Slots of packed behind the count are 0.
@@ -245,7 +245,7 @@ def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs,
     # A tile without any listed neuron has nothing to multiply: its loop is empty.
     steps = group_count(width, INNER) * jnp.clip(count - j * neurons, 0, 1)
     # Added at the end instead, the bias makes Triton compute the GELU in two layouts, and spill.
-    bias = plgpu.load(b1_ref.at[layer, chosen]).astype(jnp.float32)
+    bias = plgpu.load(b1_ref.at[layer, chosen], mask=listed, other=0).astype(jnp.float32)
     acc = lax.fori_loop(0, steps, multiply, jnp.broadcast_to(bias[None, :], (tile, neurons)))
     change = _gelu(acc).astype(packed_ref.dtype)
     if cached:
@@ -300,7 +300,7 @@ def _fc2(packed, fc2, indices, counts, layer, group, base, mode, implementation,
         body = functools.partial(_fc2_body, mode=mode, part=part, group=group)
         sources = {"add": (base,), "move": (), "store": (dense,)}[mode]
         outputs = [None if mode == "add" else stack, fresh]
-        stack, fresh = launch.run(body, "column_fc2", (*inputs, *sources), outputs, part, implementation)
+        stack, fresh = launch.run(body, f"column_fc2_{mode}", (*inputs, *sources), outputs, part, implementation)
     return {"add": fresh, "move": (stack, fresh), "store": stack}[mode]
 
 

@@ -32,7 +32,7 @@ def dense_attention(
     """softmax(scale q k^T) v, [B, N, H, d] in the dtype of q, and log sum exp of its logits, [B, H, N], f32 (natural).
 
     Args:
-        q, k, v: [B, N, H, d], bf16 or f16 (any float for the reference).
+        q, k, v: [B, N, H, d], bf16 (any float for the reference).
         scale: of the logits, usually d ** -0.5.
         implementation: see dispatch.choose; "interpret" runs the reference, as cuDNN has no interpreter.
 
@@ -68,7 +68,7 @@ def column_sums(
     pass (Chipmunk, section 4). Finite whatever the drift, in bf16 and f32.
 
     Args:
-        q, k: [B, N, H, d], bf16 or f16 (any float for the reference).
+        q, k: [B, N, H, d], bf16 (any float for the reference).
         lse: [B, H, N], f32, natural logarithm.
         group: queries summed together, a multiple of 64; G = ceil(N / group).
         scale: of the logits, that of lse.

@@ -28,7 +28,7 @@ def group_mean_change(
     """mean = rows fc1[layer]^T + b1[layer], f32 [B, G, F], and |mean - cached[layer]|, in the dtype of rows.
 
     Args:
-        rows: [B, G, D], the mean row of every group, bf16 or f16 (any float for the reference).
+        rows: [B, G, D], the mean row of every group, bf16 (any float for the reference).
         fc1, b1: [L, F, D] and [L, F].
         cached: [L, B, G, F], f32.
         layer: i32 scalar, which entry of the stacked arrays to read.

@@ -44,7 +44,7 @@ def rotary_qkv(
     Computed in float32, rounded once. Differentiable, backward through the reference.
 
     Args:
-        parts: of one modality each, bf16 or f16 (any float for the reference).
+        parts: of one modality each, bf16 (any float for the reference).
         cos, sin: [N, d], f32: with u at even and v at odd places, (u, v) becomes (u, v) cos + (v, u) sin; so the even places of
             sin are negative.
         implementation: see dispatch.choose.
@@ -60,12 +60,15 @@ def rotary_qkv(
 
 
 def _check(parts, cos, sin) -> None:
+    if len({(part.x.shape[0], part.x.shape[-1], part.x.dtype) for part in parts}) != 1:
+        found = ", ".join(f"{part.x.dtype.name} {part.x.shape}" for part in parts)
+        raise ValueError(f"parts [{found}]: expected at least one, of equal batch, width and dtype")
     tokens, width = sum(part.x.shape[1] for part in parts), cos.shape[-1]
     if cos.shape != (tokens, width) or sin.shape != cos.shape:
         raise ValueError(f"cos {cos.shape}, sin {sin.shape}: expected [N, d] with N = {tokens} tokens")
     for part in parts:
-        if part.x.shape[-1] % (3 * width) or part.x.shape[-1] != parts[0].x.shape[-1]:
-            raise ValueError(f"x {part.x.shape}: expected [B, N, 3 H d] with d = {width}, equal in all parts")
+        if part.x.shape[-1] % (3 * width):
+            raise ValueError(f"x {part.x.shape}: expected [B, N, 3 H d] with d = {width}")
         if part.bias.shape != part.x.shape[-1:] or {part.query_norm.shape, part.key_norm.shape} != {(width,)}:
             shapes = f"bias {part.bias.shape}, norms {part.query_norm.shape} {part.key_norm.shape}"
             raise ValueError(f"{shapes}: expected [3 H d] and [d] to fit x {part.x.shape}, d = {width}")

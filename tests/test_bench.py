@@ -19,7 +19,7 @@ from chipmunk_jax.sparsity import Sparsity, to_dict
 REPEATS = ["--repeats", "1"]
 KEYS = {
     *("benchmark", "variant", "shape", "sparsity", "dtype", "ms", "ms_spread", "baseline", "baseline_ms", "speedup"),
-    *("rel_err", "error", "repeats", "model", "device", "driver", "jax", "commit", "peak_bytes"),
+    *("rel_err", "error", "repeats", "model", "implementation", "device", "driver", "jax", "commit", "peak_bytes"),
     *("tflops", "gbps", "of_matrix_ceiling", "of_copy_ceiling"),
 }
 

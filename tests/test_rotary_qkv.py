@@ -76,3 +76,6 @@ def test_shapes_that_do_not_fit_are_refused():
         rotary_qkv(parts, cos[1:], sin[1:])
     with pytest.raises(ValueError, match=r"expected \[3 H d\] and \[d\]"):
         rotary_qkv([parts[0]._replace(query_norm=jnp.ones(8))], cos, sin)
+    for wrong in ([], [*parts, parts[0]._replace(x=jnp.zeros((2, 5, 96)))]):
+        with pytest.raises(ValueError, match="expected at least one, of equal batch"):
+            rotary_qkv(wrong, cos, sin)

@@ -10,7 +10,8 @@ from chipmunk_jax.bench.records import align, shape_text, sparsity_text
 def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], name: str) -> str:
     """A table of old ms / new ms, and in words what has no counterpart and whether the devices differ.
 
-    Records agree that have the same benchmark, model, variant, shape and sparsity; of several in one file the last one counts.
+    Records agree that have the same benchmark, model, variant, shape, sparsity, dtype and implementation; of several in one file
+    the last one counts.
 
     Args:
         new: records of this run.
@@ -33,7 +34,7 @@ def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], name: 
 
 
 def _key(entry: dict[str, Any]) -> str:
-    parts = ("benchmark", "model", "variant", "shape", "sparsity")
+    parts = ("benchmark", "model", "variant", "shape", "sparsity", "dtype", "implementation")
     return json.dumps([entry.get(part) for part in parts], sort_keys=True)
 
 

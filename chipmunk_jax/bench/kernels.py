@@ -1,7 +1,7 @@
 """The kernels' cases, and the run over them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -120,7 +120,8 @@ def _bench_case(
             outcomes = measure(candidates, ceilings, repeats=repeats, most_calls=size.most_calls, bar=bar)
         except RuntimeError as error:  # of the device, such as too little memory: the other cases may do
             return [failed(name, case.shape, error)]
-    return to_records(name, outcomes, ceilings)
+    records = to_records(name, outcomes, ceilings)
+    return [replace(record, implementation=implementation) for record in records]
 
 
 def measure_ceilings(size: Size, repeats: int) -> Ceilings:

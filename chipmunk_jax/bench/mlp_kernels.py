@@ -78,7 +78,7 @@ def _dense(case: MlpCase, tokens, fc1, b1, fc2, b2) -> Candidate:
 
 
 def _residual(case: MlpCase, sets, implementation) -> Candidate:
-    """The change of the output alone is kept: residual + the chosen neurons."""
+    """What the other neurons give is kept: residual + the chosen neurons."""
     state = (draw.normal(jax.random.key(1), (LAYERS, *sets[0][0].shape), scale=0.5),)
     options = dict(group=case.group, implementation=implementation)
 

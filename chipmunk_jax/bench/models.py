@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from chipmunk_jax.models.flux import Flux, FluxConfig
-from chipmunk_jax.sampling import Condition, Model
+from chipmunk_jax.sampling import Condition, Model, check_room
 from chipmunk_jax.solvers import flux_timesteps
+from chipmunk_jax.sparsity import Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,15 @@ MODELS = {
     "flux-schnell": _flux(FluxConfig(guidance_embed=False), text=256),
     "flux-tiny": _flux(FluxConfig(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4), text=16, pixels=4),
 }
+
+
+def check_memory(model: BenchModel, tokens: int, batch: int, dtype: jnp.dtype, sparsity: Sparsity) -> None:
+    """Raises ValueError if weights, inputs, caches and activations cannot fit the device; before any is drawn."""
+    network = nnx.eval_shape(lambda: model.network(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    inputs = jax.eval_shape(lambda: random_inputs(model, batch, tokens))
+    nbytes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    parts = {"weights": nbytes(nnx.state(network)), "inputs": nbytes(inputs)}
+    check_room(network.stacks(tokens, inputs[1]), sparsity, batch, dtype, more=parts)
 
 
 def random_model(model: BenchModel, dtype: jnp.dtype) -> Model:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = ("column_attention", "mlp")  # whose time should fall with the columns left out
+PLOTTED = ("column_attention", "mlp")  # whose time should fall with the columns left out
 
 
 def check_plotting() -> None:
@@ -25,7 +25,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     series = _series(records)
     if not series:
-        raise ValueError(f"no record of {' or '.join(BENCHMARKS)} with a time and some sparsity: nothing to plot")
+        raise ValueError(f"no record of {' or '.join(PLOTTED)} with a time and some sparsity: nothing to plot")
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     most = max(sparsity for points in series.values() for sparsity, _ in points)
@@ -49,7 +49,7 @@ def _series(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, fl
     """
     series: dict[str, dict[float, float]] = {}
     for entry in records:
-        if entry["benchmark"] in BENCHMARKS and entry.get("speedup") and "K" in entry["shape"]:
+        if entry["benchmark"] in PLOTTED and entry.get("speedup") and "K" in entry["shape"]:
             shape = " ".join(f"{name} {size}" for name, size in entry["shape"].items() if name not in ("B", "K"))
             name = f"{entry['benchmark']} {entry['variant']}, {shape}"
             series.setdefault(name, {})[entry["sparsity"]] = entry["speedup"]

@@ -34,6 +34,7 @@ class Record:
     of_matrix_ceiling: float | None = None  # fraction of what a large matrix product reached in this run
     of_copy_ceiling: float | None = None  # fraction of what a large copy reached in this run
     model: str | None = None
+    implementation: str | None = None  # that was asked for; None for the fastest
     extra: dict[str, Any] = field(default_factory=dict)  # of one benchmark alone; keys beside the others in the file
 
     def as_dict(self, commit: str | None = None) -> dict[str, Any]:
@@ -104,12 +105,17 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not isinstance(entry, dict) or not {"benchmark", "variant", "shape", "sparsity", "ms"} <= entry.keys():
+        if not _is_record(entry):
             raise ValueError(f"{path}: line {number} is no record of chipmunk bench")
         records.append(entry)
     if not records:
         raise ValueError(f"{path}: holds no record")
     return records
+
+
+def _is_record(entry: Any) -> bool:
+    types = {"benchmark": str, "variant": str, "shape": dict, "sparsity": object, "ms": (int, float, type(None))}
+    return isinstance(entry, dict) and all(key in entry and isinstance(entry[key], types[key]) for key in types)
 
 
 def shape_text(entry: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from chipmunk_jax.bench.models import MODELS, random_inputs, random_model
+from chipmunk_jax.bench.models import MODELS, check_memory, random_inputs, random_model
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.quality import relative_l2
@@ -30,12 +30,13 @@ def bench_sample(
         repeats: timed samples of each.
 
     Raises:
-        ValueError: sizes that do not fit, before any work.
+        ValueError: sizes that do not fit, or no room, before any work.
     """
     entry = MODELS[name]
     grid = entry.grid(height, width)
     tokens = grid[0] * grid[1]
     check_schedules(sparsity, steps)
+    check_memory(entry, tokens, batch, jnp.dtype(dtype), sparsity)
     model = random_model(entry, jnp.dtype(dtype))
     noise, cond = random_inputs(entry, batch, tokens)
     options = dict(timesteps=entry.timesteps(steps, tokens), grid=grid)

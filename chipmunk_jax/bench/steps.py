@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax.bench.measure import judge
-from chipmunk_jax.bench.models import MODELS, random_inputs, random_model
+from chipmunk_jax.bench.models import MODELS, check_memory, random_inputs, random_model
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.order import patch_order
-from chipmunk_jax.sampling import check_room, plan_stacks
+from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step
 from chipmunk_jax.solvers import MOST_STEPS
 from chipmunk_jax.sparsity import Sparsity, to_dict
@@ -52,10 +52,11 @@ def bench_step(
         repeats: timed runs of each.
 
     Raises:
-        ValueError: sizes that do not fit, or no room for the caches, before any work.
+        ValueError: sizes that do not fit, or no room, before any work.
     """
     entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
     grid = entry.grid(height, width)
+    check_memory(entry, grid[0] * grid[1], batch, jnp.dtype(dtype), sparsity)
     with tqdm(total=len(KINDS) * (1 + repeats), unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")
         steps = _Steps(entry, grid, batch, jnp.dtype(dtype), sparsity)
@@ -87,7 +88,6 @@ class _Steps:
         inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
         self.model = random_model(entry, dtype)
         stacks = self.model.stacks(tokens, inputs[0][1])
-        check_room(stacks, sparsity, batch, dtype)
         self.table = _table(plan_stacks(stacks, sparsity, MOST_STEPS))
         self.cache = caches.zeros(stacks, sparsity, batch, dtype)
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])

@@ -10,7 +10,7 @@ from chipmunk_jax.bench import records
 from chipmunk_jax.bench.compare import compare
 from chipmunk_jax.bench.kernels import CANDIDATES, SIZES, bench_kernels
 from chipmunk_jax.bench.models import MODELS
-from chipmunk_jax.bench.plot import check_plotting, plot
+from chipmunk_jax.bench.plot import PLOTTED, check_plotting, plot
 from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.steps import bench_step
@@ -28,7 +28,7 @@ EXAMPLES = """\
 examples:
   chipmunk bench kernels -o kernels.jsonl                                every kernel at full size; small ones without a GPU
   chipmunk bench kernels --only mlp,topk --compare kernels.jsonl         what did a change bring?
-  chipmunk bench step --model flux-dev --layers 6                        dense, full, select and delta step of a short model
+  chipmunk bench step --model flux-dev --layers 6                        dense, full, selecting and delta steps of a short model
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
@@ -51,7 +51,7 @@ def add_parser(subparsers) -> None:
     _add_common(kernels, repeats=7)
     kernels.set_defaults(run=run_kernels)
 
-    step = commands.add_parser("step", help="one step of each kind: dense, full, select, delta", **layout)
+    step = commands.add_parser("step", help="one step of each kind: dense, full, selecting, delta", **layout)
     _add_model_flags(step)
     step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
     _add_common(step, repeats=5)
@@ -92,12 +92,16 @@ def run_kernels(args: argparse.Namespace) -> int:
     names = args.only.split(",")
     if unknown := [name for name in names if name not in CANDIDATES]:
         raise ValueError(
-            f"--only {args.only}: no kernel {', '.join(unknown)}; expected some of {', '.join(CANDIDATES)}"
+            f"--only {args.only}: no kernel {', '.join(map(repr, unknown))}; expected some of {', '.join(CANDIDATES)}"
         )
+    if args.plot and not set(names) & set(PLOTTED):
+        raise ValueError(f"--plot with --only {args.only}: nothing to plot; expected {' or '.join(PLOTTED)} among them")
     on_gpu = jax.default_backend() == "gpu"
     size = args.size or ("full" if on_gpu else "toy")
     if size == "full" and not on_gpu:
         raise ValueError(f"--size full: expected a GPU, found {jax.default_backend()}; use --size toy")
+    if args.implementation == "pallas" and not on_gpu:
+        raise ValueError(f"--implementation pallas: expected a GPU, found {jax.default_backend()}; use interpret")
     options = dict(repeats=args.repeats, implementation=args.implementation)
     return _report(args, lambda: bench_kernels(names, SIZES[size], **options))
 

@@ -9,8 +9,8 @@ import jax
 from chipmunk_jax.cli import bench, convert, inspect, sample, verify
 
 DESCRIPTION = """\
-Sample diffusion transformers in JAX, several times faster by recomputing at each step only the attention keys and MLP
-neurons that matter (Chipmunk, arXiv 2506.03275)."""
+Sample diffusion transformers in JAX, faster and without training, by recomputing at each step only the attention keys and
+MLP neurons that matter (Chipmunk, arXiv 2506.03275)."""
 
 EXAMPLES = """\
 from a PyTorch checkpoint to pictures:
