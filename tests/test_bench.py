@@ -371,7 +371,7 @@ def test_committed_records_can_be_compared(folder):
 
 
 BAD = [
-    (["kernels", "--only", "mlp,atention"], ["no kernel atention", "column_attention, dense_colsum, topk, mlp"]),
+    (["kernels", "--only", "mlp,atention"], ["no kernel 'atention'", "column_attention, dense_colsum, topk, mlp"]),
     (["kernels", "--repeats", "0"], ["--repeats 0", "at least 1"]),
     (["kernels", "--compare", "none.jsonl"], ["none.jsonl", "no such file"]),
     (["kernels", "--compare", "bad.jsonl"], ["bad.jsonl", "line 2 is no record"]),
@@ -381,6 +381,9 @@ BAD = [
     (["step", "--layers", "1"], ["--layers 1", "expected 2 to 57"]),
     (["step", "--layers", "58"], ["--layers 58", "expected 2 to 57"]),
     (["step", "--batch", "0"], ["--batch 0", "at least 1"]),
+    (["step", "--batch", "1000000"], ["no room on"]),
+    (["sample", "--batch", "1000000"], ["no room on"]),
+    (["kernels", "--only", "topk", "--plot", "a.png"], ["--only topk", "column_attention or mlp"]),
     (["step", "--sparsity", "fluks"], ["'fluks'", "one of flux"]),
     (["sample", "--width", "0"], ["--width 0", "positive multiple of 16"]),
     (["sample", "--steps", "0"], ["--steps 0", "at least 1"]),
