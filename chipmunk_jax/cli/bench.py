@@ -28,7 +28,7 @@ EXAMPLES = """\
 examples:
   chipmunk bench kernels -o kernels.jsonl                                every kernel at full size; small ones without a GPU
   chipmunk bench kernels --only mlp,topk --compare kernels.jsonl         what did a change bring?
-  chipmunk bench step --model flux-dev --layers 6                        dense, full, selecting and delta steps of a short model
+  chipmunk bench step --model flux-dev --layers 6                        one step of each kind of a short model
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
@@ -88,14 +88,14 @@ def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 def run_kernels(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench kernels`."""
-    _check(args, "repeats")
     names = args.only.split(",")
+    if args.plot and not set(names) & set(PLOTTED):
+        raise ValueError(f"--plot with --only {args.only}: nothing to plot; expected {' or '.join(PLOTTED)} among them")
+    _check(args, "repeats")
     if unknown := [name for name in names if name not in CANDIDATES]:
         raise ValueError(
             f"--only {args.only}: no kernel {', '.join(map(repr, unknown))}; expected some of {', '.join(CANDIDATES)}"
         )
-    if args.plot and not set(names) & set(PLOTTED):
-        raise ValueError(f"--plot with --only {args.only}: nothing to plot; expected {' or '.join(PLOTTED)} among them")
     on_gpu = jax.default_backend() == "gpu"
     size = args.size or ("full" if on_gpu else "toy")
     if size == "full" and not on_gpu:
