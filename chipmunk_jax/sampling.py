@@ -119,8 +119,8 @@ def sample(
     stacks = model.stacks(tokens, cond)
     table = plan_stacks(stacks, sparsity, steps) if sparsity else Step()
     times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
-    modulations = jax.tree.leaves(jax.eval_shape(lambda *args: model.modulations(*args), times, cond))
-    parts = {"modulations of all steps": sum(a.size * a.dtype.itemsize for a in modulations)}
+    shapes = jax.tree.leaves(modulations_of.eval_shape(model, times, cond))
+    parts = {"modulations of all steps": sum(a.size * a.dtype.itemsize for a in shapes)}
     check_room(stacks, sparsity, batch, model.dtype, implementation, parts)
 
     order = patch_order(grid, sparsity.patches if sparsity else ())
@@ -146,7 +146,7 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
     back = jnp.argsort(order)
     batch = len(arrays["noise"]) if guidance is None else 2 * len(arrays["noise"])
     times = jnp.broadcast_to(timesteps[:-1, None], (len(timesteps) - 1, batch))
-    modulations = model.modulations(times, arrays["cond"])
+    modulations = modulations_of(model, times, arrays["cond"])
 
     def body(state: SampleState, index: jax.Array):
         t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
@@ -166,6 +166,12 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
     state = SampleState(x, solver.init(x), cache)
     state, _ = lax.scan(body, state, jnp.arange(len(timesteps) - 1))
     return state.x[:, back], state.cache
+
+
+@jax.jit
+def modulations_of(model: Model, t: jax.Array, cond: Condition) -> Any:
+    """model.modulations(t, cond), traced once for its shapes, and not again by every sample."""
+    return model.modulations(t, cond)
 
 
 def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond) -> None:

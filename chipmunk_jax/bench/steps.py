@@ -14,7 +14,7 @@ from chipmunk_jax.bench.models import MODELS, check_memory, random_inputs, rando
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.order import patch_order
-from chipmunk_jax.sampling import plan_stacks
+from chipmunk_jax.sampling import modulations_of, plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step
 from chipmunk_jax.solvers import MOST_STEPS
 from chipmunk_jax.sparsity import Sparsity, to_dict
@@ -93,7 +93,7 @@ class _Steps:
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
         times = jnp.broadcast_to(jnp.linspace(0.9, 0.5, INPUTS)[:, None], (INPUTS, batch))
         self.inputs = [
-            (x, t, cond, positions, _modulations(self.model, t, cond))  # as sample() has them, before its steps
+            (x, t, cond, positions, modulations_of(self.model, t, cond))  # as sample() has them, before its steps
             for (x, cond), t in zip(inputs, times, strict=True)
         ]
         self.turn = cycle(self.inputs)
@@ -130,9 +130,6 @@ def _dense_step(model, x, t, cond, positions, modulations):
 @partial(jax.jit, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _cached_step(model, cache, x, t, cond, positions, modulations, table: Step, index):
     return model(x, t, cond, positions, cache, table.at_step(index), modulations)
-
-
-_modulations = jax.jit(lambda model, t, cond: model.modulations(t, cond))
 
 
 def _table(plan: Step) -> Step:
