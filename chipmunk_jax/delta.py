@@ -59,7 +59,8 @@ def _measure(q, k, v, cache: AttentionCache, step: Step):
 
 
 def _select(q, k, v, cache: AttentionCache, step: Step):
-    sums = column_sums(q, k, cache.lse[step.layer], **_tiling(q, step))  # read before the new one takes its place
+    stride = dict(stride=step.attention.query_stride)
+    sums = column_sums(q, k, cache.lse[step.layer], **stride, **_tiling(q, step))  # before the new one takes its place
     columns = _choose(sums, cache.columns, step.attention, step)
     out, cache = _measure(q, k, v, cache.replace(columns=columns), step)
     return out, _store_residual(out, q, k, v, cache, step)

@@ -43,6 +43,7 @@ class Share:
     dense_layers: jax.Array  # i32, the first layers of the model, always dense
     columns: int = struct.field(pytree_node=False)  # of which keep are kept
     group: int = struct.field(pytree_node=False)  # rows that share a list
+    query_stride: int = struct.field(pytree_node=False, default=1)  # of attention: one query of so many scores the keys
 
 
 @struct.dataclass
@@ -90,8 +91,9 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step
     """
     check_schedules(sparsity, steps)
     attention, mlp = sparsity.attention, sparsity.mlp
+    share = attention and _share(attention, attention_phases(attention, steps), tokens)
     return Step(
-        attention=attention and _share(attention, attention_phases(attention, steps), tokens),
+        attention=share and share.replace(query_stride=attention.query_stride),
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
     )
 

@@ -71,9 +71,14 @@ class AttentionSparsity(_ColumnSparsity):
 
     top_keys: float = _option(0.165, "fraction of keys kept for their attention, above 0 and up to 1")
     recompute_mask: bool = _option(False, "choose keys anew at each full step, not at the second alone")
+    query_stride: int = _option(
+        1, "one query of so many judges the keys: choosing them takes that fraction of the time"
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        fits = self.query_stride >= 1 and self.group % self.query_stride == 0
+        _require(fits, "query_stride", self.query_stride, f"a divisor of the group, {self.group}")
         if self.full_step_schedule is not None:
             _require(
                 self.full_step_schedule[:2] == (0, 1), "full_step_schedule", self.full_step_schedule,

@@ -324,20 +324,24 @@ def _fc2_body(packed_ref, fc2_ref, indices_ref, counts_ref, layer_ref, *refs, mo
     inside = rows < rows_total
     features = j * columns + jnp.arange(columns)
 
-    def step(offset, acc, ragged):
-        slots = offset + jnp.arange(INNER)
-        neurons = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1) if ragged else slots])
+    def listed(step):
+        slots = step * INNER + jnp.arange(INNER)
+        return plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1)])
+
+    def multiply(t, carry, ragged):
+        acc, neurons = carry  # of this step: loaded in the step before, so that the rows need not wait for their numbers
+        slots = t * INNER + jnp.arange(INNER)
         if ragged:
             neurons = jnp.where(slots < count, neurons, first)
         # Slots behind the count are 0, those behind the last are not there.
-        edge = capacity if ragged else None
-        changes = _load_2d(packed_ref, (b,), rows, slots, edge, inside if rows_total % tile else None)
-        return acc + plgpu.dot(changes, _load_2d(fc2_ref, (layer,), neurons, features, width))
+        changes = _load_2d(packed_ref, (b,), rows, slots, capacity if ragged else None, ragged_rows)
+        return acc + plgpu.dot(changes, _load_2d(fc2_ref, (layer,), neurons, features, width)), listed(t + 1)
 
-    acc = jnp.zeros((tile, columns), jnp.float32)
+    ragged_rows = inside if rows_total % tile else None
     whole = lax.div(count, INNER)
-    acc = lax.fori_loop(0, whole, lambda t, acc: step(t * INNER, acc, False), acc)
-    acc = lax.fori_loop(whole, lax.div(count + INNER - 1, INNER), lambda t, acc: step(t * INNER, acc, True), acc)
+    carry = jnp.zeros((tile, columns), jnp.float32), listed(0)
+    carry = lax.fori_loop(0, whole, functools.partial(multiply, ragged=False), carry)
+    acc, _ = lax.fori_loop(whole, lax.div(count + INNER - 1, INNER), functools.partial(multiply, ragged=True), carry)
 
     here = inside[:, None] & (features < width)[None, :]
     at = (b, rows[:, None], features[None, :])

@@ -14,11 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.groups import check_group, group_count, row_tile, split_groups
+from pallas_kernels.groups import check_group, group_count, split_groups
 
 LOG2E = math.log2(math.e)
 # exp of more than this is cut: logits that drifted far above an old log-sum-exp still give finite sums of up to 2^20 terms.
 LARGEST_EXPONENT = 70.0
+KEYS, QUERIES = 128, 128  # of a tile of column sums
 
 
 def dense_attention(
@@ -60,6 +61,7 @@ def column_sums(
     *,
     group: int,
     scale: float,
+    stride: int = 1,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
     """sum over the queries i of each group of exp(scale q_i . k_j - lse_i): [B, H, G, N], dtype of q.
@@ -72,13 +74,17 @@ def column_sums(
         lse: [B, H, N], f32, natural logarithm.
         group: queries summed together, a multiple of 64; G = ceil(N / group).
         scale: of the logits, that of lse.
+        stride: sums over one query of so many, an estimate in that fraction of the time. Staggered: the first of the first run,
+            the second of the second, so that in a patch of stride x stride tokens they lie on its diagonal.
         implementation: see dispatch.choose.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a stride that does not divide the group.
         NotImplementedError: a named implementation cannot take these arguments.
     """
     check_group(group)
+    if stride < 1 or group % stride:
+        raise ValueError(f"stride={stride}: expected a divisor of group={group}")
     batch, rows, heads, width = q.shape
     if (k.shape[0], *k.shape[2:]) != (batch, heads, width):
         raise ValueError(f"q {q.shape}, k {k.shape}: expected [B, N, H, d] with equal B, H and d")
@@ -86,48 +92,58 @@ def column_sums(
         raise ValueError(f"lse {lse.shape}: expected [B, H, N] = {(batch, heads, rows)}")
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=width)
     if implementation == "reference":
-        return _sums_reference(q, k, lse, group, scale)
-    tile = row_tile(group)
+        return _sums_reference(q, k, lse, group, scale, stride)
+    groups, sampled = group_count(rows, group), group // stride
+    part = min(QUERIES, sampled & -sampled)  # the largest power of two that divides them
     return pl.pallas_call(
-        functools.partial(_sums_body, tile=tile, group=group, scale=scale),
-        grid=(group_count(k.shape[1], 128), heads, batch),
+        functools.partial(_sums_body, part=part, group=group, scale=scale, stride=stride),
+        grid=(group_count(k.shape[1], KEYS), heads, batch),
         name="column_sums",
-        out_shape=jax.ShapeDtypeStruct((batch, heads, group_count(rows, group), k.shape[1]), q.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, groups, k.shape[1]), q.dtype),
         interpret=implementation == "interpret",
-        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=3),
+        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
     )(q, k, lse)
 
 
-def _sums_reference(q, k, lse, group, scale):
+def _sums_reference(q, k, lse, group, scale, stride):
+    chosen = jnp.arange(q.shape[1])
+    chosen = chosen % stride == chosen // stride % stride
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
     mass = jnp.exp(jnp.minimum(logits - lse[..., None], LARGEST_EXPONENT))
-    return split_groups(mass, group).sum(-2).astype(q.dtype)
+    return split_groups(jnp.where(chosen[:, None], mass, 0), group).sum(-2).astype(q.dtype)
 
 
-def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, tile, group, scale):
+def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, part, group, scale, stride):
     h, b = pl.program_id(1), pl.program_id(2)
     keys_total, rows_total, width = k_ref.shape[1], q_ref.shape[1], k_ref.shape[3]
+    groups_total, together = sums_ref.shape[2], QUERIES // part
     features = jnp.arange(width)[None, :]
-    keys = pl.program_id(0) * 128 + jnp.arange(128)
+    keys = pl.program_id(0) * KEYS + jnp.arange(KEYS)
     here = keys < keys_total
-    k = plgpu.load(k_ref.at[b, keys[:, None], h, features], mask=jnp.broadcast_to(here[:, None], (128, width)), other=0)
+    k = plgpu.load(k_ref.at[b, keys[:, None], h, features], mask=jnp.broadcast_to(here[:, None], (KEYS, width)), other=0)
+    member, place = jnp.arange(QUERIES) // part, jnp.arange(QUERIES) % part
 
-    def mass(start):  # of this program's keys, over the queries [start, start + tile)
-        rows = start + jnp.arange(tile)
+    def mass(first, start):  # of this program's keys, over sampled queries [start, start + part) of groups from first on
+        run = start + place
+        rows = (first + member) * group + run * stride + run % stride
         inside = rows < rows_total
         q = plgpu.load(
-            q_ref.at[b, rows[:, None], h, features], mask=jnp.broadcast_to(inside[:, None], (tile, width)), other=0
+            q_ref.at[b, rows[:, None], h, features], mask=jnp.broadcast_to(inside[:, None], (QUERIES, width)), other=0
         )
         # A row that is not there weighs exp(-inf) = 0.
         lse = plgpu.load(lse_ref.at[b, h, rows], mask=inside, other=jnp.inf)
         exponent = plgpu.dot(k, q.T) * scale - lse[None, :]
-        return jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT) * LOG2E).sum(axis=1)
+        weights = jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT) * LOG2E)
+        # Apart, as Triton would spread a middle axis of one over the threads.
+        return weights.sum(axis=1)[:, None] if together == 1 else weights.reshape(KEYS, together, part).sum(axis=2)
 
-    def one_group(g, carry):
-        total = mass(g * group)
-        for part in range(1, group // tile):
-            total += mass(g * group + part * tile)
-        plgpu.store(sums_ref.at[b, h, g, keys], total.astype(sums_ref.dtype), mask=here)
+    def some_groups(i, carry):
+        total = mass(i * together, 0)
+        for start in range(part, group // stride, part):
+            total += mass(i * together, start)
+        groups = i * together + jnp.arange(together)
+        known = here[:, None] & (groups < groups_total)[None, :]
+        plgpu.store(sums_ref.at[b, h, groups[None, :], keys[:, None]], total.astype(sums_ref.dtype), mask=known)
         return carry
 
-    lax.fori_loop(0, sums_ref.shape[2], one_group, 0)
+    lax.fori_loop(0, group_count(groups_total, together), some_groups, 0)

@@ -1,7 +1,9 @@
 """Exact top-k columns of rows of scores, as ascending lists.
 
-Non-negative floats order like their bit patterns. One program a row finds the k-th largest pattern digit by digit, four bits a
-pass, then writes the ids of the larger patterns, and of the leftmost equal ones, in ascending order.
+Non-negative floats order like their bit patterns, so the k-th largest is found by halving an interval of patterns, on chip. A row
+that is too long for that is read twice. A sample of it tells between which two patterns the k-th largest lies; the first reading
+counts what lies above and sets aside what lies between, a few thousand columns, among which the k-th largest is found; the second
+writes the ids of the larger patterns, and of the leftmost equal ones. Where a sample misled, the bounds are halved until they hold.
 """
 
 import functools
@@ -13,6 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.launch import MULTIPROCESSORS
+
+ON_CHIP = 16384  # columns of the longest row that one program holds in its registers
+ASIDE = 8192  # columns of a longer one that it sets aside at most
+SAMPLE, CHUNK = 4096, 16  # columns of a sample, and how many are neighbours: what one access to memory brings
+BLOCK = 2048  # columns of a step of a reading
+SHORT_WARPS, WARPS = 16, 8  # of a program
+RESIDENT = 2  # programs of long rows that fit a multiprocessor
 
 
 def topk_columns(
@@ -44,62 +54,164 @@ def topk_columns(
     if implementation == "reference":
         order = lax.top_k(scores, capacity)[1]  # stable: equal scores in ascending order of their ids
         return jnp.sort(jnp.where(jnp.arange(capacity) < k, order, width), axis=-1).astype(jnp.int32), counts
-    warps = 4 if counts.size > 512 else 8  # few rows leave processors idle: each gets a larger program
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
-    indices = pl.pallas_call(
-        functools.partial(_body, digits=4 if bits.dtype == jnp.int16 else 8, block=256 * warps),
-        grid=(counts.size,),
+    short = width <= ON_CHIP
+    programs = counts.size if short else min(counts.size, RESIDENT * MULTIPROCESSORS)
+    lists = jax.ShapeDtypeStruct((counts.size, capacity), jnp.int32)
+    indices, *_ = pl.pallas_call(
+        functools.partial(_short_body if short else _long_body, compiled=implementation == "pallas"),
+        grid=(programs,),
         name="topk_columns",
-        out_shape=jax.ShapeDtypeStruct((counts.size, capacity), jnp.int32),
+        out_shape=[lists] if short else [lists, jax.ShapeDtypeStruct((programs, ASIDE), bits.dtype)],
         interpret=implementation == "interpret",
-        compiler_params=dispatch.compiler_params(num_warps=warps, num_stages=2),
+        compiler_params=dispatch.compiler_params(num_warps=SHORT_WARPS if short else WARPS, num_stages=2),
     )(bits.reshape(-1, width), k[None])
     return indices.reshape(*scores.shape[:-1], capacity), counts
 
 
-def _body(bits_ref, k_ref, indices_ref, *, digits, block):
-    row = pl.program_id(0)
-    width, capacity = bits_ref.shape[1], indices_ref.shape[1]
-    blocks = -(-width // block)
-    values = jnp.arange(16)  # of a digit
-
-    def load(j):
-        columns = j * block + jnp.arange(block)
-        inside = columns < width
-        # No sign: -0.0 and a negative NaN count too, else a list would have unwritten slots.
-        bits = plgpu.load(bits_ref.at[row, columns], mask=inside, other=0) & jnp.iinfo(bits_ref.dtype).max
-        return bits.astype(jnp.int32), columns, inside
-
-    threshold = jnp.int32(0)  # the digits found so far
-    wanted = k_ref[0]  # columns still to take among those that equal it
-    for digit in reversed(range(digits)):
-        shift = 4 * digit
-
-        def count(j, at_least, shift=shift, threshold=threshold):
-            pattern, _, inside = load(j)
-            same = inside & (_above(pattern, shift) == _above(threshold, shift))
-            value = jnp.where(same, (pattern >> shift) & 15, -1)
-            # One reduction of a tile of 16 rows: as many separate ones would each wait for the whole program.
-            return at_least + (value[None, :] >= values[:, None]).astype(jnp.int32).sum(axis=1)
-
-        at_least = lax.fori_loop(0, blocks, count, jnp.zeros(16, jnp.int32))  # columns whose digit is >= 0, .., >= 15
-        chosen = jnp.sum(((at_least >= wanted) & (values > 0)).astype(jnp.int32))  # at_least falls from left to right
-        wanted = wanted - jnp.sum(jnp.where(values == chosen + 1, at_least, 0))
-        threshold = threshold | (chosen << shift)
-
-    def compact(j, carry):
-        written, equals = carry
-        pattern, columns, inside = load(j)
-        equal = (inside & (pattern == threshold)).astype(jnp.int32)
-        take = (inside & (pattern > threshold)) | ((equal == 1) & (jnp.cumsum(equal) + equals <= wanted))
-        # Lanes that write nothing point behind the list: the interpreter scatters them too, and must not meet another's.
-        slots = jnp.where(take, written + jnp.cumsum(take.astype(jnp.int32)) - 1, capacity + jnp.arange(block))
-        plgpu.store(indices_ref.at[row, slots], columns, mask=take)
-        return written + jnp.sum(take.astype(jnp.int32)), equals + jnp.sum(equal)
-
-    lax.fori_loop(0, blocks, compact, (jnp.int32(0), jnp.int32(0)))
+def _short_body(bits_ref, k_ref, indices_ref, *, compiled):
+    row, columns, k = pl.program_id(0), jnp.arange(pl.next_power_of_2(bits_ref.shape[1])), k_ref[0]
+    patterns = _load(bits_ref, row, columns)
+    _, threshold = _bisect(patterns, k, *_range(bits_ref.dtype))
+    ties = k - _count(patterns > threshold)
+    _write(indices_ref, row, columns, patterns, threshold, ties, (0, 0), compiled)
 
 
-def _above(pattern, shift: int):
-    """The digits above the one at `shift`."""
-    return pattern >> (shift + 4) if shift < 28 else jnp.zeros_like(pattern)
+def _long_body(bits_ref, k_ref, indices_ref, aside_ref, *, compiled):
+    program, programs, k = pl.program_id(0), pl.num_programs(0), k_ref[0]
+
+    def one_row(n, carry):
+        row = program + n * programs
+        threshold, larger = _threshold(bits_ref, row, k, aside_ref, program, compiled)
+
+        def write(columns, patterns, carry):
+            return _write(indices_ref, row, columns, patterns, threshold, k - larger, carry, compiled)
+
+        _read(bits_ref, row, write, (0, 0))
+        return carry
+
+    lax.fori_loop(0, lax.div(bits_ref.shape[0] - program + programs - 1, programs), one_row, 0)
+
+
+def _threshold(bits_ref, row, k, aside_ref, program, compiled):
+    """The k-th largest pattern of a row, and how many are larger."""
+    dtype = bits_ref.dtype
+
+    def set_aside(low, high):
+        """How many patterns are above high, and how many above low only; these are set aside."""
+
+        def count(columns, patterns, carry):
+            above, between = carry
+            inside = (patterns > low) & (patterns <= high)
+            slots = between + jnp.cumsum(inside.astype(jnp.int32)) - 1
+            kept = inside & (slots < ASIDE)
+            _scatter(aside_ref, program, slots, patterns.astype(dtype), kept, columns, compiled)
+            return above + (patterns > high).astype(jnp.int32), between + _count(inside)
+
+        above, between = _read(bits_ref, row, count, (jnp.zeros(BLOCK, jnp.int32), 0))
+        return jnp.sum(above), between
+
+    def look(state):
+        low, high, floor, ceiling, larger, *_ = state
+        above, between = set_aside(low, high)
+        too_low, too_high = above >= k, above + between < k
+        larger = jnp.where(too_low, larger, jnp.where(too_high, above + between, above))
+        floor = jnp.where(too_low, high, jnp.where(too_high, floor, low))
+        ceiling = jnp.where(too_low, ceiling, jnp.where(too_high, low, high))
+        found = ~too_low & ~too_high & (between <= ASIDE)
+        return _middle(floor, ceiling), ceiling, floor, ceiling, larger, between, found
+
+    # At least k patterns are above floor, fewer than k, namely `larger`, above ceiling.
+    state = (*_guess(bits_ref, row, k), *_range(dtype), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+    state = lax.while_loop(lambda s: ~s[-1] & (s[2] < s[3] - 1), look, state)
+    _, _, floor, ceiling, larger, between, found = state
+    if compiled:
+        plgpu.debug_barrier()  # what was set aside is read by other threads
+    slots = jnp.arange(ASIDE)
+    patterns = plgpu.load(aside_ref.at[program, slots], mask=slots < between, other=-1).astype(jnp.int32)
+    # Where nothing was set aside rightly, only the ceiling is left between the two.
+    _, threshold = _bisect(patterns, k - larger, floor, ceiling)
+    return threshold, larger + jnp.where(found, _count(patterns > threshold), 0)
+
+
+def _guess(bits_ref, row, k):
+    """low and high: the k-th largest pattern is above low and not above high, if the row is like a sample of it."""
+    width, half = bits_ref.shape[1], 3 * ASIDE // 8  # three quarters of ASIDE should lie between
+    chunks = jnp.arange(SAMPLE // CHUNK)[:, None] * (width // (SAMPLE // CHUNK))
+    patterns = _load(bits_ref, row, chunks + jnp.arange(CHUNK)[None, :]).reshape(SAMPLE)
+    # Ranks behind the last give the lowest pattern, those before the first the highest.
+    rank = lambda columns: (columns.astype(jnp.float32) * (SAMPLE / width)).astype(jnp.int32)
+    low, _ = _bisect(patterns, rank(k + half), *_range(bits_ref.dtype), slack=8)
+    _, high = _bisect(patterns, rank(k - half), *_range(bits_ref.dtype), slack=8)
+    return low, high
+
+
+def _range(dtype):
+    """All patterns are above the first and not above the second."""
+    return jnp.int32(-1), jnp.int32(jnp.iinfo(dtype).max)
+
+
+def _bisect(patterns, k, low, high, slack=1):
+    """Bounds on the k-th largest pattern, which is above low and not above high, no more than slack apart."""
+
+    def halve(bounds):
+        low, high = bounds
+        middle = _middle(low, high)
+        enough = _count(patterns > middle) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    return lax.while_loop(lambda bounds: bounds[0] < bounds[1] - slack, halve, (low, high))
+
+
+def _middle(low, high):
+    """Their mean, rounded down, without their sum, which may be too large."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+def _read(bits_ref, row, body, carry):
+    """carry after body(columns, patterns, carry) of every block of a row; each is loaded while the one before it is at work."""
+
+    def step(j, carry):
+        patterns, carry = carry
+        following = _load(bits_ref, row, (j + 1) * BLOCK + jnp.arange(BLOCK))
+        return following, body(j * BLOCK + jnp.arange(BLOCK), patterns, carry)
+
+    first = _load(bits_ref, row, jnp.arange(BLOCK))
+    return lax.fori_loop(0, pl.cdiv(bits_ref.shape[1], BLOCK), step, (first, carry))[1]
+
+
+def _load(bits_ref, row, columns):
+    """The patterns of some columns, i32; -1, less than any, where there is none."""
+    inside = columns < bits_ref.shape[1]
+    # No sign: -0.0 and a negative NaN count too, else a list would have unwritten slots.
+    patterns = plgpu.load(bits_ref.at[row, columns], mask=inside, other=0) & jnp.iinfo(bits_ref.dtype).max
+    return jnp.where(inside, patterns.astype(jnp.int32), -1)
+
+
+def _count(mask):
+    return jnp.sum(mask.astype(jnp.int32))
+
+
+def _write(indices_ref, row, columns, patterns, threshold, ties, carry, compiled):
+    """The columns above the threshold and the first `ties` equal to it, behind those of the blocks before.
+
+    Args:
+        carry: how many columns before these are larger, how many equal. Returned for the next block.
+    """
+    larger, equal = patterns > threshold, patterns == threshold
+    both = larger.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)  # two counts in one sum
+    before = jnp.cumsum(both) - both
+    larger_before, equal_before = carry[0] + (before & 0xFFFF), carry[1] + (before >> 16)
+    take = larger | (equal & (equal_before < ties))
+    slots = larger_before + jnp.minimum(equal_before, ties)
+    _scatter(indices_ref, row, slots, columns, take, columns, compiled)
+    total = jnp.sum(both)
+    return carry[0] + (total & 0xFFFF), carry[1] + (total >> 16)
+
+
+def _scatter(ref, row, slots, values, mask, distinct, compiled):
+    """ref[row, slots] = values, where the mask says so."""
+    if not compiled:
+        # The interpreter scatters masked lanes too: they point behind the row, so that they meet no other.
+        slots = jnp.where(mask, slots, ref.shape[1] + distinct)
+    plgpu.store(ref.at[row, slots], values, mask=mask)

@@ -133,16 +133,23 @@ def test_column_attention_stays_finite_under_drift(implementation, drift):
     assert bool(jnp.isfinite(out).all())
 
 
-@pytest.mark.parametrize(("rows", "group"), [(128, 64), (200, 128), (257, 192)])
-def test_column_sums_are_the_attention_mass_of_each_group(implementation, rows, group):
+@pytest.mark.parametrize(
+    ("rows", "group", "stride"), [(128, 64, 1), (200, 128, 1), (257, 192, 1), (300, 128, 4), (257, 192, 4)]
+)
+def test_column_sums_are_the_attention_mass_of_each_group(implementation, rows, group, stride):
     rng, width, scale = np.random.default_rng(2), 64, 0.125
     dtype = dtype_of(implementation)
     (q, nq), (k, nk) = (draw(rng, 2, rows, 2, width, dtype=dtype) for _ in range(2))
     logits = scale * np.einsum("bqhd,bkhd->bhqk", nq, nk)
     lse = np.log(np.exp(logits).sum(-1)) + 0.1 * rng.standard_normal(logits.shape[:-1])  # of an earlier step
     mass = np.exp(logits - lse[..., None])
+    sampled = (
+        np.arange(rows) % stride == np.arange(rows) // stride % stride
+    )  # a diagonal: rows 0, 5, 10, 15, 16, 21, ..
+    mass[:, :, ~sampled] = 0
     expected = np.stack([mass[:, :, i : i + group].sum(2) for i in range(0, rows, group)], axis=2)
-    sums = column_sums(q, k, jnp.asarray(lse, jnp.float32), group=group, scale=scale, implementation=implementation)
+    options = dict(group=group, scale=scale, stride=stride, implementation=implementation)
+    sums = column_sums(q, k, jnp.asarray(lse, jnp.float32), **options)
     agree(sums, expected, implementation)
 
 
@@ -261,6 +268,28 @@ def test_topk_lists_the_largest_ascending_with_ties_from_the_left(implementation
         np.testing.assert_array_equal(np.asarray(indices[at])[:k], expected)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("k", "capacity"), [(1000, 1000), (0, 5), (1, 1), (15_000, 20_003), (20_003, 20_003)])
+def test_topk_of_long_rows_is_exact_whatever_a_sample_of_them_says(implementation, dtype, k, capacity):
+    rng, columns = np.random.default_rng(7), 20_003
+    usual = np.exp(rng.standard_normal(columns))
+    place = np.arange(columns)
+    rows = [
+        usual,
+        np.sort(usual),
+        np.ones(columns),
+        rng.random(columns) < 0.3,  # two values
+        np.where(place < 7, 5.0, 0.0),
+        np.where(rng.random(columns) < 0.02, np.inf, usual),
+        np.where(place % 78 < 16, usual, 100 + usual),  # what a sample would see, and the rest
+        1 + rng.integers(0, 3, columns) * 2.0**-7,  # neighbouring patterns
+    ]
+    scores = jnp.asarray(np.stack(rows), dtype)
+    indices, _ = topk_columns(scores, jnp.int32(k), capacity=capacity, implementation=implementation)
+    for found, values in zip(np.asarray(indices), np.asarray(scores, np.float32), strict=True):
+        np.testing.assert_array_equal(found[:k], np.sort(np.argsort(-values, kind="stable")[:k]))
+
+
 def test_topk_fills_every_list_whatever_the_signs(implementation):
     scores = jnp.asarray([[0.5, -0.0, 0.0, -jnp.nan, 2.0, -0.0, 0.0, 0.0]])
     indices, _ = topk_columns(scores, 6, capacity=6, implementation=implementation)
@@ -275,6 +304,8 @@ def test_a_named_implementation_is_obeyed_or_raises():
         dense_attention(x, x, x, scale=1.0, implementation="cutlass")
     with pytest.raises(ValueError, match="group=100"):
         column_sums(x, x, jnp.zeros((1, 1, 64)), group=100, scale=1.0)
+    with pytest.raises(ValueError, match="stride=3: expected a divisor of group=64"):
+        column_sums(x, x, jnp.zeros((1, 1, 64)), group=64, scale=1.0, stride=3)
 
 
 FLUX = dict(layers=57, tokens=4352, heads=24, head_dim=128, width=3072, neurons=12288, group=128, keys=704, kept=4096)

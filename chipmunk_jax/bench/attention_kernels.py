@@ -62,33 +62,38 @@ def column_attention_candidates(
 def dense_colsum_candidates(
     case: AttentionCase, most_sets: int, implementation: Implementation | None
 ) -> list[Candidate]:
-    """Dense attention, and the same with the column sums of every group."""
+    """Dense attention, and the same with the column sums of every group: of all its queries, and of every fourth."""
     arrays = input_sets(lambda key: _draw(case, key), jax.random.key(0), most=most_sets)
+    return [_dense(case, arrays, implementation), *(_summed(case, arrays, n, implementation) for n in (1, 4))]
+
+
+def _summed(case: AttentionCase, arrays, stride: int, implementation) -> Candidate:
     groups = group_count(case.tokens, case.group)
     tiling = dict(scale=case.scale, implementation=implementation)
 
     def call(inputs, state):
         q, k, v = inputs
         out, lse = dense_attention(q, k, v, **tiling)
-        return (out, lse, column_sums(q, k, lse, group=case.group, **tiling)), state
+        return (out, lse, column_sums(q, k, lse, group=case.group, stride=stride, **tiling)), state
 
     def expected(inputs, state):
         heads = _heads(case, inputs[:2])
-        sums = [references.column_mass(heads[h][0][rows], heads[h][1], case.scale) for h, _, rows in case.slices()]
-        return [*_expected_dense(case, inputs, state), *sums]
+        sampled = lambda rows: [i for i in range(rows.start, rows.stop) if i % stride == i // stride % stride]
+        mass = lambda head, rows: references.column_mass(heads[head][0][sampled(rows)], heads[head][1], case.scale)
+        return [*_expected_dense(case, inputs, state), *(mass(h, rows) for h, _, rows in case.slices())]
 
     def observed(output, state):
         out, _, sums = output
         row = lambda h, g: references.host(_index_row(sums, h, g))
         return [*_rows(case, out), *(row(h, g) for h, g, _ in case.slices())]
 
-    summed = Candidate(
-        variant="with sums", shape=case.shape | {"group": case.group}, sparsity=0.0, call=call, sets=arrays,
+    return Candidate(
+        variant="with sums" if stride == 1 else f"with sums of 1/{stride} of the queries",
+        shape=case.shape | {"group": case.group, "stride": stride}, sparsity=0.0, call=call, sets=arrays,
         expected=expected, observed=observed,
-        operations=3 * case.product(case.tokens),
+        operations=(2 + 1 / stride) * case.product(case.tokens),
         bytes=nbytes(arrays[0]) * 4 / 3 + 4 * case.heads * case.tokens + 2 * case.heads * groups * case.tokens,
     )  # fmt: skip
-    return [_dense(case, arrays, implementation), summed]
 
 
 def _draw(case: AttentionCase, key: jax.Array):
