@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from chipmunk_jax.cache import AttentionCache, Columns, LayerCache, MlpCache
-from chipmunk_jax.schedule import Share, Step
+from chipmunk_jax.schedule import Share, Step, by_phase
 from pallas_kernels import (
     column_attention,
     column_fc1,
@@ -45,7 +45,7 @@ def attend(
     if cache is None or cache.attention is None:
         return _dense_with_lse(q, k, v, step)[0], cache
     phases = (_dense_attention, _measure, _select, _refresh, _delta)  # in the order of AttentionPhase
-    out, attention = lax.switch(step.attention.phase, phases, q, k, v, cache.attention, step)
+    out, attention = by_phase(step.attention.phase, phases, q, k, v, cache.attention, step)
     return out, cache.replace(attention=attention)
 
 
@@ -121,7 +121,7 @@ def feed_forward(
         phases = (_dense_mlp, _full_residual, _delta_residual, _delta_residual)
     else:
         phases = (_dense_mlp, _full_activations, _select_delta, _delta_activations)
-    out, updated = lax.switch(step.mlp.phase, phases, x, mlp, cache.mlp, step)
+    out, updated = by_phase(step.mlp.phase, phases, x, mlp, cache.mlp, step)
     return out, cache.replace(mlp=updated)
 
 

@@ -87,13 +87,18 @@ def run_layers(
     layers = jax.tree.leaves(sliced)[0].shape[0]
     step = step or Step()
 
-    def run_layer(layer, carry):
+    def run_layer(step, layer, carry):
         x, cache = carry
         # Slices at the loop's own index: XLA then hands cuBLAS a pointer into the stack, and copies nothing.
         params, own = jax.tree.map(lambda stack: stack[layer], (sliced, tuple(per_layer)))
         block = nnx.merge(graph, whole, params)
         return block(x, *own, *args, cache, step.at_layer(layer, first + layer))
 
-    if unroll:
-        return functools.reduce(lambda carry, layer: run_layer(layer, carry), range(layers), (x, cache))
-    return lax.fori_loop(0, layers, run_layer, (x, cache))
+    carry = x, cache
+    for start, stop, alike in step.runs(first, layers):
+        body = functools.partial(run_layer, alike)
+        if unroll:
+            carry = functools.reduce(lambda carry, layer, body=body: body(layer, carry), range(start, stop), carry)
+        else:
+            carry = lax.fori_loop(start, stop, body, carry)
+    return carry

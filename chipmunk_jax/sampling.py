@@ -18,7 +18,7 @@ from tqdm import tqdm
 from chipmunk_jax import cache as caches
 from chipmunk_jax.cache import LayerCache, Stack
 from chipmunk_jax.order import patch_order
-from chipmunk_jax.schedule import Step, plan
+from chipmunk_jax.schedule import Step, by_kind, plan
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
@@ -152,7 +152,8 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
         t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
         step = arrays["table"].at_step(index)
         x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
-        velocity, cache = model(x, t, arrays["cond"], arrays["positions"], state.cache, step, mods)
+        network = lambda step, x, cache: model(x, t, arrays["cond"], arrays["positions"], cache, step, mods)
+        velocity, cache = by_kind(step, network, x, state.cache)
         if guidance is not None:
             conditional, unconditional = jnp.split(velocity, 2)
             velocity = unconditional + guidance * (conditional - unconditional)

@@ -1,17 +1,22 @@
 """What each step does, known before anything is traced: plan() turns a config into a table of phases.
 
-A `Step` is one row of that table, and everything in it is data: another schedule, seed or share of columns never recompiles.
+A `Step` is one row of that table. Its phases, shares of columns and key are data: another schedule or seed never recompiles.
 """
 
+import itertools
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
 from pallas_kernels import Implementation
+from pallas_kernels.dispatch import choose
 
 
 class AttentionPhase(IntEnum):
@@ -37,12 +42,12 @@ class MlpPhase(IntEnum):
 class Share:
     """How an attention or an MLP is evaluated in one step, all scalars (of plan(): phase [steps])."""
 
-    phase: jax.Array  # i32, an AttentionPhase or MlpPhase
+    phase: jax.Array | int  # i32, an AttentionPhase or MlpPhase; a Python int is known to the compiler
     keep: jax.Array  # i32, columns a group
     random: jax.Array  # f32, probability of a column to be kept whatever its score
-    dense_layers: jax.Array  # i32, the first layers of the model, always dense
     columns: int = struct.field(pytree_node=False)  # of which keep are kept
     group: int = struct.field(pytree_node=False)  # rows that share a list
+    dense_layers: int = struct.field(pytree_node=False)  # the first layers of the model, always dense
     query_stride: int = struct.field(pytree_node=False, default=1)  # of attention: one query of so many scores the keys
 
 
@@ -62,19 +67,53 @@ class Step:
         key = None if self.key is None else jax.random.fold_in(self.key, index)
         return self.replace(attention=row(self.attention), mlp=row(self.mlp), key=key)
 
+    def runs(self, first: int, layers: int) -> list[tuple[int, int, "Step"]]:
+        """Runs of alike layers of a stack whose first stands at depth `first` of the model: (start, stop, their step)."""
+        shares = (self.attention, self.mlp)
+        cuts = {min(max(share.dense_layers - first, 0), layers) for share in shares if share}
+        return [
+            (start, stop, self.replace(attention=_from(first + start, shares[0]), mlp=_from(first + start, shares[1])))
+            for start, stop in itertools.pairwise(sorted({0, layers} | cuts))
+        ]
+
     def at_layer(self, layer: jax.Array, depth: jax.Array) -> "Step":
         """This step as the layer sees it that stands at `layer` of its stack and at `depth` of the whole model."""
-        return self.replace(
-            attention=_at_depth(self.attention, depth),
-            mlp=_at_depth(self.mlp, depth),
-            key=None if self.key is None else jax.random.fold_in(self.key, depth),
-            layer=layer,
+        return self.replace(key=None if self.key is None else jax.random.fold_in(self.key, depth), layer=layer)
+
+
+def _from(depth: int, share: Share | None) -> Share | None:
+    dense = share is not None and depth < share.dense_layers
+    return share.replace(phase=0) if dense else share  # DENSE is 0 in both enums
+
+
+def by_phase(phase: jax.Array | int, branches: Sequence[Callable], *operands):
+    """branches[phase](*operands), chosen while it runs, or while it is traced where the phase is known."""
+    return branches[phase](*operands) if isinstance(phase, int) else lax.switch(phase, branches, *operands)
+
+
+DELTA_STEPS = ((AttentionPhase.DELTA, MlpPhase.DELTA), (AttentionPhase.DELTA, MlpPhase.SELECT_DELTA))
+
+
+def by_kind(step: Step, run: Callable, *operands):
+    """run(step, *operands), on a GPU compiled once for any step, and once more for each of the two kinds of delta steps.
+
+    Their layers then have nothing to choose. A choice takes a GPU some 25 us: two in every layer of FLUX.1, 3 ms of 79.
+    """
+    if choose(step.implementation, dtype=jnp.bfloat16) != "pallas" or not (step.attention or step.mlp):
+        return run(step, *operands)
+    place, branches = 0, [partial(run, step)]
+    for attention, mlp in DELTA_STEPS[: 2 if step.mlp else 1]:
+        pairs = [(share, phase) for share, phase in ((step.attention, attention), (step.mlp, mlp)) if share]
+        branches.append(
+            partial(run, step.replace(attention=_known(step.attention, attention), mlp=_known(step.mlp, mlp)))
         )
+        here = jnp.array([share.phase == phase for share, phase in pairs]).all()
+        place = jnp.where(here, len(branches) - 1, place)
+    return lax.switch(place, branches, *operands)
 
 
-def _at_depth(share: Share | None, depth: jax.Array) -> Share | None:
-    # DENSE is 0 in both enums.
-    return share and share.replace(phase=jnp.where(depth < share.dense_layers, 0, share.phase))
+def _known(share: Share | None, phase: int) -> Share | None:
+    return share and share.replace(phase=int(phase))
 
 
 def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step:
@@ -111,7 +150,7 @@ def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns:
         phase=phases,
         keep=np.int32(config.kept(columns)),
         random=np.float32(config.random_keys),
-        dense_layers=np.int32(config.first_n_dense_layers),
+        dense_layers=config.first_n_dense_layers,
         columns=columns,
         group=config.group,
     )
@@ -131,7 +170,7 @@ def density(table: Step, layers: int) -> dict[str, float]:
 
 
 def _density(share: Share, first_delta: IntEnum, layers: int) -> float:
-    sparse_layers = max(0, layers - int(share.dense_layers)) / layers
+    sparse_layers = max(0, layers - share.dense_layers) / layers
     sparse_steps = float(np.mean(np.asarray(share.phase) >= first_delta))
     return 1 - sparse_layers * sparse_steps * (1 - float(share.keep) / share.columns)
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from chipmunk_jax.cache import LayerCache, Stack
 from chipmunk_jax.delta import attend, product
-from chipmunk_jax.layers import Linear, Mlp, each_layer, run_layers, stack_layers
+from chipmunk_jax.layers import Linear, Mlp, Stacked, each_layer, run_layers, stack_layers
 from chipmunk_jax.schedule import Step
 from pallas_kernels import rotary_qkv
 from pallas_kernels.rotary_qkv import Projection
@@ -169,10 +169,9 @@ class DoubleBlock(nnx.Module):
     def __call__(self, tokens, img_mod, txt_mod, rope, cache, step):
         img, txt = tokens
         img_mod, txt_mod = (jnp.split(mod, 6, axis=-1) for mod in (img_mod, txt_mod))  # [B, 1, D] each
-        parts = self.txt.qkv(modulate(txt, *txt_mod[:2])), self.img.qkv(modulate(img, *img_mod[:2]))
-        out, cache = attend(
-            *rotary_qkv(parts, *rope, implementation=step.implementation), cache, step
-        )  # [B, T + N, H, d]
+        parts = self.txt.attention(modulate(txt, *txt_mod[:2])), self.img.attention(modulate(img, *img_mod[:2]))
+        qkv = rotary_qkv(parts, *rope, step.layer, implementation=step.implementation)
+        out, cache = attend(*qkv, cache, step)  # [B, T + N, H, d]
         txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
         img = add_gated(img, img_mod[2], self.img.proj(merge_heads(img_out)))
         txt = add_gated(txt, txt_mod[2], self.txt.proj(merge_heads(txt_out)))
@@ -196,7 +195,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x, mod, rope, cache, step):
         shift, scale, gate = jnp.split(mod, 3, axis=-1)  # [B, 1, D] each
         h = modulate(x, shift, scale)
-        qkv = rotary_qkv([self.qkv(h)], *rope, implementation=step.implementation)
+        qkv = rotary_qkv([self.qkv(h)], *rope, step.layer, implementation=step.implementation)
         attn_out, cache = attend(*qkv, cache, step)
         mlp_out, cache = self.mlp(h, cache, step)
         return add_gated(x, gate, self.proj(merge_heads(attn_out)) + mlp_out), cache
@@ -212,9 +211,6 @@ class Stream(nnx.Module):
         self.proj = Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
 
-    def qkv(self, x):
-        return self.attention(x)
-
 
 class Qkv(nnx.Module):
     """Queries, keys and values of all heads, and their norms a head, as `rotary_qkv` finishes them."""
@@ -222,8 +218,9 @@ class Qkv(nnx.Module):
     def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         c, head_dim = config, sum(config.axes_dim)
         self.linear = Linear(c.hidden_size, 3 * c.hidden_size, dtype=dtype, rngs=rngs)
-        self.query_norm = nnx.Param(jnp.ones(head_dim, dtype))
-        self.key_norm = nnx.Param(jnp.ones(head_dim, dtype))
+        self.linear.bias = Stacked(jnp.zeros(3 * c.hidden_size, dtype))
+        self.query_norm = Stacked(jnp.ones(head_dim, dtype))
+        self.key_norm = Stacked(jnp.ones(head_dim, dtype))
 
     def __call__(self, x: jax.Array) -> Projection:
         linear = self.linear

@@ -20,10 +20,9 @@ from pallas_kernels.groups import check_group, group_count, join_groups, row_til
 from pallas_kernels.launch import Launch, Tile
 
 # Measured on an H100 at FLUX's size (launch.py says what the second of each is for).
-FC1 = Tile(128, 256, warps=8), Tile(128, 32, warps=4, stages=6)
-FC2 = Tile(128, 128, warps=4, resident=2), Tile(128, 32, warps=4, stages=6)
+FC1 = Tile(128, 256, warps=8), Tile(128, 32, warps=4, stages=4, inner=128)
+FC2 = Tile(128, 128, warps=4, resident=2), Tile(64, 32, warps=4, stages=6)
 SQRT_2_PI, LOG2E = math.sqrt(2 / math.pi), math.log2(math.e)
-INNER = 64  # a step's width of the contraction
 
 
 def column_fc1(
@@ -223,7 +222,7 @@ def _fc1_reference(x, fc1, b1, indices, counts, layer, group, activations):
 
 def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs, cached, part: Launch, group):
     packed_ref, new_ref = refs[-2:] if cached else (refs[-1], None)  # before them the same memory as inputs
-    tile, neurons, *_ = part.tile
+    tile, neurons, inner = part.tile.rows, part.tile.columns, part.tile.inner
     i, j, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
     layer = layer_ref[0]
     rows_total, width = x_ref.shape[1:]
@@ -238,12 +237,12 @@ def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs,
     chosen = jnp.where(listed, chosen, indices_ref[layer, b, g, 0])
 
     def multiply(t, acc):
-        features = t * INNER + jnp.arange(INNER)
+        features = t * inner + jnp.arange(inner)
         tokens = _load_2d(x_ref, (b,), rows, features, width, inside if rows_total % tile else None)
         return acc + plgpu.dot(tokens, _load_2d(fc1_ref, (layer,), chosen, features, width).T)
 
     # A tile without any listed neuron has nothing to multiply: its loop is empty.
-    steps = group_count(width, INNER) * jnp.clip(count - j * neurons, 0, 1)
+    steps = group_count(width, inner) * jnp.clip(count - j * neurons, 0, 1)
     # Added at the end instead, the bias makes Triton compute the GELU in two layouts, and spill.
     bias = plgpu.load(b1_ref.at[layer, chosen], mask=listed, other=0).astype(jnp.float32)
     acc = lax.fori_loop(0, steps, multiply, jnp.broadcast_to(bias[None, :], (tile, neurons)))
@@ -313,7 +312,7 @@ def _fc2_reference(packed, fc2, indices, counts, group):
 
 
 def _fc2_body(packed_ref, fc2_ref, indices_ref, counts_ref, layer_ref, *refs, mode, part: Launch, group):
-    tile, columns, *_ = part.tile
+    tile, columns, inner = part.tile.rows, part.tile.columns, part.tile.inner
     i, j, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
     layer = layer_ref[0]
     rows_total, width, capacity = packed_ref.shape[1], fc2_ref.shape[-1], indices_ref.shape[-1]
@@ -324,24 +323,20 @@ def _fc2_body(packed_ref, fc2_ref, indices_ref, counts_ref, layer_ref, *refs, mo
     inside = rows < rows_total
     features = j * columns + jnp.arange(columns)
 
-    def listed(step):
-        slots = step * INNER + jnp.arange(INNER)
-        return plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1)])
-
-    def multiply(t, carry, ragged):
-        acc, neurons = carry  # of this step: loaded in the step before, so that the rows need not wait for their numbers
-        slots = t * INNER + jnp.arange(INNER)
+    def step(offset, acc, ragged):
+        slots = offset + jnp.arange(inner)
+        neurons = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1) if ragged else slots])
         if ragged:
             neurons = jnp.where(slots < count, neurons, first)
         # Slots behind the count are 0, those behind the last are not there.
-        changes = _load_2d(packed_ref, (b,), rows, slots, capacity if ragged else None, ragged_rows)
-        return acc + plgpu.dot(changes, _load_2d(fc2_ref, (layer,), neurons, features, width)), listed(t + 1)
+        edge = capacity if ragged else None
+        changes = _load_2d(packed_ref, (b,), rows, slots, edge, inside if rows_total % tile else None)
+        return acc + plgpu.dot(changes, _load_2d(fc2_ref, (layer,), neurons, features, width))
 
-    ragged_rows = inside if rows_total % tile else None
-    whole = lax.div(count, INNER)
-    carry = jnp.zeros((tile, columns), jnp.float32), listed(0)
-    carry = lax.fori_loop(0, whole, functools.partial(multiply, ragged=False), carry)
-    acc, _ = lax.fori_loop(whole, lax.div(count + INNER - 1, INNER), functools.partial(multiply, ragged=True), carry)
+    acc = jnp.zeros((tile, columns), jnp.float32)
+    whole = lax.div(count, inner)
+    acc = lax.fori_loop(0, whole, lambda t, acc: step(t * inner, acc, False), acc)
+    acc = lax.fori_loop(whole, lax.div(count + inner - 1, inner), lambda t, acc: step(t * inner, acc, True), acc)
 
     here = inside[:, None] & (features < width)[None, :]
     at = (b, rows[:, None], features[None, :])

@@ -25,6 +25,7 @@ class Tile(NamedTuple):
     warps: int
     resident: int = 1  # programs that fit a multiprocessor
     stages: int = 3  # of the loop's pipeline: narrow tiles wait for memory, not for matrix units, and take more
+    inner: int = 64  # width of a step of the contraction
 
 
 class Launch(NamedTuple):

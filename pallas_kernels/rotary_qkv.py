@@ -27,15 +27,16 @@ class Projection(NamedTuple):
     """Tokens of one modality after the product with their qkv weights, and what is still to be done with them."""
 
     x: jax.Array  # [B, N, 3 H d]: q of all heads, then k, then v; without bias
-    bias: jax.Array  # [3 H d]
-    query_norm: jax.Array  # [d]
-    key_norm: jax.Array  # [d]
+    bias: jax.Array  # [L, 3 H d], of all layers: their slices would be copied, two microseconds each
+    query_norm: jax.Array  # [L, d]
+    key_norm: jax.Array  # [L, d]
 
 
 def rotary_qkv(
     parts: Sequence[Projection],
     cos: jax.Array,
     sin: jax.Array,
+    layer: jax.Array | int = 0,
     *,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -47,6 +48,7 @@ def rotary_qkv(
         parts: of one modality each, bf16 (any float for the reference).
         cos, sin: [N, d], f32: with u at even and v at odd places, (u, v) becomes (u, v) cos + (v, u) sin; so the even places of
             sin are negative.
+        layer: i32 scalar, which entry of biases and norms to use.
         implementation: see dispatch.choose.
 
     Raises:
@@ -56,7 +58,8 @@ def rotary_qkv(
     parts = tuple(parts)
     _check(parts, cos, sin)
     implementation = dispatch.choose(implementation, dtype=parts[0].x.dtype, head_dim=cos.shape[-1])
-    return (_reference if implementation == "reference" else _compiled(implementation))(parts, cos, sin)
+    run = _reference if implementation == "reference" else _compiled(implementation)
+    return run(parts, cos, sin, jnp.asarray(layer, jnp.int32))
 
 
 def _check(parts, cos, sin) -> None:
@@ -69,19 +72,21 @@ def _check(parts, cos, sin) -> None:
     for part in parts:
         if part.x.shape[-1] % (3 * width):
             raise ValueError(f"x {part.x.shape}: expected [B, N, 3 H d] with d = {width}")
-        if part.bias.shape != part.x.shape[-1:] or {part.query_norm.shape, part.key_norm.shape} != {(width,)}:
+        layers = part.bias.shape[0]
+        norms = {part.query_norm.shape, part.key_norm.shape}
+        if part.bias.shape != (layers, part.x.shape[-1]) or norms != {(layers, width)}:
             shapes = f"bias {part.bias.shape}, norms {part.query_norm.shape} {part.key_norm.shape}"
-            raise ValueError(f"{shapes}: expected [3 H d] and [d] to fit x {part.x.shape}, d = {width}")
+            raise ValueError(f"{shapes}: expected [L, 3 H d] and [L, d] to fit x {part.x.shape}, d = {width}")
 
 
-def _reference(parts, cos, sin):
+def _reference(parts, cos, sin, layer):
     dtype, width = parts[0].x.dtype, cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]  # the same for all heads
 
     def normed(part: Projection):
-        x = part.x.astype(jnp.float32) + part.bias.astype(jnp.float32)
+        x = part.x.astype(jnp.float32) + part.bias[layer].astype(jnp.float32)
         q, k, v = (a.reshape(*a.shape[:2], -1, width) for a in jnp.split(x, 3, axis=-1))
-        return _norm(q, part.query_norm), _norm(k, part.key_norm), v
+        return _norm(q, part.query_norm[layer]), _norm(k, part.key_norm[layer]), v
 
     q, k, v = (jnp.concatenate(side, axis=1) for side in zip(*map(normed, parts), strict=True))
     return tuple(a.astype(dtype) for a in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
@@ -106,7 +111,7 @@ def _compiled(implementation):
     return run
 
 
-def _pallas(parts, cos, sin, *, implementation):
+def _pallas(parts, cos, sin, layer, *, implementation):
     batch, _, width = parts[0].x.shape
     rows, head_dim = cos.shape
     heads = width // (3 * head_dim)
@@ -119,13 +124,14 @@ def _pallas(parts, cos, sin, *, implementation):
         out_shape=(out, out, out),
         interpret=implementation == "interpret",
         compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
-    )(*(array for part in parts for array in part), cos, sin)
+    )(*(array for part in parts for array in part), cos, sin, layer[None])
 
 
 def _body(*refs, heads, together):
-    *refs, cos_ref, sin_ref, q_ref, k_ref, v_ref = refs
+    *refs, cos_ref, sin_ref, layer_ref, q_ref, k_ref, v_ref = refs
     parts = [Projection(*refs[i : i + 4]) for i in range(0, len(refs), 4)]
     i, first_head, b = pl.program_id(0), pl.program_id(1) * together, pl.program_id(2)
+    layer = layer_ref[0]
     width = cos_ref.shape[1]
     features = jnp.arange(width)
     rows = i * ROWS + jnp.arange(ROWS)
@@ -141,7 +147,7 @@ def _body(*refs, heads, together):
                 plgpu.load(ref.at[rows[:, None], features[None, :]], mask=inside, other=0) for ref in (cos_ref, sin_ref)
             )
             cos, sin = tables
-            query_norm, key_norm = part.query_norm[:], part.key_norm[:]
+            query_norm, key_norm = part.query_norm[layer, :], part.key_norm[layer, :]
 
             def one_head(n, carry):
                 h = first_head + n
@@ -149,7 +155,7 @@ def _body(*refs, heads, together):
                 def load(side):  # q, k, v: 0, 1, 2
                     columns = (side * heads + h) * width + features
                     x = plgpu.load(part.x.at[b, (rows - start)[:, None], columns[None, :]], mask=inside, other=0)
-                    return x.astype(jnp.float32) + part.bias[columns].astype(jnp.float32)
+                    return x.astype(jnp.float32) + part.bias[layer, columns].astype(jnp.float32)
 
                 q, k = _turn(_norm(load(0), query_norm), cos, sin), _turn(_norm(load(1), key_norm), cos, sin)
                 for ref, value in ((q_ref, q), (k_ref, k), (v_ref, load(2))):

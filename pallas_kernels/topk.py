@@ -20,9 +20,8 @@ from pallas_kernels.launch import MULTIPROCESSORS
 ON_CHIP = 16384  # columns of the longest row that one program holds in its registers
 ASIDE = 8192  # columns of a longer one that it sets aside at most
 SAMPLE, CHUNK = 4096, 16  # columns of a sample, and how many are neighbours: what one access to memory brings
-BLOCK = 2048  # columns of a step of a reading
-SHORT_WARPS, WARPS = 16, 8  # of a program
-RESIDENT = 2  # programs of long rows that fit a multiprocessor
+BLOCK = 1024  # columns of a step of a reading
+RESIDENT = 3  # programs of long rows that fit a multiprocessor
 
 
 def topk_columns(
@@ -57,6 +56,7 @@ def topk_columns(
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
     short = width <= ON_CHIP
     programs = counts.size if short else min(counts.size, RESIDENT * MULTIPROCESSORS)
+    warps = 8 if counts.size <= 512 else 4  # few rows leave processors idle: each gets a larger program
     lists = jax.ShapeDtypeStruct((counts.size, capacity), jnp.int32)
     indices, *_ = pl.pallas_call(
         functools.partial(_short_body if short else _long_body, compiled=implementation == "pallas"),
@@ -64,7 +64,7 @@ def topk_columns(
         name="topk_columns",
         out_shape=[lists] if short else [lists, jax.ShapeDtypeStruct((programs, ASIDE), bits.dtype)],
         interpret=implementation == "interpret",
-        compiler_params=dispatch.compiler_params(num_warps=SHORT_WARPS if short else WARPS, num_stages=2),
+        compiler_params=dispatch.compiler_params(num_warps=warps, num_stages=2),
     )(bits.reshape(-1, width), k[None])
     return indices.reshape(*scores.shape[:-1], capacity), counts
 

@@ -128,12 +128,16 @@ def test_the_first_layers_and_only_they_are_dense(dense_layers):
     )
     table = plan(sparsity, 12, tokens=100, mlp_width=100).replace(key=jax.random.key(0))
     for index in range(12):
-        step = table.at_step(index)
-        for depth in range(5):
-            seen = step.at_layer(layer=depth % 2, depth=depth)
-            expected = AttentionPhase.DENSE if depth < dense_layers else table.attention.phase[index]
-            assert seen.attention.phase == expected and seen.mlp.phase == table.mlp.phase[index]
-            assert seen.layer == depth % 2
+        depths = []
+        for first, layers in ((0, 1), (1, 4)):
+            for start, stop, seen in table.at_step(index).runs(first, layers):
+                for layer in range(start, stop):
+                    depth = first + layer
+                    expected = AttentionPhase.DENSE if depth < dense_layers else table.attention.phase[index]
+                    assert seen.attention.phase == expected and seen.mlp.phase == table.mlp.phase[index]
+                    assert seen.at_layer(layer, depth).layer == layer
+                    depths.append(depth)
+        assert depths == list(range(5))
 
 
 def test_every_layer_of_every_step_has_a_key_of_its_own():

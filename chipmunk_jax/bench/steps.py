@@ -15,7 +15,7 @@ from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.order import patch_order
 from chipmunk_jax.sampling import modulations_of, plan_stacks
-from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, by_kind
 from chipmunk_jax.solvers import MOST_STEPS
 from chipmunk_jax.sparsity import Sparsity, to_dict
 from pallas_kernels.dispatch import COMPILER_OPTIONS
@@ -129,7 +129,8 @@ def _dense_step(model, x, t, cond, positions, modulations):
 # Which step it is, is data, as in sample(): one program serves all kinds.
 @partial(jax.jit, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _cached_step(model, cache, x, t, cond, positions, modulations, table: Step, index):
-    return model(x, t, cond, positions, cache, table.at_step(index), modulations)
+    network = lambda step, cache: model(x, t, cond, positions, cache, step, modulations)
+    return by_kind(table.at_step(index), network, cache)
 
 
 def _table(plan: Step) -> Step:
