@@ -12,6 +12,7 @@ import pytest
 from chipmunk_jax.bench import draw, kernels, measure, records, references
 from chipmunk_jax.bench.compare import compare
 from chipmunk_jax.bench.models import MODELS
+from chipmunk_jax.bench.profile import kernel_table, kernel_times
 from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.sparsity import Sparsity, to_dict
@@ -370,6 +371,28 @@ def test_committed_records_can_be_compared(folder):
     assert compare(old, old, path.name).count("1.000") == 2
 
 
+def test_a_table_of_kernels_sums_up_what_it_does_not_show():
+    rows = [{"kernel": f"kernel_{n}", "calls": 2.0, "ms": 1.0} for n in range(30)]
+    lines = kernel_table([*rows, {"kernel": "(between kernels)", "calls": None, "ms": 10.0}]).splitlines()
+    assert lines[0].split() == ["kernel", "calls", "ms", "us", "a", "call", "share"]
+    assert lines[1].split() == ["kernel_0", "2", "1.00", "500.0", "2.5%"]
+    assert lines[-2].split() == ["(others)", "12", "6.00", "500.0", "15.0%"]
+    assert lines[-1].split() == ["(between", "kernels)", "10.00", "25.0%"]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_a_trace_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="expected a GPU"):
+        kernel_times(lambda: jnp.zeros(3))
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_run_are_counted():
+    x = jnp.ones((512, 512), jnp.bfloat16)
+    kernels = kernel_times(lambda: x @ x)
+    assert sum(k["calls"] or 0 for k in kernels) >= 1 and all(k["ms"] > 0 for k in kernels[:-1])
+
+
 BAD = [
     (["kernels", "--only", "mlp,atention"], ["no kernel 'atention'", "column_attention, dense_colsum, topk, mlp"]),
     (["kernels", "--repeats", "0"], ["--repeats 0", "at least 1"]),
@@ -380,6 +403,7 @@ BAD = [
     (["step", "--height", "50"], ["--height 50", "multiple of 16"]),
     (["step", "--layers", "1"], ["--layers 1", "expected 2 to 57"]),
     (["step", "--layers", "58"], ["--layers 58", "expected 2 to 57"]),
+    (["step", "--kernels"], ["--kernels", "expected a GPU"]),
     (["step", "--batch", "0"], ["--batch 0", "at least 1"]),
     (["step", "--batch", "1000000"], ["no room on"]),
     (["sample", "--batch", "1000000"], ["no room on"]),

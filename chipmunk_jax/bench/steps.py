@@ -11,6 +11,7 @@ from tqdm import tqdm
 from chipmunk_jax import cache as caches
 from chipmunk_jax.bench.measure import judge
 from chipmunk_jax.bench.models import MODELS, check_memory, random_inputs, random_model
+from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.order import patch_order
@@ -38,7 +39,16 @@ INPUTS = 3  # in turn: unchanged tokens would have the delta steps multiply zero
 
 
 def bench_step(
-    name: str, *, height: int, width: int, layers: int | None, batch: int, dtype: str, sparsity: Sparsity, repeats: int
+    name: str,
+    *,
+    height: int,
+    width: int,
+    layers: int | None,
+    batch: int,
+    dtype: str,
+    sparsity: Sparsity,
+    repeats: int,
+    kernels: bool = False,
 ) -> list[Record]:
     """A record of each of KINDS.
 
@@ -50,6 +60,7 @@ def bench_step(
         dtype: of weights and activations.
         sparsity: of the steps with caches; its schedule does not count.
         repeats: timed runs of each.
+        kernels: whether to record in which kernels each kind spends its time, too; on a GPU.
 
     Raises:
         ValueError: sizes that do not fit, or no room, before any work.
@@ -64,6 +75,7 @@ def bench_step(
         bar.set_postfix_str("timing")
         right = {kind: Timed(partial(steps.run, kind)) for kind in KINDS if errors[kind][0] is None}
         seconds = time_in_turn(right, repeats, report=lambda _: bar.update())
+        profiles = {kind: kernel_times(timed.dispatch) for kind, timed in right.items()} if kernels else {}
     shape = {"height": height, "width": width, "batch": batch, "layers": entry.layers, "text": entry.text}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
     return [
@@ -73,6 +85,7 @@ def bench_step(
             baseline="dense",
             error=errors[kind][0],
             rel_err=errors[kind][1],
+            extra={"kernels": profiles[kind]} if kind in profiles else {},
             **times(seconds.get(kind, ()), seconds.get("dense", ())),
             **common,
         )

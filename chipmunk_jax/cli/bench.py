@@ -11,6 +11,7 @@ from chipmunk_jax.bench.compare import compare
 from chipmunk_jax.bench.kernels import CANDIDATES, SIZES, bench_kernels
 from chipmunk_jax.bench.models import MODELS
 from chipmunk_jax.bench.plot import PLOTTED, check_plotting, plot
+from chipmunk_jax.bench.profile import kernel_table
 from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.steps import bench_step
@@ -29,6 +30,7 @@ examples:
   chipmunk bench kernels -o kernels.jsonl                                every kernel at full size; small ones without a GPU
   chipmunk bench kernels --only mlp,topk --compare kernels.jsonl         what did a change bring?
   chipmunk bench step --model flux-dev --layers 6                        one step of each kind of a short model
+  chipmunk bench step --model flux-dev --kernels                         and its kernels, the longest first
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
@@ -54,6 +56,7 @@ def add_parser(subparsers) -> None:
     step = commands.add_parser("step", help="one step of each kind: dense, full, selecting, delta", **layout)
     _add_model_flags(step)
     step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
+    step.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
     _add_common(step, repeats=5)
     add_sparsity_flags(step, "flux")
     step.set_defaults(run=run_step)
@@ -109,7 +112,9 @@ def run_kernels(args: argparse.Namespace) -> int:
 def run_step(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench step`."""
     _check(args, "batch", "repeats")
-    options = _options(args, "height", "width", "layers", "batch", "dtype", "repeats")
+    if args.kernels and jax.default_backend() != "gpu":
+        raise ValueError(f"--kernels: expected a GPU, found {jax.default_backend()}")
+    options = _options(args, "height", "width", "layers", "batch", "dtype", "repeats", "kernels")
     return _report(args, lambda: [bench_step(args.model, sparsity=read_sparsity(args), **options)])
 
 
@@ -159,6 +164,9 @@ def _report(args: argparse.Namespace, measure) -> int:
             records.append(args.output, new)
         entries += new
     print(records.table(entries))
+    for entry in entries:
+        if "kernels" in entry:
+            print(f"\n{entry['benchmark']}, {entry['variant']}\n{kernel_table(entry['kernels'])}")
     if getattr(args, "plot", None):
         plot(entries, Path(args.plot))
         print(args.plot)

@@ -1,0 +1,66 @@
+"""Where a step spends its time: its kernels, from the profiler's trace of some runs."""
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from chipmunk_jax.bench.records import align
+
+RUNS = 3
+SHOWN = 24  # kernels of a table; the rest is one line
+
+
+def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """{"kernel", "calls", "ms"} of every kernel of one run on a GPU, the longest first; then the time in which none ran.
+
+    Args:
+        run: compiled and warm; enqueues its work and returns what to wait for.
+
+    Raises:
+        ValueError: a trace without a GPU.
+    """
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(RUNS):
+                last = run()
+            jax.block_until_ready(last)
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+        events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
+    if not events:
+        raise ValueError(f"no kernels in a trace of {jax.devices()[0].device_kind}: expected a GPU")
+    busy, calls = Counter(), Counter()
+    for event in events:
+        # The compiler numbers what occurs more than once: column_fc1__1, fusion_12.
+        name = re.sub(r"([._]+\d*)+$", "", event.name)
+        busy[name] += event.duration_ns
+        calls[name] += 1
+    span = max(event.end_ns for event in events) - min(event.start_ns for event in events)
+    rows = [
+        {"kernel": name, "calls": round(calls[name] / RUNS, 1), "ms": ns / RUNS / 1e6}
+        for name, ns in busy.most_common()
+    ]
+    return [*rows, {"kernel": "(between kernels)", "calls": None, "ms": (span - busy.total()) / RUNS / 1e6}]
+
+
+def kernel_table(kernels: list[dict[str, Any]]) -> str:
+    """Aligned lines: kernel, calls, ms of all calls, us a call, share of the step."""
+    *kernels, gap = kernels
+    rest = {"kernel": "(others)", "calls": sum(k["calls"] for k in kernels[SHOWN:])} if kernels[SHOWN:] else None
+    shown = [*kernels[:SHOWN], *([rest | {"ms": sum(k["ms"] for k in kernels[SHOWN:])}] if rest else []), gap]
+    total = sum(k["ms"] for k in shown)
+    columns = {
+        "kernel": [k["kernel"][:48] for k in shown],
+        "calls": [f"{k['calls']:g}" if k["calls"] else "" for k in shown],
+        "ms": [f"{k['ms']:.2f}" for k in shown],
+        "us a call": [f"{1e3 * k['ms'] / k['calls']:.1f}" if k["calls"] else "" for k in shown],
+        "share": [f"{k['ms'] / total:.1%}" for k in shown],
+    }
+    return align(columns, [None] * len(shown))
