@@ -33,8 +33,18 @@ def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
     table = README[README.index("| step | ms |") : README.index("![speed-up of the kernels")]
     assert len(steps) == 5 and all(row in table for row in steps)
     found = re.findall(r"^\| [^|]+ \| ([\d.]+) \| [^|]*, ([\d.]+) \| ([\d.]+) x \|$", table, re.MULTILINE)
-    assert len(found) == 9 and set(found) <= times
-    assert {"0.397", "0.494"} <= {digits(e["ms"]) for e in kernels if e["shape"].get("N") == 4352}
+    assert len(found) == 10 and set(found) <= times
+
+
+def test_numbers_of_the_table_of_a_delta_step_are_the_committed_record():
+    lines = (ROOT / "benchmarks/results/flux-dev-step-1280x768-h100.jsonl").read_text().splitlines()
+    (kernels,) = (entry["kernels"] for entry in map(json.loads, lines) if entry["variant"] == "delta")
+    total = sum(k["ms"] for k in kernels)
+    expected = {(f"{k['calls'] or 0:g}", f"{k['ms']:.2f}", f"{k['ms'] / total:.1%}") for k in kernels}
+    text = (ROOT / "benchmarks/README.md").read_text()
+    found = re.findall(r"^\| `[^`]+`[^|]*\| (\d+) \| ([\d.]+) \| ([\d.]+) % \|", text, re.MULTILINE)
+    assert len(found) >= 12 and {(calls, ms, f"{share}%") for calls, ms, share in found} <= expected
+    assert sum(float(ms) for _, ms, _ in found) > 0.95 * total
 
 
 def test_numbers_of_the_fidelity_table_are_the_committed_records():
