@@ -1,5 +1,6 @@
 """Kernels for column-sparse deltas: arrays in, arrays out. A file is a public function, its jnp reference, its Pallas body."""
 
+from pallas_kernels.bit_mask import lists_to_mask, mask_to_lists
 from pallas_kernels.column_attention import column_attention, store_attention_residual
 from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_activations, store_fc2_residual
 from pallas_kernels.dense_attention import column_sums, dense_attention
@@ -16,6 +17,8 @@ __all__ = [
     "column_sums",
     "dense_attention",
     "group_mean_change",
+    "lists_to_mask",
+    "mask_to_lists",
     "move_column_fc2",
     "rotary_qkv",
     "store_activations",
