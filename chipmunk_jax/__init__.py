@@ -1,7 +1,7 @@
 """Diffusion transformers in JAX, sampled faster by recomputing only the columns that matter (Chipmunk, arXiv 2506.03275)."""
 
 from chipmunk_jax.sampling import sample
-from chipmunk_jax.solvers import Euler, flux_timesteps
+from chipmunk_jax.solvers import Euler, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity, load_sparsity
 
 __all__ = [
@@ -9,7 +9,10 @@ __all__ = [
     "Euler",
     "MlpSparsity",
     "Sparsity",
+    "UniPC",
     "flux_timesteps",
     "load_sparsity",
     "sample",
+    "shifted_timesteps",
+    "wan_timesteps",
 ]

@@ -1,18 +1,18 @@
-"""Times and steps against diffusers' (golden/make_flux_golden.py)."""
+"""Times and steps against diffusers' (golden/make_flux_golden.py, golden/make_solver_golden.py)."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from chipmunk_jax import Euler, flux_timesteps
+from chipmunk_jax import Euler, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.convert.safetensors import read_weights
 
-GOLDEN = Path(__file__).parent / "golden" / "schedules.safetensors"
+GOLDEN = Path(__file__).parent / "golden"
 
 
-def golden(key):
-    return read_weights(GOLDEN).tensors[key].read()
+def golden(key, file="schedules"):
+    return read_weights(GOLDEN / f"{file}.safetensors").tensors[key].read()
 
 
 @pytest.mark.parametrize(("steps", "tokens"), [(28, 1024), (50, 3840), (10, 4096)])
@@ -65,3 +65,46 @@ def test_euler_is_exact_for_a_constant_velocity():
     x, velocity = np.float32([1, -2, 0.5]), np.float32([0.25, 1, -4])
     moved, _ = Euler().step(x, Euler().init(x), velocity, np.float32(0.75), np.float32(0.25))
     np.testing.assert_array_equal(moved, [0.875, -2.5, 2.5])
+
+
+@pytest.mark.parametrize(
+    ("solver", "times", "name"),
+    [
+        *((UniPC(), wan_timesteps, name) for name in ("wan.1.5", "wan.2.5", "wan.7.5", "wan.10.3", "wan.50.5")),
+        *((Euler(), shifted_timesteps, name) for name in ("hunyuan.10.7", "hunyuan.50.7")),
+    ],
+)
+def test_times_and_paths_of_the_video_models_equal_those_of_diffusers(solver, times, name):
+    _, steps, shift = name.split(".")
+    sigmas, path = (golden(f"{name}.{part}", "video_schedules") for part in ("sigmas", "path"))
+    t = times(int(steps), float(shift))
+    np.testing.assert_allclose(t, sigmas, rtol=0, atol=1e-7)
+    x, state = path[0], solver.init(path[0])
+    for i, expected in enumerate(path[1:]):
+        velocity = np.random.default_rng(i).standard_normal(x.shape, np.float32)
+        x, state = solver.step(x, state, velocity, t[i], t[i + 1])
+        assert x.dtype == np.float32
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 40])
+def test_unipc_comes_closer_than_euler(steps):
+    """Along dx/dt = x, from 1 to its sample 1 / e; the last step is of order 1, so that the error only falls like a first order's."""
+
+    def error(solver):
+        x, t = np.ones(1, np.float32), np.linspace(1, 0, steps + 1, dtype=np.float32)
+        state = solver.init(x)
+        for i in range(steps):
+            x, state = solver.step(x, state, x, t[i], t[i + 1])
+        return abs(float(x[0]) - np.exp(-1))
+
+    assert error(UniPC()) < error(Euler()) / 10
+
+
+@pytest.mark.parametrize("times", [shifted_timesteps, wan_timesteps])
+@pytest.mark.parametrize(
+    ("steps", "shift", "message"), [(0, 5.0, "steps=0"), (5, 0.0, "shift=0.0"), (5, np.inf, "shift=inf")]
+)
+def test_bad_steps_and_shifts_are_one_error(times, steps, shift, message):
+    with pytest.raises(ValueError, match=message):
+        times(steps, shift)
