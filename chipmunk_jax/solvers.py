@@ -41,7 +41,7 @@ class UniPCState:
     corrected: jax.Array  # x at the last step's time, corrected
     samples: (
         jax.Array
-    )  # f32 [2, .., ]: x - t velocity, what the flow leads to, as seen at the last step and at the one before
+    )  # f32 [2, ..]: x - t velocity, what the flow led to as seen at the last step and at the one before
     times: jax.Array  # f32 [2], theirs
 
 
