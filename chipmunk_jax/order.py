@@ -1,29 +1,42 @@
 """Token orders: near tokens become neighbours, so that a group of rows shares its columns. Models never know."""
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def patch_order(grid: tuple[int, int], patches: tuple[int, ...] = (8, 4)) -> np.ndarray:
-    """Raster index of every token in patch order, i32 [rows * columns].
+def patch_order(grid: Sequence[int], patches: Sequence[int | Sequence[int]] = (8, 4)) -> np.ndarray:
+    """Raster index of every token of a grid in patch order, i32 [product of the grid].
 
-    The largest patches go in raster order, inside each the next smaller ones, inside the smallest the tokens in raster order.
-    Rows, then columns, that fill no whole patch follow at the end of their level, in raster order.
+    The largest patches go in raster order, inside each the next smaller ones, inside the smallest the tokens in raster order. Tokens
+    that fill no whole patch follow at the end of their level, a slab for each axis, in raster order: first what is behind the last
+    whole patch on the first axis, then of the rest what is behind it on the second, ..
 
     Args:
-        grid: (rows, columns) of tokens, any size.
-        patches: sides of the nested square patches, the largest first; () is raster order. (Chipmunk, section 4: 8, then 4.)
+        grid: (rows, columns) of an image's tokens, (frames, rows, columns) of a video's, any size.
+        patches: nested, the largest first; a side, or one for each axis, as the voxel (4, 4, 8). () is raster order. (Chipmunk,
+            section 4: 8, then 4.)
+
+    Raises:
+        ValueError: a patch of another number of axes.
     """
-    return _visit(np.arange(grid[0] * grid[1], dtype=np.int32).reshape(grid), patches)
+    sides = [(patch,) * len(grid) if isinstance(patch, int) else tuple(patch) for patch in patches]
+    if wrong := [side for side in sides if len(side) != len(grid)]:
+        raise ValueError(f"patch {wrong[0]}: expected {len(grid)} sides for the grid {tuple(grid)}")
+    return _visit(np.arange(math.prod(grid), dtype=np.int32).reshape(grid), sides)
 
 
-def _visit(ids: np.ndarray, sides: tuple[int, ...]) -> np.ndarray:
+def _visit(ids: np.ndarray, sides: list[tuple[int, ...]]) -> np.ndarray:
     if not sides:
         return ids.ravel()
-    side, *smaller = sides
-    rows, columns = (n - n % side for n in ids.shape)
-    whole = ids[:rows, :columns].reshape(rows // side, side, columns // side, side).swapaxes(1, 2)
-    parts = [_visit(patch, tuple(smaller)) for patch in whole.reshape(-1, side, side)]
-    return np.concatenate([*parts, ids[rows:].ravel(), ids[:rows, columns:].ravel()])
+    whole = [n - n % side for n, side in zip(ids.shape, sides[0], strict=True)]
+    corners = itertools.product(*(range(0, n, side) for n, side in zip(whole, sides[0], strict=True)))
+    inside = lambda corner: tuple(slice(start, start + side) for start, side in zip(corner, sides[0], strict=True))
+    slabs = [ids[(*map(slice, whole[:axis]), slice(whole[axis], None))] for axis in range(ids.ndim)]
+    parts = [_visit(ids[inside(corner)], sides[1:]) for corner in corners]
+    return np.concatenate([*parts, *(slab.ravel() for slab in slabs)])
 
 
 def inverse(order: np.ndarray) -> np.ndarray:

@@ -78,3 +78,34 @@ def test_every_order_is_a_permutation_with_an_exact_inverse(grid, patches):
     np.testing.assert_array_equal(tokens[order][inverse(order)], tokens)
     np.testing.assert_array_equal(tokens[inverse(order)][order], tokens)
     assert inverse(order).dtype == np.int32
+
+
+def test_voxels_of_a_ragged_video_by_hand():
+    # Frames of 2 x 3: 0 1 2 / 3 4 5, then 6 .. 11, then 12 .. 17; voxels of 2 x 2 x 2.
+    expected = [0, 1, 3, 4, 6, 7, 9, 10, *range(12, 18), 2, 5, 8, 11]
+    np.testing.assert_array_equal(patch_order((3, 2, 3), ((2, 2, 2),)), expected)
+    np.testing.assert_array_equal(patch_order((3, 2, 3), (2,)), expected)
+
+
+@pytest.mark.parametrize("grid", [(33, 45, 80), (21, 45, 80), (4, 6, 9), (1, 5, 7), (5, 3, 8)])
+@pytest.mark.parametrize("voxel", [(4, 4, 8), (4, 6, 8), (1, 1, 1)])
+def test_whole_voxels_come_first_and_then_a_slab_for_each_axis(grid, voxel):
+    order = patch_order(grid, (voxel,))
+    np.testing.assert_array_equal(np.sort(order), np.arange(np.prod(grid)))
+    np.testing.assert_array_equal(order[inverse(order)], np.arange(order.size))
+    places = np.stack(np.unravel_index(order, grid), -1)
+    whole = np.array(grid) - np.array(grid) % voxel
+    size, inside = int(np.prod(voxel)), int(whole.prod())
+    voxels = places[:inside].reshape(-1, size, 3)
+    corners = voxels[:, 0]
+    assert not (corners % voxel).any() and (np.diff(np.ravel_multi_index(corners.T, grid)) > 0).all()
+    np.testing.assert_array_equal(voxels - corners[:, None], np.broadcast_to(list(np.ndindex(voxel)), voxels.shape))
+    behind = (places[inside:] >= whole).argmax(-1)  # the first axis on which a token is behind the whole voxels
+    assert (np.diff(behind) >= 0).all()
+    for axis in range(3):
+        assert (np.diff(order[inside:][behind == axis]) > 0).all()
+
+
+def test_a_patch_of_other_axes_is_refused():
+    with pytest.raises(ValueError, match=r"patch \(4, 4\): expected 3 sides for the grid \(8, 8, 8\)"):
+        patch_order((8, 8, 8), ((4, 4),))
