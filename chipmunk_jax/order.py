@@ -10,9 +10,9 @@ import numpy as np
 def patch_order(grid: Sequence[int], patches: Sequence[int | Sequence[int]] = (8, 4)) -> np.ndarray:
     """Raster index of every token of a grid in patch order, i32 [product of the grid].
 
-    The largest patches go in raster order, inside each the next smaller ones, inside the smallest the tokens in raster order. Tokens
-    that fill no whole patch follow at the end of their level, a slab for each axis, in raster order: first what is behind the last
-    whole patch on the first axis, then of the rest what is behind it on the second, ..
+    The largest patches go in raster order, inside each the next smaller ones, inside the smallest the tokens in raster order.
+    Tokens that fill no whole patch follow at the end of their level, a slab for each axis, in raster order: first what is behind
+    the last whole patch on the first axis, then of the rest what is behind it on the second, ..
 
     Args:
         grid: (rows, columns) of an image's tokens, (frames, rows, columns) of a video's, any size.
