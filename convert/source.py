@@ -10,6 +10,7 @@ from chipmunk_jax.convert.checkpoint import is_checkpoint
 from chipmunk_jax.convert.networks import abstract, leaves_of
 from chipmunk_jax.convert.rules import Layout, Match, listed, match
 from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
+from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
 
 LAYOUTS = flux.LAYOUTS
 PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like
@@ -43,7 +44,8 @@ def open_source(path: str | Path) -> Source:
     """The checkpoint under `path`.
 
     Args:
-        path: a .safetensors file, an index of shards, a folder with one of either, or the folder above a transformer/.
+        path: a .safetensors file, an index of shards, a .pt or .pth file, a folder with one of these, or the folder above a
+            transformer/.
 
     Raises:
         FileNotFoundError: there is no such path.
@@ -54,7 +56,7 @@ def open_source(path: str | Path) -> Source:
         raise ValueError(f"{path}: already converted")
     if (path / "transformer").is_dir() and not list(path.glob(f"{STEM}*")):
         path = path / "transformer"
-    weights = strip_prefix(read_weights(path))
+    weights = strip_prefix(read_any(path))
     layout = next((layout for layout in LAYOUTS if any(mark in weights.tensors for mark in layout.marks)), None)
     if layout is None:
         known = ", ".join(f"{layout.model} ({layout.name})" for layout in LAYOUTS)
@@ -66,6 +68,14 @@ def open_source(path: str | Path) -> Source:
         return Source(weights, layout, layout.configure(shapes, read_config(path, layout.class_name)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_any(path: Path) -> Weights:
+    """The tensors under a path, whatever holds them; safetensors first."""
+    pickles = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
+    if len(pickles) == 1 and pickles[0].suffix in SUFFIXES and not list(path.glob("*.safetensors")):
+        return read_torch_pickle(pickles[0])
+    return read_weights(path)
 
 
 def strip_prefix(weights: Weights) -> Weights:
