@@ -103,12 +103,10 @@ def by_kind(step: Step, run: Callable, *operands):
         return run(step, *operands)
     place, branches = 0, [partial(run, step)]
     for attention, mlp in DELTA_STEPS[: 2 if step.mlp else 1]:
-        pairs = [(share, phase) for share, phase in ((step.attention, attention), (step.mlp, mlp)) if share]
-        branches.append(
-            partial(run, step.replace(attention=_known(step.attention, attention), mlp=_known(step.mlp, mlp)))
-        )
-        here = jnp.array([share.phase == phase for share, phase in pairs]).all()
-        place = jnp.where(here, len(branches) - 1, place)
+        wanted = [(share, phase) for share, phase in ((step.attention, attention), (step.mlp, mlp)) if share]
+        known = step.replace(attention=_known(step.attention, attention), mlp=_known(step.mlp, mlp))
+        place = jnp.where(jnp.array([share.phase == phase for share, phase in wanted]).all(), len(branches), place)
+        branches.append(partial(run, known))
     return lax.switch(place, branches, *operands)
 
 

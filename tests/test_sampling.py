@@ -1,5 +1,6 @@
 """Laws of sample(): it is a plain Euler loop, its columns change nothing when all are kept, and its bits do not change at all."""
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, flux_timesteps, sample, sampling
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, flux_timesteps, sample, sampling, schedule
 from chipmunk_jax.convert import read
 from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
@@ -129,6 +130,17 @@ def test_one_compile_for_all_prompts_seeds_guidance_scales_and_schedules_of_a_sh
         noise, cond = inputs(2, seed)
         draw(model, noise, cond, sparsity=config, guidance=1.0 + seed, seed=seed)
     assert sampling._run._cache_size() == 1
+
+
+@pytest.mark.parametrize("without", [(), ("attention",), ("mlp",)])
+def test_steps_compiled_apart_are_those_that_choose_as_they_run(model, monkeypatch, without):
+    sparsity = dataclasses.replace(SPARSE, **dict.fromkeys(without))
+    chosen = draw(model, *inputs(), sparsity=sparsity)
+    monkeypatch.setattr(schedule, "choose", lambda *_, **__: "pallas")  # as on a GPU; the kernels' references run
+    sampling._run.clear_cache()
+    apart = draw(model, *inputs(), sparsity=sparsity)
+    sampling._run.clear_cache()
+    np.testing.assert_allclose(apart, chosen, **CLOSE)
 
 
 def test_callback_sees_every_step_in_raster_order_and_changes_nothing(model):
