@@ -91,27 +91,33 @@ def by_phase(phase: jax.Array | int, branches: Sequence[Callable], *operands):
     return branches[phase](*operands) if isinstance(phase, int) else lax.switch(phase, branches, *operands)
 
 
-DELTA_STEPS = ((AttentionPhase.DELTA, MlpPhase.DELTA), (AttentionPhase.DELTA, MlpPhase.SELECT_DELTA))
+# What most steps are; the rest are the first two.
+KINDS = (
+    (AttentionPhase.DELTA, MlpPhase.DELTA),
+    (AttentionPhase.DELTA, MlpPhase.SELECT_DELTA),
+    (AttentionPhase.REFRESH, MlpPhase.FULL),
+)
 
 
 def by_kind(step: Step, run: Callable, *operands):
-    """run(step, *operands), on a GPU compiled once for any step, and once more for each of the two kinds of delta steps.
+    """run(step, *operands), on a GPU compiled once for any step, and once more for each of KINDS.
 
-    Their layers then have nothing to choose. A choice takes a GPU some 25 us: two in every layer of FLUX.1, 3 ms of 79.
+    Their layers then have nothing to choose. A choice takes a GPU some 25 us, two in every layer of FLUX.1 3 ms of 79; and in a
+    branch XLA copies every slice of a stack of weights.
     """
     if choose(step.implementation, dtype=jnp.bfloat16) != "pallas" or not (step.attention or step.mlp):
         return run(step, *operands)
+    shares = (step.attention, step.mlp)
+    known = lambda kind: tuple(share and phase for share, phase in zip(shares, kind, strict=True))
     place, branches = 0, [partial(run, step)]
-    for attention, mlp in DELTA_STEPS[: 2 if step.mlp else 1]:
-        wanted = [(share, phase) for share, phase in ((step.attention, attention), (step.mlp, mlp)) if share]
-        known = step.replace(attention=_known(step.attention, attention), mlp=_known(step.mlp, mlp))
-        place = jnp.where(jnp.array([share.phase == phase for share, phase in wanted]).all(), len(branches), place)
-        branches.append(partial(run, known))
+    for phases in dict.fromkeys(map(known, KINDS)):
+        here = [share.phase == phase for share, phase in zip(shares, phases, strict=True) if share]
+        place = jnp.where(jnp.array(here).all(), len(branches), place)
+        attention, mlp = (
+            share and share.replace(phase=int(phase)) for share, phase in zip(shares, phases, strict=True)
+        )
+        branches.append(partial(run, step.replace(attention=attention, mlp=mlp)))
     return lax.switch(place, branches, *operands)
-
-
-def _known(share: Share | None, phase: int) -> Share | None:
-    return share and share.replace(phase=int(phase))
 
 
 def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step:
