@@ -8,7 +8,8 @@ DESCRIPTION = """\
 Write a PyTorch checkpoint as a folder that `chipmunk sample` and `chipmunk_jax.convert.load` read, without PyTorch.
 
 SOURCE is one of
-  a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.
+  a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.; or .pt and .pth, of
+                       which only tensors are read: a file that would run anything is refused
   a diffusers folder   transformer/ with its shards and index, or the folder above it
 Layout and sizes are found from the file itself. All names and shapes are checked before any data are read, and TARGET
 appears only when it is whole. fp8 weights are cast to the dtype asked for."""
