@@ -119,8 +119,8 @@ class Sparsity:
 
     attention: AttentionSparsity | None = dataclasses.field(default_factory=AttentionSparsity)
     mlp: MlpSparsity | None = dataclasses.field(default_factory=MlpSparsity)
-    patches: tuple[int, ...] = _option(
-        (8, 4), "sides of the nested squares that image tokens are ordered by; [] for rows"
+    patches: tuple[int | tuple[int, ...], ...] = _option(
+        (8, 4), "sides of the nested patches that tokens are ordered by, as [8,4] or the voxel [[4,4,8]]; [] for rows"
     )
 
     def __post_init__(self):
@@ -128,9 +128,17 @@ class Sparsity:
             part = getattr(self, name)
             _require(part is None or isinstance(part, kind), name, part, f"{kind.__name__} or None")
         _check_types(self)
-        sizes = self.patches
-        nested = all(side > 0 for side in sizes) and all(a % b == 0 for a, b in itertools.pairwise(sizes))
-        _require(nested, "patches", self.patches, "sides that divide each other, the largest first")
+        _require(_nested(self.patches), "patches", self.patches, "sides that divide each other, the largest first")
+
+
+def _nested(patches: tuple[int | tuple[int, ...], ...]) -> bool:
+    """Whether whole patches of every size fill one of the size before."""
+    axes = max((len(patch) for patch in patches if isinstance(patch, tuple)), default=1)
+    sides = [patch if isinstance(patch, tuple) else (patch,) * axes for patch in patches]
+    whole = all(len(patch) == axes and min(patch, default=0) > 0 for patch in sides)
+    return whole and all(
+        a % b == 0 for big, small in itertools.pairwise(sides) for a, b in zip(big, small, strict=True)
+    )
 
 
 def load_sparsity(source: str | Path | dict[str, Any] | Sparsity, overrides: dict[str, Any] | None = None) -> Sparsity:
@@ -216,14 +224,20 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
         "float": _is_whole(value) or isinstance(value, float),
         "int": _is_whole(value),
         "bool": isinstance(value, bool),
-        "tuple": isinstance(value, (list, tuple)) and all(map(_is_whole, value)),
+        "tuple": isinstance(value, (list, tuple))
+        and all(map(_is_whole, _flat(value) if kind.count("tuple") > 1 else value)),
         "Literal": isinstance(value, str),
     }
     name = next(name for name in fits if name in kind.split("|")[0].replace("<class '", "").split("[")[0])
     if not fits[name]:
         expected = dict(tuple="a list of whole numbers", float="a number", int="a whole number", bool="true or false")
         raise ValueError(f"{field.name}={value!r}: expected {expected.get(name, 'a word')}")
-    return tuple(value) if name == "tuple" else value
+    return tuple(tuple(x) if isinstance(x, list) else x for x in value) if name == "tuple" else value
+
+
+def _flat(values: list | tuple) -> list:
+    """The values of lists in a list, and those beside them."""
+    return [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _is_whole(value: Any) -> bool:

@@ -46,7 +46,10 @@ def test_the_flux_preset_has_the_values_of_the_paper():
     assert PRESETS["flux"] == Sparsity() == load_sparsity("flux")
 
 
-@pytest.mark.parametrize("sparsity", [Sparsity(), OTHER, Sparsity(attention=None, patches=()), Sparsity(mlp=None)])
+@pytest.mark.parametrize(
+    "sparsity",
+    [Sparsity(), OTHER, Sparsity(attention=None, patches=()), Sparsity(mlp=None), Sparsity(patches=((4, 4, 8), 2))],
+)
 def test_dictionaries_and_files_give_back_the_same_config(tmp_path, sparsity):
     tree = to_dict(sparsity)
     (tmp_path / "a.json").write_text(json.dumps(tree))
@@ -148,6 +151,11 @@ def test_values_out_of_range_are_one_error_in_code_and_in_files(kind, name, valu
         (lambda: Sparsity(patches=(8, 3)), ["patches=(8, 3)", "divide"]),
         (lambda: Sparsity(patches=(4, 8)), ["patches=(4, 8)", "divide"]),
         (lambda: Sparsity(patches=(0,)), ["patches=(0,)"]),
+        (lambda: Sparsity(patches=((4, 4, 8), (2, 2, 3))), ["patches=((4, 4, 8), (2, 2, 3))", "divide"]),
+        (lambda: Sparsity(patches=((4, 4, 8), (2, 2))), ["patches=((4, 4, 8), (2, 2))", "divide"]),
+        (lambda: Sparsity(patches=((),)), ["patches=((),)", "divide"]),
+        (lambda: Sparsity(patches=((4, "4"),)), ["list of whole numbers"]),
+        (lambda: MlpSparsity(full_step_schedule=((0, 1),)), ["list of whole numbers"]),
         (lambda: Sparsity(patches=4), ["patches=4", "list of whole numbers"]),
         (lambda: Sparsity(attention={"top_keys": 0.2}), ["attention=", "AttentionSparsity or None"]),
         (lambda: Sparsity(mlp=AttentionSparsity()), ["mlp=", "MlpSparsity or None"]),
