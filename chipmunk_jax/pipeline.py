@@ -100,8 +100,10 @@ class Pipeline:
             dtype: "bfloat16" or "float32"; None: float32 on a CPU, which is faster there, else as it was saved.
 
         Raises:
-            FileNotFoundError, ValueError: there is no such checkpoint, or it is not whole, or it has no word table.
+            FileNotFoundError, ValueError: no such checkpoint, half a one, one of another model, or without a word table.
         """
+        if (found := describe(folder)).model != "flux":
+            raise ValueError(f"{folder}: a {found.model} model; from prompts to pixels goes flux alone so far")
         words = WordTable.load(folder)
         model = load(folder, dtype or ("float32" if jax.default_backend() == "cpu" else None))
         return cls(model, words)

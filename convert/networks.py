@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.models.wan import Wan, WanConfig
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Network:
     config: type
 
 
-NETWORKS = {"flux": Network(Flux, FluxConfig)}
+NETWORKS = {"flux": Network(Flux, FluxConfig), "wan": Network(Wan, WanConfig)}
 DTYPES = ("bfloat16", "float16", "float32")
 
 

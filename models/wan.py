@@ -1,0 +1,234 @@
+"""Wan2.1 transformer (Alibaba, 2025): blocks of self-attention over a video's tokens, cross-attention to the text, and an MLP.
+
+A token is a patch of one frame, 2 x 2 latent pixels, its channels in the order (row, column, channel) of the output.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chipmunk_jax.cache import LayerCache, Stack
+from chipmunk_jax.delta import attend
+from chipmunk_jax.layers import Linear, Mlp, run_layers, stack_layers
+from chipmunk_jax.models.flux import Embedder, add_gated, merge_heads
+from chipmunk_jax.schedule import Step
+from pallas_kernels import dense_attention
+
+PATCH = 4  # latent pixels of a token
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Sizes of a Wan transformer, named as in the original; the defaults are those of the 1.3 B text-to-video model."""
+
+    dim: int = 1536  # D
+    ffn_dim: int = 8960  # F
+    freq_dim: int = 256
+    in_dim: int = 16  # latent channels, with those of the image conditions
+    out_dim: int = 16  # latent channels
+    text_dim: int = 4096
+    text_len: int = 512  # rows of text, zeros behind the prompt, which are attended to
+    num_heads: int = 12
+    num_layers: int = 30
+    image_dim: int | None = None  # of CLIP's image tokens; None: text to video
+    theta: float = 10_000.0
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(f"dim={self.dim}, num_heads={self.num_heads}: expected even heads of 6 or more")
+
+    @property
+    def head_dim(self) -> int:
+        """d."""
+        return self.dim // self.num_heads
+
+    @property
+    def axes_dim(self) -> tuple[int, int, int]:
+        """Widths of a head that are rotated by (frame, row, column)."""
+        side = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * side, side, side
+
+
+class Wan(nnx.Module):
+    """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
+
+    def __init__(self, config: WanConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+        c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.config, self.dtype, self.unroll = config, dtype, False
+        self.patch_in = nnx.Linear(PATCH * c.in_dim, c.dim, **kw)
+        self.text_in = nnx.Linear(c.text_dim, c.dim, **kw)
+        self.text_out = nnx.Linear(c.dim, c.dim, **kw)
+        self.image_in = ImageEmbedder(c, **kw) if c.image_dim else None
+        self.time_in = Embedder(c.freq_dim, c.dim, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
+        self.time_projection = nnx.Linear(c.dim, 6 * c.dim, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
+        self.blocks = stack_layers(lambda rngs: Block(config, dtype, rngs), c.num_layers, rngs)
+        self.final = nnx.Param(jnp.zeros((2, c.dim), dtype))  # shift, scale
+        self.head = nnx.Linear(c.dim, PATCH * c.out_dim, **kw)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: dict[str, jax.Array],
+        positions: jax.Array,
+        cache: dict[str, LayerCache] | None = None,
+        step: Step | None = None,
+        modulations: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
+        """velocity [B, N, 4 out_dim], f32, and the caches.
+
+        Args:
+            x: [B, N, 4 out_dim], tokens in any order that positions follow.
+            t: [B], f32, 1 for noise and 0 for the video; the network sees whole thousandths.
+            cond: "text" [B, T, text_dim], T up to text_len; for image to video also "image" [B, M, image_dim], tokens of CLIP, and
+                "latents" [B, N, 4 (in_dim - out_dim)], mask and image in the order of x.
+            positions: [N, 3], f32 or i32: (frame, row, column) of every token.
+            cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
+            step: what this step computes; None for the dense network.
+            modulations: of self.modulations(t, cond), where these are known already.
+        """
+        mods = modulations or self.modulations(t, cond)
+        if "latents" in cond:
+            parts = (a.reshape(*a.shape[:2], PATCH, -1) for a in (x, cond["latents"]))
+            x = jnp.concatenate(list(parts), axis=-1).reshape(*x.shape[:2], -1)
+        text = jnp.pad(cond["text"], ((0, 0), (0, self.config.text_len - cond["text"].shape[1]), (0, 0)))
+        text = self.text_out(jax.nn.gelu(self.text_in(text.astype(self.dtype)), approximate=True))
+        image = self.image_in(cond["image"].astype(self.dtype)) if self.image_in else None
+        x = self.patch_in(x.astype(self.dtype))
+        args = (mods["blocks"], text, image, self.rotations(positions))
+        x, blocks = run_layers(self.blocks, x, cache and cache["blocks"], *args, step=step, unroll=self.unroll)
+        shift, scale = jnp.split(self.final[...].astype(jnp.float32) + mods["final"], 2, axis=-2)
+        return self.head(norm(x, scale=1 + scale, shift=shift)).astype(jnp.float32), {"blocks": blocks}
+
+    def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What every block and the last layer add to their shifts, scales and gates, f32: [.., B, 6, D] and [.., B, 1, D]."""
+        half = self.config.freq_dim // 2
+        frequencies = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
+        angles = jnp.floor(1000 * t.astype(jnp.float32))[..., None] * frequencies
+        e = self.time_in(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
+        return {"blocks": self.time_projection(jax.nn.silu(e)).reshape(*e.shape[:-1], 6, -1), "final": e[..., None, :]}
+
+    def rotations(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """cos and +-sin of the rotary angles, f32 [N, 1, d] each."""
+        axes = [
+            positions[:, axis, None].astype(jnp.float32) * self.config.theta ** (-np.arange(0, width, 2) / width)
+            for axis, width in enumerate(self.config.axes_dim)
+        ]
+        angles = jnp.repeat(jnp.concatenate(axes, axis=-1), 2, axis=-1)[:, None]
+        return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
+
+    def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
+        """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
+        return np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij"), -1).reshape(-1, 3)
+
+    def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
+        """Sizes of the stack of layers for so many tokens, for the caches."""
+        c = self.config
+        sizes = dict(heads=c.num_heads, head_dim=c.head_dim, width=c.dim, mlp_width=c.ffn_dim)
+        return {"blocks": Stack(layers=c.num_layers, tokens=tokens, mlp_tokens=tokens, **sizes)}
+
+    def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:
+        """Raises ValueError unless noise [B, N, C] and the conditions fit."""
+        c, (batch, tokens, channels) = self.config, noise.shape
+        if channels != PATCH * c.out_dim:
+            raise ValueError(f"noise {noise.shape}: expected {PATCH * c.out_dim} channels a token")
+        shapes = {"text": ("T", c.text_dim)}
+        if c.image_dim:
+            shapes |= {"image": ("M", c.image_dim), "latents": (tokens, PATCH * (c.in_dim - c.out_dim))}
+        if cond.keys() != shapes.keys():
+            raise ValueError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
+        for name, (rows, width) in shapes.items():
+            found = cond[name].shape
+            if len(found) != 3 or found[0] != batch or found[2] != width or rows not in ("T", "M", found[1]):
+                raise ValueError(f"condition {name} {found}: expected {[batch, rows, width]}")
+        if cond["text"].shape[1] > c.text_len:
+            raise ValueError(f"condition text {cond['text'].shape}: expected at most {c.text_len} rows")
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to text and image, MLP."""
+
+    def __init__(self, config: WanConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c, linear = config, partial(Linear, dtype=dtype, rngs=rngs)
+        ones = lambda: nnx.Param(jnp.ones(c.dim, dtype))
+        self.heads = c.num_heads
+        self.modulation = nnx.Param(jnp.zeros((6, c.dim), dtype))  # shift, scale, gate of attention, then of the MLP
+        self.qkv, self.proj = linear(c.dim, 3 * c.dim), linear(c.dim, c.dim)
+        self.query_norm, self.key_norm = ones(), ones()
+        self.cross_norm, self.cross_norm_bias = ones(), nnx.Param(jnp.zeros(c.dim, dtype))
+        self.cross_q, self.cross_kv, self.cross_proj = (
+            linear(c.dim, c.dim),
+            linear(c.dim, 2 * c.dim),
+            linear(c.dim, c.dim),
+        )
+        self.cross_query_norm, self.cross_key_norm = ones(), ones()
+        self.image_kv = linear(c.dim, 2 * c.dim) if c.image_dim else None
+        self.image_key_norm = ones() if c.image_dim else None
+        self.mlp = Mlp(c.dim, c.ffn_dim, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("block")
+    def __call__(self, x, e, text, image, rope, cache, step):
+        mods = jnp.split(self.modulation[...].astype(jnp.float32) + e, 6, axis=-2)  # [B, 1, D] each
+        q, k, v = jnp.split(self.qkv(norm(x, shift=mods[0], scale=1 + mods[1])), 3, axis=-1)
+        q, k = (rotate(self.split(rms_norm(a, w)), *rope) for a, w in ((q, self.query_norm), (k, self.key_norm)))
+        out, cache = attend(q, k, self.split(v), cache, step)
+        x = add_gated(x, mods[2], self.proj(merge_heads(out)))
+        h = norm(x, scale=self.cross_norm[...].astype(jnp.float32), shift=self.cross_norm_bias[...].astype(jnp.float32))
+        q = self.split(rms_norm(self.cross_q(h), self.cross_query_norm))
+        out = self.look(q, self.cross_kv(text), self.cross_key_norm, step)
+        if self.image_kv is not None:
+            out = out + self.look(q, self.image_kv(image), self.image_key_norm, step)
+        x = x + self.cross_proj(merge_heads(out))
+        out, cache = self.mlp(norm(x, shift=mods[3], scale=1 + mods[4]), cache, step)
+        return add_gated(x, mods[5], out), cache
+
+    def look(self, q, kv, key_norm, step):
+        """Attention of all queries to a few keys, dense."""
+        k, v = jnp.split(kv, 2, axis=-1)
+        options = dict(scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+        return dense_attention(q, self.split(rms_norm(k, key_norm)), self.split(v), **options)[0]
+
+    def split(self, x):
+        """[B, N, D] as [B, N, H, d]."""
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+class ImageEmbedder(nnx.Module):
+    """CLIP's image tokens as tokens to attend to: norm, linear, GELU, linear, norm."""
+
+    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm_in = nnx.LayerNorm(config.image_dim, epsilon=1e-5, **kw)
+        self.fc1 = nnx.Linear(config.image_dim, config.image_dim, **kw)
+        self.fc2 = nnx.Linear(config.image_dim, config.dim, **kw)
+        self.norm_out = nnx.LayerNorm(config.dim, epsilon=1e-5, **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm_out(self.fc2(jax.nn.gelu(self.fc1(self.norm_in(x)), approximate=False)))
+
+
+def norm(x: jax.Array, *, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """scale LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + EPSILON)
+    return (scale * y + shift).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: nnx.Param) -> jax.Array:
+    """x / rms(x) * weight over all heads, computed in float32, in the dtype of x [B, N, D]."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + EPSILON)
+    return (y * weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [B, N, H, d] with every pair (2 i, 2 i + 1) turned by its angle, in float32, in the dtype of x."""
+    y = x.astype(jnp.float32)
+    swapped = y.reshape(*y.shape[:-1], -1, 2)[..., ::-1].reshape(y.shape)
+    return (y * cos + swapped * sin).astype(x.dtype)

@@ -1,0 +1,160 @@
+"""Wan against the PyTorch original (golden/make_wan_golden.py)."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, UniPC, sample, wan_timesteps
+from chipmunk_jax.convert import convert, read
+from chipmunk_jax.convert import wan as tables
+from chipmunk_jax.convert.networks import leaves_of
+from chipmunk_jax.layers import run_layers
+from chipmunk_jax.models import wan
+from chipmunk_jax.pipeline import Pipeline
+
+GOLDEN = Path(__file__).parent / "golden"
+GRID = (3, 4, 6)
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("float32"):  # an accelerator's default would be coarser than the tolerance
+        yield
+
+
+@pytest.fixture(scope="module", params=["wan_t2v", "wan_i2v"])
+def golden(request):
+    return load_file(GOLDEN / request.param / "io.safetensors") | {"name": request.param}
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return read(GOLDEN / golden["name"] / "transformer", dtype="float32")
+
+
+def tokens(video):
+    """Latents [B, C, T, 2 h, 2 w] as tokens [B, T h w, 4 C], channels in the order (row, column, channel)."""
+    batch, channels, frames, height, width = video.shape
+    patches = video.reshape(batch, channels, frames, height // 2, 2, width // 2, 2).transpose(0, 2, 3, 5, 4, 6, 1)
+    return jnp.asarray(patches.reshape(batch, -1, 4 * channels))
+
+
+def inputs(model, golden):
+    out_dim, video = model.config.out_dim, golden["in.hidden_states"]
+    cond = {"text": jnp.asarray(golden["in.encoder_hidden_states"])}
+    if "in.encoder_hidden_states_image" in golden:
+        cond |= {"image": jnp.asarray(golden["in.encoder_hidden_states_image"]), "latents": tokens(video[:, out_dim:])}
+    return tokens(video[:, :out_dim]), jnp.asarray(golden["in.timestep"] / 1000, jnp.float32), cond
+
+
+def padded(model, golden):
+    """The model with as many rows of text as the original was given."""
+    object.__setattr__(model.config, "text_len", golden["in.encoder_hidden_states"].shape[1])
+    return model
+
+
+def test_output_equals_the_original(model, golden):
+    x, t, cond = inputs(model, golden)
+    out, _ = padded(model, golden)(x, t, cond, model.positions(GRID))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, tokens(golden["out"]), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_every_block_equals_the_original(model, golden, monkeypatch):
+    seen = []
+
+    def run_each(blocks, x, cache, *args, step, unroll):
+        for layer in range(model.config.num_layers):
+            one = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], blocks)
+            x, _ = run_layers(one, x, cache, *args, step=step)
+            seen.append(x)
+        return x, cache
+
+    monkeypatch.setattr(wan, "run_layers", run_each)
+    padded(model, golden)(*inputs(model, golden), model.positions(GRID))
+    assert len(seen) == model.config.num_layers == 2
+    for i, x in enumerate(seen):
+        np.testing.assert_allclose(x, golden[f"block.{i}"], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_text_is_padded_with_zeros_that_are_attended_to(model, golden):
+    x, t, cond = inputs(model, golden)
+    wide, place = padded(model, golden), model.positions(GRID)
+    rows = cond["text"].at[:, 4:].set(0)
+    np.testing.assert_array_equal(
+        wide(x, t, cond | {"text": rows[:, :4]}, place)[0], wide(x, t, cond | {"text": rows}, place)[0]
+    )
+
+
+def test_the_original_layout_gives_the_same_weights(model, golden, tmp_path):
+    """Names of the original for the same tensors, by the two tables rule for rule."""
+    tensors = load_file(GOLDEN / golden["name"] / "transformer/diffusion_pytorch_model.safetensors")
+    renamed = {}
+    for theirs, original in zip(tables.DIFFUSERS, tables.ORIGINAL, strict=True):
+        assert theirs.targets == original.targets
+        for a, b in zip(theirs.sources, original.sources, strict=True):
+            for layer in range(2) if "*" in a else [0]:
+                if a.replace("*", str(layer)) in tensors:
+                    renamed[b.replace("*", str(layer))] = tensors[a.replace("*", str(layer))]
+    assert len(renamed) == len(tensors)
+    save_file(renamed, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "text_len": model.config.text_len}))
+    again = read(tmp_path, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, leaves_of(again), leaves_of(model))
+
+
+def test_names_of_the_published_models_are_those_of_the_original():
+    names = {source for rule in tables.ORIGINAL for source in rule.sources}
+    assert {
+        "patch_embedding.weight", "text_embedding.0.bias", "time_projection.1.weight", "blocks.*.modulation", "head.modulation",
+        "blocks.*.self_attn.norm_q.weight", "blocks.*.cross_attn.k_img.weight", "blocks.*.norm3.bias", "blocks.*.ffn.2.weight",
+        "img_emb.proj.4.weight", "head.head.weight",
+    } <= names  # fmt: skip
+
+
+@pytest.mark.parametrize("patches", [((2, 2, 4),), (), (2,)])
+def test_with_all_keys_and_neurons_kept_sampling_is_dense(patches):
+    config = wan.WanConfig(
+        dim=64, ffn_dim=96, freq_dim=16, in_dim=3, out_dim=3, text_dim=8, text_len=7, num_heads=2, num_layers=3
+    )
+    model, grid = wan.Wan(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), (3, 5, 9)
+    keys = jax.random.split(jax.random.key(0), 2)
+    noise, cond = jax.random.normal(keys[0], (1, 135, 12)), {"text": jax.random.normal(keys[1], (1, 5, 8))}
+    run = partial(sample, model, noise, cond, timesteps=wan_timesteps(6, 5.0), grid=grid, solver=UniPC(), guidance=3.0)
+    parts = dict(full_step_every=3, first_n_dense_layers=1, group=64, top_keys=1.0)
+    whole = Sparsity(attention=AttentionSparsity(**parts), mlp=MlpSparsity(**parts), patches=patches)
+    dense = run()
+    np.testing.assert_allclose(run(sparsity=whole), dense, atol=2e-4, rtol=2e-4)
+    half = dataclasses.replace(whole, attention=AttentionSparsity(**parts | {"top_keys": 0.5}))
+    assert np.isfinite(run(sparsity=half)).all() and not np.allclose(run(sparsity=half), dense, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("noise", "cond", "message"),
+    [
+        ((1, 6, 11), {"text": (1, 5, 8)}, "expected 12 channels"),
+        ((1, 6, 12), {}, r"expected \['text'\]"),
+        ((1, 6, 12), {"text": (1, 8, 8)}, "at most 7 rows"),
+        ((1, 6, 12), {"text": (2, 5, 8)}, r"expected \[1, 'T', 8\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(noise, cond, message):
+    config = wan.WanConfig(dim=64, ffn_dim=96, in_dim=3, out_dim=3, text_dim=8, text_len=7, num_heads=2, num_layers=1)
+    model = nnx.eval_shape(lambda: wan.Wan(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=message):
+        model.check(jnp.zeros(noise), {name: jnp.zeros(shape) for name, shape in cond.items()})
+
+
+def test_prompts_to_pixels_are_refused(model, golden, tmp_path):
+    convert(GOLDEN / golden["name"] / "transformer", tmp_path / "wan")
+    with pytest.raises(ValueError, match="a wan model; from prompts to pixels goes flux alone so far"):
+        Pipeline.load(tmp_path / "wan")
