@@ -4,6 +4,7 @@
 Sources: Wan-Video/Wan2.1 wan/modules/model.py; diffusers scripts/convert_wan_to_diffusers.py.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from chipmunk_jax.models.wan import WanConfig
 
 
 def patches(weight: np.ndarray) -> np.ndarray:
-    """A convolution [D, C, 1, 2, 2] over patches that do not overlap, as a linear layer [D, (row, column, channel)]."""
+    """A convolution [D, C, 1, p, p] over patches that do not overlap, as a linear layer [D, (row, column, channel)]."""
     return weight.transpose(0, 2, 3, 4, 1).reshape(len(weight), -1)
 
 
@@ -112,6 +113,7 @@ def configure(n: dict[str, str], shapes: Mapping[str, tuple[int, ...]], stated: 
     """
     size = lambda name, axis: measure(shapes, ((name, axis),)) or 1  # a missing tensor is named by the match
     dim, layers = size(f"{n['patch']}.bias", 0), count_layers(shapes, "blocks.")
+    patch = tuple(size(f"{n['patch']}.weight", axis) for axis in (2, 3, 4))
     heads = stated.get("num_attention_heads", stated.get("num_heads", dim // HEAD_DIM))
     if not layers or not isinstance(heads, int) or heads < 1 or dim % heads:
         raise ValueError(f"no Wan model has width {dim}, {layers} blocks and {heads} heads, as the tensors say")
@@ -120,12 +122,12 @@ def configure(n: dict[str, str], shapes: Mapping[str, tuple[int, ...]], stated: 
         ffn_dim=size(f"blocks.*.{n['fc1']}.bias", 0),
         freq_dim=size(f"{n['time']}{n['time_1']}.weight", 1),
         in_dim=size(f"{n['patch']}.weight", 1),
-        out_dim=size(f"{n['head']}.bias", 0) // 4,
+        out_dim=max(1, size(f"{n['head']}.bias", 0) // math.prod(patch)),
+        patch_size=patch,
         text_dim=size(f"{n['text']}{n['text_1']}.weight", 1),
         num_heads=heads,
         num_layers=layers,
         image_dim=measure(shapes, ((f"{n['image']}{n['image_1']}.weight", 1),)),
-        **({"text_len": stated["text_len"]} if "text_len" in stated else {}),
     )
 
 

@@ -3,6 +3,7 @@
 A token is a patch of one frame, 2 x 2 latent pixels, its channels in the order (row, column, channel) of the output.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,6 @@ from chipmunk_jax.models.flux import Embedder, add_gated, merge_heads
 from chipmunk_jax.schedule import Step
 from pallas_kernels import dense_attention
 
-PATCH = 4  # latent pixels of a token
 EPSILON = 1e-6
 
 
@@ -32,13 +32,14 @@ class WanConfig:
     in_dim: int = 16  # latent channels, with those of the image conditions
     out_dim: int = 16  # latent channels
     text_dim: int = 4096
-    text_len: int = 512  # rows of text, zeros behind the prompt, which are attended to
     num_heads: int = 12
     num_layers: int = 30
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of a token
     image_dim: int | None = None  # of CLIP's image tokens; None: text to video
     theta: float = 10_000.0
 
     def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f"dim={self.dim}, num_heads={self.num_heads}: expected even heads of 6 or more")
 
@@ -46,6 +47,11 @@ class WanConfig:
     def head_dim(self) -> int:
         """d."""
         return self.dim // self.num_heads
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels of a token."""
+        return math.prod(self.patch_size)
 
     @property
     def axes_dim(self) -> tuple[int, int, int]:
@@ -60,7 +66,7 @@ class Wan(nnx.Module):
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.config, self.dtype, self.unroll = config, dtype, False
-        self.patch_in = nnx.Linear(PATCH * c.in_dim, c.dim, **kw)
+        self.patch_in = nnx.Linear(c.patch * c.in_dim, c.dim, **kw)
         self.text_in = nnx.Linear(c.text_dim, c.dim, **kw)
         self.text_out = nnx.Linear(c.dim, c.dim, **kw)
         self.image_in = ImageEmbedder(c, **kw) if c.image_dim else None
@@ -68,7 +74,7 @@ class Wan(nnx.Module):
         self.time_projection = nnx.Linear(c.dim, 6 * c.dim, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
         self.blocks = stack_layers(lambda rngs: Block(config, dtype, rngs), c.num_layers, rngs)
         self.final = nnx.Param(jnp.zeros((2, c.dim), dtype))  # shift, scale
-        self.head = nnx.Linear(c.dim, PATCH * c.out_dim, **kw)
+        self.head = nnx.Linear(c.dim, c.patch * c.out_dim, **kw)
 
     def __call__(
         self,
@@ -80,13 +86,14 @@ class Wan(nnx.Module):
         step: Step | None = None,
         modulations: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
-        """velocity [B, N, 4 out_dim], f32, and the caches.
+        """velocity [B, N, patch out_dim], f32, and the caches.
 
         Args:
-            x: [B, N, 4 out_dim], tokens in any order that positions follow.
+            x: [B, N, patch out_dim], tokens in any order that positions follow.
             t: [B], f32, 1 for noise and 0 for the video; the network sees whole thousandths.
-            cond: "text" [B, T, text_dim], T up to text_len; for image to video also "image" [B, M, image_dim], tokens of CLIP, and
-                "latents" [B, N, 4 (in_dim - out_dim)], mask and image in the order of x.
+            cond: "text" [B, T, text_dim], all of whose rows are attended to (512 in the published models, zeros
+                behind the prompt); for image to video also "image" [B, M, image_dim], tokens of CLIP, and
+                "latents" [B, N, patch (in_dim - out_dim)], mask and image in the order of x.
             positions: [N, 3], f32 or i32: (frame, row, column) of every token.
             cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
             step: what this step computes; None for the dense network.
@@ -94,10 +101,9 @@ class Wan(nnx.Module):
         """
         mods = modulations or self.modulations(t, cond)
         if "latents" in cond:
-            parts = (a.reshape(*a.shape[:2], PATCH, -1) for a in (x, cond["latents"]))
+            parts = (a.reshape(*a.shape[:2], self.config.patch, -1) for a in (x, cond["latents"]))
             x = jnp.concatenate(list(parts), axis=-1).reshape(*x.shape[:2], -1)
-        text = jnp.pad(cond["text"], ((0, 0), (0, self.config.text_len - cond["text"].shape[1]), (0, 0)))
-        text = self.text_out(jax.nn.gelu(self.text_in(text.astype(self.dtype)), approximate=True))
+        text = self.text_out(jax.nn.gelu(self.text_in(cond["text"].astype(self.dtype)), approximate=True))
         image = self.image_in(cond["image"].astype(self.dtype)) if self.image_in else None
         x = self.patch_in(x.astype(self.dtype))
         args = (mods["blocks"], text, image, self.rotations(positions))
@@ -135,19 +141,17 @@ class Wan(nnx.Module):
     def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:
         """Raises ValueError unless noise [B, N, C] and the conditions fit."""
         c, (batch, tokens, channels) = self.config, noise.shape
-        if channels != PATCH * c.out_dim:
-            raise ValueError(f"noise {noise.shape}: expected {PATCH * c.out_dim} channels a token")
+        if channels != c.patch * c.out_dim:
+            raise ValueError(f"noise {noise.shape}: expected {c.patch * c.out_dim} channels a token")
         shapes = {"text": ("T", c.text_dim)}
         if c.image_dim:
-            shapes |= {"image": ("M", c.image_dim), "latents": (tokens, PATCH * (c.in_dim - c.out_dim))}
+            shapes |= {"image": ("M", c.image_dim), "latents": (tokens, c.patch * (c.in_dim - c.out_dim))}
         if cond.keys() != shapes.keys():
             raise ValueError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
         for name, (rows, width) in shapes.items():
             found = cond[name].shape
             if len(found) != 3 or found[0] != batch or found[2] != width or rows not in ("T", "M", found[1]):
                 raise ValueError(f"condition {name} {found}: expected {[batch, rows, width]}")
-        if cond["text"].shape[1] > c.text_len:
-            raise ValueError(f"condition text {cond['text'].shape}: expected at most {c.text_len} rows")
 
 
 class Block(nnx.Module):
