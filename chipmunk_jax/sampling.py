@@ -88,7 +88,8 @@ def sample(
     The same arguments give the same bits; on a GPU, where XLA chooses algorithms by timing them, in another process only with a
     compilation cache (jax_compilation_cache_dir), as the command line keeps one.
 
-    Compiled once for the shapes of its arguments: prompts, seeds, guidance, times, schedules and shares of columns are data.
+    Compiled once for the shapes of its arguments: prompts, seeds, guidance, times, schedules and shares of columns are data, the
+    number of dense layers and the query stride are not.
 
     Args:
         model: the network, weights on the device.

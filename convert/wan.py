@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chipmunk_jax.convert.flux import count_layers, linear, measure, mlp
+from chipmunk_jax.convert.naming import count_layers, linear, measure, mlp
 from chipmunk_jax.convert.rules import Layout, Rule
 from chipmunk_jax.models.wan import WanConfig
 

@@ -117,13 +117,7 @@ class Flux(nnx.Module):
 
     def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
         """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [T + N, d] each."""
-        positions = jnp.pad(positions.astype(jnp.float32), ((text_tokens, 0), (0, 0)))
-        axes = [
-            positions[:, axis, None] * self.config.theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-            for axis, width in enumerate(self.config.axes_dim)
-        ]
-        angles = jnp.repeat(jnp.concatenate(axes, axis=-1), 2, axis=-1)
-        return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
+        return rotary_table(jnp.pad(positions, ((text_tokens, 0), (0, 0))), self.config.axes_dim, self.config.theta)
 
     def positions(self, grid: tuple[int, int]) -> np.ndarray:
         """(0, row, column) of every image token of a grid (rows, columns), in raster order, f32 [N, 3]."""
@@ -252,20 +246,41 @@ class Embedder(nnx.Module):
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
 
 
+def rotary_table(positions: jax.Array, axes_dim: tuple[int, ...], theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [N, d] each, of positions [N, axes]."""
+    positions = positions.astype(jnp.float32)
+    axes = [
+        positions[:, axis, None] * theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        for axis, width in enumerate(axes_dim)
+    ]
+    angles = jnp.repeat(jnp.concatenate(axes, axis=-1), 2, axis=-1)
+    return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
+
+
 def time_embedding(t: jax.Array, width: int = 256) -> jax.Array:
     """[cos, sin] of 1000 t at geometric frequencies, f32 [.., width]."""
+    return sinusoids(1000.0 * t.astype(jnp.float32), width)
+
+
+def sinusoids(x: jax.Array, width: int) -> jax.Array:
+    """[cos, sin] of x, f32, at geometric frequencies, [.., width]."""
     # Rounded once from float64: at angles of 3,500 (guidance) a device's own float32 power would show in the result.
     frequencies = (10_000.0 ** (-np.arange(width // 2) / (width // 2))).astype(np.float32)
-    angles = 1000.0 * t.astype(jnp.float32)[..., None] * frequencies
+    angles = x[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """(1 + scale) LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
+    return layer_norm(x, scale=1 + scale, shift=shift)
+
+
+def layer_norm(x: jax.Array, *, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """scale LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
-    return ((1 + scale) * y + shift).astype(x.dtype)
+    return (scale * y + shift).astype(x.dtype)
 
 
 def merge_heads(x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Wan2.1 transformer (Alibaba, 2025): blocks of self-attention over a video's tokens, cross-attention to the text, and an MLP.
 
-A token is a patch of one frame, 2 x 2 latent pixels, its channels in the order (row, column, channel) of the output.
+A token is a patch of latent pixels, 2 x 2 of one frame in the published models; its channels are in the order of the output: row,
+column, channel.
 """
 
 import math
@@ -15,11 +16,18 @@ from flax import nnx
 from chipmunk_jax.cache import LayerCache, Stack
 from chipmunk_jax.delta import attend
 from chipmunk_jax.layers import Linear, Mlp, run_layers, stack_layers
-from chipmunk_jax.models.flux import Embedder, add_gated, merge_heads
+from chipmunk_jax.models.flux import (
+    Embedder,
+    add_gated,
+    layer_norm,
+    merge_heads,
+    modulate,
+    rotary_table,
+    sinusoids,
+)
 from chipmunk_jax.schedule import Step
 from pallas_kernels import dense_attention
-
-EPSILON = 1e-6
+from pallas_kernels.rotary_qkv import rms_norm, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,24 +117,17 @@ class Wan(nnx.Module):
         args = (mods["blocks"], text, image, self.rotations(positions))
         x, blocks = run_layers(self.blocks, x, cache and cache["blocks"], *args, step=step, unroll=self.unroll)
         shift, scale = jnp.split(self.final[...].astype(jnp.float32) + mods["final"], 2, axis=-2)
-        return self.head(norm(x, scale=1 + scale, shift=shift)).astype(jnp.float32), {"blocks": blocks}
+        return self.head(modulate(x, shift, scale)).astype(jnp.float32), {"blocks": blocks}
 
     def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What every block and the last layer add to their shifts, scales and gates, f32: [.., B, 6, D] and [.., B, 1, D]."""
-        half = self.config.freq_dim // 2
-        frequencies = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
-        angles = jnp.floor(1000 * t.astype(jnp.float32))[..., None] * frequencies
-        e = self.time_in(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
+        e = self.time_in(sinusoids(jnp.floor(1000 * t.astype(jnp.float32)), self.config.freq_dim))
         return {"blocks": self.time_projection(jax.nn.silu(e)).reshape(*e.shape[:-1], 6, -1), "final": e[..., None, :]}
 
     def rotations(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """cos and +-sin of the rotary angles, f32 [N, 1, d] each."""
-        axes = [
-            positions[:, axis, None].astype(jnp.float32) * self.config.theta ** (-np.arange(0, width, 2) / width)
-            for axis, width in enumerate(self.config.axes_dim)
-        ]
-        angles = jnp.repeat(jnp.concatenate(axes, axis=-1), 2, axis=-1)[:, None]
-        return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
+        cos, sin = rotary_table(positions, self.config.axes_dim, self.config.theta)
+        return cos[:, None], sin[:, None]  # the same for all heads
 
     def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
@@ -178,24 +179,25 @@ class Block(nnx.Module):
     @jax.named_scope("block")
     def __call__(self, x, e, text, image, rope, cache, step):
         mods = jnp.split(self.modulation[...].astype(jnp.float32) + e, 6, axis=-2)  # [B, 1, D] each
-        q, k, v = jnp.split(self.qkv(norm(x, shift=mods[0], scale=1 + mods[1])), 3, axis=-1)
-        q, k = (rotate(self.split(rms_norm(a, w)), *rope) for a, w in ((q, self.query_norm), (k, self.key_norm)))
+        q, k, v = jnp.split(self.qkv(modulate(x, *mods[:2])), 3, axis=-1)
+        q, k = (rotated(self.split(normed(a, w)), *rope) for a, w in ((q, self.query_norm), (k, self.key_norm)))
         out, cache = attend(q, k, self.split(v), cache, step)
         x = add_gated(x, mods[2], self.proj(merge_heads(out)))
-        h = norm(x, scale=self.cross_norm[...].astype(jnp.float32), shift=self.cross_norm_bias[...].astype(jnp.float32))
-        q = self.split(rms_norm(self.cross_q(h), self.cross_query_norm))
+        weight, bias = (a[...].astype(jnp.float32) for a in (self.cross_norm, self.cross_norm_bias))
+        h = layer_norm(x, scale=weight, shift=bias)
+        q = self.split(normed(self.cross_q(h), self.cross_query_norm))
         out = self.look(q, self.cross_kv(text), self.cross_key_norm, step)
         if self.image_kv is not None:
             out = out + self.look(q, self.image_kv(image), self.image_key_norm, step)
         x = x + self.cross_proj(merge_heads(out))
-        out, cache = self.mlp(norm(x, shift=mods[3], scale=1 + mods[4]), cache, step)
+        out, cache = self.mlp(modulate(x, *mods[3:5]), cache, step)
         return add_gated(x, mods[5], out), cache
 
     def look(self, q, kv, key_norm, step):
         """Attention of all queries to a few keys, dense."""
         k, v = jnp.split(kv, 2, axis=-1)
         options = dict(scale=q.shape[-1] ** -0.5, implementation=step.implementation)
-        return dense_attention(q, self.split(rms_norm(k, key_norm)), self.split(v), **options)[0]
+        return dense_attention(q, self.split(normed(k, key_norm)), self.split(v), **options)[0]
 
     def split(self, x):
         """[B, N, D] as [B, N, H, d]."""
@@ -216,23 +218,11 @@ class ImageEmbedder(nnx.Module):
         return self.norm_out(self.fc2(jax.nn.gelu(self.fc1(self.norm_in(x)), approximate=False)))
 
 
-def norm(x: jax.Array, *, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """scale LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + EPSILON)
-    return (scale * y + shift).astype(x.dtype)
-
-
-def rms_norm(x: jax.Array, weight: nnx.Param) -> jax.Array:
+def normed(x: jax.Array, weight: nnx.Param) -> jax.Array:
     """x / rms(x) * weight over all heads, computed in float32, in the dtype of x [B, N, D]."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + EPSILON)
-    return (y * weight[...].astype(jnp.float32)).astype(x.dtype)
+    return rms_norm(x.astype(jnp.float32), weight[...]).astype(x.dtype)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """x [B, N, H, d] with every pair (2 i, 2 i + 1) turned by its angle, in float32, in the dtype of x."""
-    y = x.astype(jnp.float32)
-    swapped = y.reshape(*y.shape[:-1], -1, 2)[..., ::-1].reshape(y.shape)
-    return (y * cos + swapped * sin).astype(x.dtype)
+    return rotate(x.astype(jnp.float32), cos, sin).astype(x.dtype)

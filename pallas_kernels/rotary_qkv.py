@@ -86,18 +86,18 @@ def _reference(parts, cos, sin, layer):
     def normed(part: Projection):
         x = part.x.astype(jnp.float32) + part.bias[layer].astype(jnp.float32)
         q, k, v = (a.reshape(*a.shape[:2], -1, width) for a in jnp.split(x, 3, axis=-1))
-        return _norm(q, part.query_norm[layer]), _norm(k, part.key_norm[layer]), v
+        return rms_norm(q, part.query_norm[layer]), rms_norm(k, part.key_norm[layer]), v
 
     q, k, v = (jnp.concatenate(side, axis=1) for side in zip(*map(normed, parts), strict=True))
-    return tuple(a.astype(dtype) for a in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
+    return tuple(a.astype(dtype) for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
 
 
-def _norm(x, weight):
+def rms_norm(x, weight):
     """x / rms(x) * weight over the last axis, f32."""
     return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + EPSILON) * weight.astype(jnp.float32)
 
 
-def _rotate(x, cos, sin):
+def rotate(x, cos, sin):
     """x [.., d], f32, with the two of every pair of its last axis turned."""
     return x * cos + x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape) * sin
 
@@ -157,7 +157,7 @@ def _body(*refs, heads, together):
                     x = plgpu.load(part.x.at[b, (rows - start)[:, None], columns[None, :]], mask=inside, other=0)
                     return x.astype(jnp.float32) + part.bias[layer, columns].astype(jnp.float32)
 
-                q, k = _turn(_norm(load(0), query_norm), cos, sin), _turn(_norm(load(1), key_norm), cos, sin)
+                q, k = _turn(rms_norm(load(0), query_norm), cos, sin), _turn(rms_norm(load(1), key_norm), cos, sin)
                 for ref, value in ((q_ref, q), (k_ref, k), (v_ref, load(2))):
                     plgpu.store(ref.at[b, rows[:, None], h, features[None, :]], value.astype(ref.dtype), mask=inside)
                 return carry
@@ -168,7 +168,7 @@ def _body(*refs, heads, together):
 
 
 def _turn(x, cos, sin):
-    """_rotate of a tile: a reversal does not lower here, but the other of each pair is also a sum of it and a zero."""
+    """rotate of a tile: a reversal does not lower here, but the other of each pair is also a sum of it and a zero."""
     pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2)
     odd = lax.broadcasted_iota(jnp.int32, pairs.shape, 2) == 1
     u, v = (jnp.where(place, pairs, 0).sum(-1, keepdims=True) for place in (~odd, odd))

@@ -22,12 +22,6 @@ LAYOUTS = {"diffusers": "flux_{0}/transformer", "original": "flux_{0}/original/f
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("float32"):  # an accelerator's default would be coarser than the tolerance
-        yield
-
-
 @pytest.fixture(scope="module", params=["dev", "schnell"])
 def name(request):
     return request.param

@@ -25,12 +25,6 @@ GRID = (3, 4, 6)
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("float32"):  # an accelerator's default would be coarser than the tolerance
-        yield
-
-
 @pytest.fixture(scope="module", params=["wan_t2v", "wan_i2v"])
 def golden(request):
     return load_file(GOLDEN / request.param / "io.safetensors") | {"name": request.param}

@@ -53,8 +53,10 @@ def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
 def kernel_table(kernels: list[dict[str, Any]]) -> str:
     """Aligned lines: kernel, calls, ms of all calls, us a call, share of the step."""
     *kernels, gap = kernels
-    rest = {"kernel": "(others)", "calls": sum(k["calls"] for k in kernels[SHOWN:])} if kernels[SHOWN:] else None
-    shown = [*kernels[:SHOWN], *([rest | {"ms": sum(k["ms"] for k in kernels[SHOWN:])}] if rest else []), gap]
+    shown, rest = kernels[:SHOWN], kernels[SHOWN:]
+    if rest:
+        shown.append({"kernel": "(others)"} | {key: sum(k[key] for k in rest) for key in ("calls", "ms")})
+    shown.append(gap)
     total = sum(k["ms"] for k in shown)
     columns = {
         "kernel": [k["kernel"][:48] for k in shown],
