@@ -12,8 +12,13 @@ from pallas_kernels.groups import group_count
 class Columns:
     """Chosen columns of each group: distinct, ascending; only the first counts of them are valid."""
 
-    indices: jax.Array  # i32 [.., G, K]
+    indices: jax.Array  # i32 [.., G, K]; of PACKED sequences two ids a word, [.., G, K / 2]
     counts: jax.Array  # i32 [.., G]
+    wrap: jax.Array | None = None  # i32 [.., G], of packed lists: see pallas_kernels.pack_lists
+
+
+# Tokens of sequences whose lists of keys are packed: shorter ones have small lists, longer ones ids of more than 17 bits.
+PACKED = range(32_769, 131_073)
 
 
 @struct.dataclass
@@ -54,6 +59,9 @@ class Stack:
     mlp_tokens: int = struct.field(pytree_node=False)  # N of its sparse MLP
     width: int = struct.field(pytree_node=False)  # D
     mlp_width: int = struct.field(pytree_node=False)  # F
+    text: tuple[int, int] = struct.field(
+        pytree_node=False, default=(0, 0)
+    )  # rows of the tokens that are text: start, stop
 
 
 def zeros(stacks: dict[str, Stack], sparsity: Sparsity, batch: int, dtype: jnp.dtype) -> dict[str, LayerCache]:
@@ -67,7 +75,11 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
     if config := sparsity.attention:
         heads = (*lead, stack.heads)
         attention = AttentionCache(
-            columns=_no_columns((*heads, group_count(stack.tokens, config.group)), config.capacity(stack.tokens)),
+            columns=_no_columns(
+                (*heads, group_count(stack.tokens, config.group)),
+                config.capacity(stack.tokens),
+                packed=stack.tokens in PACKED,
+            ),
             residual=jnp.zeros((*lead, stack.tokens, stack.heads, stack.head_dim), dtype),
             lse=jnp.zeros((*heads, stack.tokens), jnp.float32),
         )
@@ -83,8 +95,10 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
     return LayerCache(attention, mlp)
 
 
-def _no_columns(lists: tuple[int, ...], capacity: int) -> Columns:
-    return Columns(jnp.zeros((*lists, capacity), jnp.int32), jnp.zeros(lists, jnp.int32))
+def _no_columns(lists: tuple[int, ...], capacity: int, packed: bool = False) -> Columns:
+    none = jnp.zeros(lists, jnp.int32)
+    words = (capacity + 1) // 2 if packed else capacity
+    return Columns(jnp.zeros((*lists, words), jnp.int32), none, none if packed else None)
 
 
 def nbytes(stacks: dict[str, Stack], sparsity: Sparsity | None, batch: int, dtype: jnp.dtype) -> dict[str, int]:

@@ -22,6 +22,7 @@ from pallas_kernels import (
     dense_attention,
     group_mean_change,
     move_column_fc2,
+    pack_lists,
     store_activations,
     store_attention_residual,
     store_fc2_residual,
@@ -33,7 +34,7 @@ from pallas_kernels.groups import group_count, split_groups
 
 @jax.named_scope("attend")
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache | None, step: Step
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache | None, step: Step, valid: jax.Array | None = None
 ) -> tuple[jax.Array, LayerCache | None]:
     """softmax(q k^T / sqrt(d)) v, exact or by its columns as the step's phase says: [B, N, H, d]; and the cache.
 
@@ -41,56 +42,79 @@ def attend(
         q, k, v: [B, N, H, d], position-encoded.
         cache: of the layer's whole stack, or None for dense attention.
         step: which phase, which layer.
+        valid: [B], i32: tokens from there on are padding, which no other sees; None: there is none.
     """
     if cache is None or cache.attention is None:
-        return _dense_with_lse(q, k, v, step)[0], cache
+        return _dense_with_lse(q, k, v, step, valid)[0], cache
     phases = (_dense_attention, _measure, _select, _refresh, _delta)  # in the order of AttentionPhase
-    out, attention = by_phase(step.attention.phase, phases, q, k, v, cache.attention, step)
+    out, attention = by_phase(step.attention.phase, phases, q, k, v, cache.attention, step, valid)
     return out, cache.replace(attention=attention)
 
 
-def _dense_attention(q, k, v, cache: AttentionCache, step: Step):
-    return _dense_with_lse(q, k, v, step)[0], cache
+def _dense_attention(q, k, v, cache: AttentionCache, step: Step, valid):
+    return _dense_with_lse(q, k, v, step, valid)[0], cache
 
 
-def _measure(q, k, v, cache: AttentionCache, step: Step):
-    out, lse = _dense_with_lse(q, k, v, step)
+def _measure(q, k, v, cache: AttentionCache, step: Step, valid):
+    out, lse = _dense_with_lse(q, k, v, step, valid)
     return out, cache.replace(lse=cache.lse.at[step.layer].set(lse))
 
 
-def _select(q, k, v, cache: AttentionCache, step: Step):
+def _select(q, k, v, cache: AttentionCache, step: Step, valid):
     stride = dict(stride=step.attention.query_stride)
     sums = column_sums(q, k, cache.lse[step.layer], **stride, **_tiling(q, step))  # before the new one takes its place
-    columns = _choose(sums, cache.columns, step.attention, step)
-    out, cache = _measure(q, k, v, cache.replace(columns=columns), step)
-    return out, _store_residual(out, q, k, v, cache, step)
+    columns = _choose_keys(sums, cache.columns, step, valid)
+    out, cache = _measure(q, k, v, cache.replace(columns=columns), step, valid)
+    return out, _store_residual(out, q, k, v, cache, step, valid)
 
 
-def _refresh(q, k, v, cache: AttentionCache, step: Step):
-    out, cache = _measure(q, k, v, cache, step)
-    return out, _store_residual(out, q, k, v, cache, step)
+def _refresh(q, k, v, cache: AttentionCache, step: Step, valid):
+    out, cache = _measure(q, k, v, cache, step, valid)
+    return out, _store_residual(out, q, k, v, cache, step, valid)
 
 
-def _delta(q, k, v, cache: AttentionCache, step: Step):
-    columns = (cache.columns.indices, cache.columns.counts, step.layer)
-    out = column_attention(q, k, v, *columns, lse=cache.lse, residual=cache.residual, **_tiling(q, step))
-    return _after((out, cache))
+def _delta(q, k, v, cache: AttentionCache, step: Step, valid):
+    columns, options = _keys(q, cache, step, valid)
+    return _after((column_attention(q, k, v, *columns, residual=cache.residual, **options), cache))
 
 
-def _dense_with_lse(q, k, v, step: Step):
-    return dense_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+def _dense_with_lse(q, k, v, step: Step, valid):
+    return dense_attention(q, k, v, scale=q.shape[-1] ** -0.5, valid=valid, implementation=step.implementation)
 
 
-def _store_residual(out, q, k, v, cache: AttentionCache, step: Step) -> AttentionCache:
-    columns = (cache.columns.indices, cache.columns.counts, step.layer)
-    caches = dict(lse=cache.lse, residual=cache.residual)
-    residual = store_attention_residual(out, q, k, v, *columns, **caches, **_tiling(q, step))
+def _store_residual(out, q, k, v, cache: AttentionCache, step: Step, valid) -> AttentionCache:
+    columns, options = _keys(q, cache, step, valid)
+    residual = store_attention_residual(out, q, k, v, *columns, residual=cache.residual, **options)
     residual, lse, lists = _after((residual, cache.lse, cache.columns))
     return cache.replace(residual=residual, lse=lse, columns=lists)
 
 
+def _keys(q, cache: AttentionCache, step: Step, valid) -> tuple[tuple, dict]:
+    lists = cache.columns
+    options = dict(lse=cache.lse, wrap=lists.wrap, common=step.attention.common, valid=valid)
+    return (lists.indices, lists.counts, step.layer), options | _tiling(q, step)
+
+
 def _tiling(q, step: Step) -> dict:
     return dict(group=step.attention.group, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+
+
+def _choose_keys(sums, columns: Columns, step: Step, valid) -> Columns:
+    """columns with this layer's lists of keys chosen anew from sums [B, H, G, N], none of them padding or common."""
+    share, (groups, keys) = step.attention, sums.shape[-2:]
+    lucky = False
+    if share.fixed_random is not None:
+        lucky = jax.random.bernoulli(step.sample_key, share.fixed_random, (groups, keys))
+    if share.common is None and valid is None:
+        return _choose(sums, columns, share, step, lucky)
+    free = jnp.ones((1, groups, keys), bool)
+    if share.common is not None:
+        ids, starts = share.common.ids, share.common.starts
+        rows = jnp.searchsorted(starts[1:], jnp.arange(len(ids)), side="right")
+        free = free.at[0, rows, ids].set(False)
+    if valid is not None:
+        free &= jnp.arange(keys) < valid[:, None, None]
+    return _choose(sums, columns, share, step, lucky, free=free)
 
 
 class MlpWeights(NamedTuple):
@@ -199,13 +223,26 @@ def _mean_rows(x, step: Step):
     return (split_groups(x.astype(jnp.float32), group).sum(-2) / rows[:, None]).astype(x.dtype)
 
 
-def _choose(scores: jax.Array, columns: Columns, share: Share, step: Step) -> Columns:
-    """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n]."""
-    lucky = jax.random.bernoulli(step.key, share.random, scores.shape[1:])  # the same in any batch
-    scores = jnp.where(lucky, jnp.inf, scores)
-    capacity = columns.indices.shape[-1]
-    indices, counts = topk_columns(scores, share.keep, capacity=capacity, implementation=step.implementation)
-    return Columns(columns.indices.at[step.layer].set(indices), columns.counts.at[step.layer].set(counts))
+def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, free=None) -> Columns:
+    """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n].
+
+    Args:
+        lucky: bool [G, n], more columns that chance has picked.
+        free: bool [B or 1, G, n], where only some columns may be chosen, of scores [B, H, G, n].
+    """
+    lucky |= jax.random.bernoulli(step.key, share.random, scores.shape[-2:])  # the same for all heads, and in any batch
+    scores, keep = jnp.where(lucky, jnp.inf, scores), share.keep
+    if free is not None:
+        scores = jnp.where(free[:, None], scores, 0)
+        keep = jnp.minimum(keep, free.sum(-1, dtype=jnp.int32))[:, None]
+    places = columns.indices.shape[-1] * (1 if columns.wrap is None else 2)
+    capacity = min(places, scores.shape[-1])  # one less, where an odd number is packed
+    indices, counts = topk_columns(scores, keep, capacity=capacity, implementation=step.implementation)
+    put = lambda stack, new: stack.at[step.layer].set(new)
+    if columns.wrap is None:
+        return Columns(put(columns.indices, indices), put(columns.counts, counts))
+    words, wrap = pack_lists(indices, counts)
+    return Columns(put(columns.indices, words), put(columns.counts, counts), put(columns.wrap, wrap))
 
 
 def product(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax.cache import LayerCache, Stack
+from chipmunk_jax.common_keys import common_keys
 from chipmunk_jax.order import patch_order
 from chipmunk_jax.schedule import Step, by_kind, plan
 from chipmunk_jax.solvers import Euler, Solver
@@ -118,7 +119,7 @@ def sample(
     batch, tokens, _ = noise.shape
     batch = batch if guidance is None else 2 * batch
     stacks = model.stacks(tokens, cond)
-    table = plan_stacks(stacks, sparsity, steps) if sparsity else Step()
+    table = plan_stacks(stacks, sparsity, steps, grid) if sparsity else Step()
     times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
     shapes = jax.tree.leaves(modulations_of.eval_shape(model, times, cond))
     parts = {"modulations of all steps": sum(a.size * a.dtype.itemsize for a in shapes)}
@@ -132,7 +133,7 @@ def sample(
         guidance=None if guidance is None else np.float32(guidance),
         positions=model.positions(grid)[order],
         order=order,
-        table=table.replace(key=jax.random.key(seed), implementation=implementation),
+        table=table.replace(key=jax.random.key(seed), sample_key=jax.random.key(seed), implementation=implementation),
     )
     cache = caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None
     with _Reporter(steps, progress, callback) as reporter:
@@ -190,10 +191,12 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
         model.check(noise, uncond)
 
 
-def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int) -> Step:
+def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: tuple[int, ...]) -> Step:
     """plan() for a model's stacks, which share their attention's tokens and their MLP's width."""
     first = next(iter(stacks.values()))
-    return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width)
+    attention = sparsity.attention
+    common = attention and common_keys(attention, grid, sparsity.patches, first.text)
+    return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, common=common)
 
 
 def check_room(

@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
-from pallas_kernels import Implementation
+from pallas_kernels import Common, Implementation
 from pallas_kernels.dispatch import choose
 
 
@@ -48,7 +48,10 @@ class Share:
     columns: int = struct.field(pytree_node=False)  # of which keep are kept
     group: int = struct.field(pytree_node=False)  # rows that share a list
     dense_layers: int = struct.field(pytree_node=False)  # the first layers of the model, always dense
-    query_stride: int = struct.field(pytree_node=False, default=1)  # of attention: one query of so many scores the keys
+    # Of attention alone:
+    fixed_random: jax.Array | None = None  # f32, probability of a key to be kept for the whole sample; None: 0
+    common: Common | None = None  # keys that groups attend to whatever their scores
+    query_stride: int = struct.field(pytree_node=False, default=1)  # one query of so many scores the keys
 
 
 @struct.dataclass
@@ -57,7 +60,8 @@ class Step:
 
     attention: Share | None = None
     mlp: Share | None = None
-    key: jax.Array | None = None  # PRNG key of this step
+    key: jax.Array | None = None  # PRNG key of this step and layer
+    sample_key: jax.Array | None = None  # PRNG key of the whole sample
     layer: jax.Array | int = 0  # i32, the layer's place in its stack
     implementation: Implementation | None = struct.field(pytree_node=False, default=None)
 
@@ -120,7 +124,7 @@ def by_kind(step: Step, run: Callable, *operands):
     return lax.switch(place, branches, *operands)
 
 
-def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step:
+def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, common: Common | None = None) -> Step:
     """A Step whose phases are arrays i32[steps]: the table that the step loop scans over.
 
     Args:
@@ -128,6 +132,7 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step
         steps: of the sampler.
         tokens: N of the attention, text included; its columns.
         mlp_width: F, the columns of the MLP.
+        common: keys that groups of queries attend to whatever their scores.
 
     Raises:
         ValueError: a schedule that the steps cannot follow.
@@ -135,8 +140,11 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int) -> Step
     check_schedules(sparsity, steps)
     attention, mlp = sparsity.attention, sparsity.mlp
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
+    if share:
+        chance = np.float32(attention.fixed_random_keys) if attention.fixed_random_keys else None
+        share = share.replace(query_stride=attention.query_stride, fixed_random=chance, common=common)
     return Step(
-        attention=share and share.replace(query_stride=attention.query_stride),
+        attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
     )
 
@@ -176,7 +184,15 @@ def density(table: Step, layers: int) -> dict[str, float]:
 def _density(share: Share, first_delta: IntEnum, layers: int) -> float:
     sparse_layers = max(0, layers - share.dense_layers) / layers
     sparse_steps = float(np.mean(np.asarray(share.phase) >= first_delta))
-    return 1 - sparse_layers * sparse_steps * (1 - float(share.keep) / share.columns)
+    return 1 - sparse_layers * sparse_steps * (1 - _kept(share) / share.columns)
+
+
+def _kept(share: Share) -> float:
+    """Columns a group in the mean."""
+    if share.common is None:
+        return float(share.keep)
+    common = np.diff(share.common.starts)
+    return float((common + np.minimum(share.keep, share.columns - common)).mean())
 
 
 def full_steps(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:

@@ -5,6 +5,7 @@ neurons of an MLP.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -47,14 +48,20 @@ class _ColumnSparsity:
 
     def _check_fractions(self):
         _require(0 < self.top_keys <= 1, "top_keys", self.top_keys, "a fraction above 0 and up to 1")
-        _require(0 <= self.random_keys < 1, "random_keys", self.random_keys, "a fraction from 0 to below 1")
+        for name, chance in self._chances().items():
+            _require(0 <= chance < 1, name, chance, "a fraction from 0 to below 1")
         if self.max_keys is not None:
             _require(0 < self.max_keys <= 1, "max_keys", self.max_keys, "a fraction above 0 and up to 1")
             _require(self.max_keys >= self._fraction(), "max_keys", self.max_keys, f"at least {self._fraction():.3g}")
 
+    def _chances(self) -> dict[str, float]:
+        return {"random_keys": self.random_keys}
+
     def _fraction(self) -> float:
         # Random columns fall among the top ones too; those are then kept once.
-        return self.top_keys + self.random_keys * (1 - self.top_keys)
+        return functools.reduce(
+            lambda kept, chance: kept + chance * (1 - kept), self._chances().values(), self.top_keys
+        )
 
     def kept(self, columns: int) -> int:
         """Columns that a group keeps of so many: the nearest multiple of 64, at least one, at most all."""
@@ -74,16 +81,27 @@ class AttentionSparsity(_ColumnSparsity):
     query_stride: int = _option(
         1, "one query of so many judges the keys: choosing them takes that fraction of the time"
     )
+    fixed_random_keys: float = _option(0.0, "fraction of keys kept by chance, the same ones for a whole sample")
+    text_keys: bool = _option(False, "all queries attend to all of the text, in models that have it among the tokens")
+    text_queries: bool = _option(False, "queries of the text attend to all keys")
+    local_voxels: int = _option(0, "side, in voxels, of the neighbourhood that queries attend to: odd, or 0 for none")
+    local_1d_window: float = _option(0.0, "fraction of the tokens, around a query's own in order, that it attends to")
 
     def __post_init__(self):
         super().__post_init__()
         fits = self.query_stride >= 1 and self.group % self.query_stride == 0
         _require(fits, "query_stride", self.query_stride, f"a divisor of the group, {self.group}")
+        odd = self.local_voxels == 0 or (self.local_voxels > 0 and self.local_voxels % 2 == 1)
+        _require(odd, "local_voxels", self.local_voxels, "an odd number, or 0 for none")
+        _require(0 <= self.local_1d_window <= 1, "local_1d_window", self.local_1d_window, "a fraction from 0 to 1")
         if self.full_step_schedule is not None:
             _require(
                 self.full_step_schedule[:2] == (0, 1), "full_step_schedule", self.full_step_schedule,
                 "steps 0 and 1 among them (step 0 measures what step 1 selects by)",
             )  # fmt: skip
+
+    def _chances(self) -> dict[str, float]:
+        return super()._chances() | {"fixed_random_keys": self.fixed_random_keys}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,9 +273,25 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value}: expected {expected}")
 
 
+_VIDEO = dict(recompute_mask=True, query_stride=4, random_keys=0.01, fixed_random_keys=0.01)
+_VOXELS = ((4, 4, 8),)  # a voxel is a group
+
 PRESETS: dict[str, Sparsity] = {
     # FLUX.1 at 4,352 tokens and 50 steps: the paper's values.
     "flux": Sparsity(),
+    # HunyuanVideo at 118,800 tokens and 50 steps: the paper's values, but that keys are judged by every fourth query.
+    "hunyuan-video": Sparsity(
+        attention=AttentionSparsity(
+            **_VIDEO, top_keys=0.05, text_keys=True, text_queries=True, full_step_schedule=(0, 1, 10, 40)
+        ),
+        mlp=None,
+        patches=_VOXELS,
+    ),
+    # Wan2.1 14B at 75,600 tokens and 50 steps, likewise; the paper has no values for 1.3B.
+    "wan-14b": Sparsity(attention=AttentionSparsity(**_VIDEO, top_keys=0.1, local_voxels=5), mlp=None, patches=_VOXELS),
+    "wan-1.3b": Sparsity(
+        attention=AttentionSparsity(**_VIDEO, top_keys=0.1, local_voxels=5), mlp=None, patches=_VOXELS
+    ),
     # The small model at 1,040 tokens and 28 steps: as many full steps a sample, as many groups an image.
     "mini-flux": Sparsity(
         attention=AttentionSparsity(group=64, full_step_every=5), mlp=MlpSparsity(group=64, full_step_every=5)

@@ -5,12 +5,16 @@
 normalised over the chosen columns alone (Chipmunk, section 3). A full step stores `dense - S`, a delta step adds a new S to it;
 both directions are fused here, on the whole stacked cache, so that no layer's slice of it is ever copied.
 
+Keys that groups always attend to, those of a text or of a neighbourhood, come in one more list for all heads and layers.
+
 Softmax needs some number near the logits of a row to subtract from them. The log-sum-exp of an earlier step serves as well as the
 running maximum, and spares the kernel to look for it and to rescale what it has summed.
 """
 
 import functools
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +27,22 @@ from pallas_kernels.groups import check_group, group_count, join_groups, row_til
 from pallas_kernels.launch import Launch, Tile
 
 LOG2E = math.log2(math.e)
-LARGEST_TOTAL = (
-    2.0**112
-)  # of weights: a shift off by 60 keeps 10^5 of them below it, and values of 10^4 their sum finite
+# Of weights: a shift off by 60 keeps 10^5 of them below it, and values of 10^4 their sum finite.
+LARGEST_TOTAL = 2.0**112
 NARROW = 32  # rows of a program where those of whole tiles would not fill a wave
 MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
+BLOCK = 64  # columns a step: more spill, fewer starve the matrix units
+WRAP = 65_536  # ids that 16 bits tell apart
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "starts"], meta_fields=["heavy"])
+@dataclass(frozen=True)
+class Common:
+    """Keys that all heads and layers of a group attend to beside their own lists, which must not name them again."""
+
+    ids: jax.Array  # [n], i32: those of group 0, then those of group 1, .., ascending within a group
+    starts: jax.Array  # [G + 1], i32: where each group's begin, and n
+    heavy: int = 0  # the last groups that have far more: their programs start first, lest all others wait for them
 
 
 def column_attention(
@@ -42,6 +57,9 @@ def column_attention(
     group: int,
     scale: float,
     residual: jax.Array | None = None,
+    wrap: jax.Array | None = None,
+    common: Common | None = None,
+    valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
     """residual[layer] + S, or S alone without a residual: [B, N, H, d], dtype of q.
@@ -56,6 +74,9 @@ def column_attention(
         group: queries that share a list, a multiple of 64; G = ceil(N / group).
         scale: of the logits, usually d ** -0.5.
         residual: [L, B, N, H, d], what the unchosen columns contributed.
+        wrap: [L, B, H, G], i32, for lists of half the size (see pack_lists): entries from there on are less by 65,536.
+        common: keys that groups attend to beside their lists.
+        valid: [B], i32: keys of `common` from there on are padding, and left out; None: there is none.
         implementation: see dispatch.choose.
 
     Raises:
@@ -63,13 +84,14 @@ def column_attention(
         NotImplementedError: a named implementation cannot take these arguments.
     """
     _check(q, k, v, indices, counts, lse, group, residual)
+    keys = Keys(indices, counts, wrap, common, valid)
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
     if implementation == "reference":
-        out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
+        out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
         base = 0 if residual is None else residual[layer].astype(jnp.float32)
         return (base + out).astype(q.dtype)
     options = dict(group=group, scale=scale, residual=residual, implementation=implementation)
-    return _pallas(q, k, v, indices, counts, lse, layer, **options)
+    return _pallas(q, k, v, keys, lse, layer, **options)
 
 
 def store_attention_residual(
@@ -85,13 +107,16 @@ def store_attention_residual(
     group: int,
     scale: float,
     residual: jax.Array,
+    wrap: jax.Array | None = None,
+    common: Common | None = None,
+    valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
     """residual [L, B, N, H, d] with residual[layer] = dense - S, written in place.
 
     Args:
         dense: [B, N, H, d], what attention over all keys gives.
-        q, k, v, indices, counts, layer, lse, group, scale, residual, implementation: as in column_attention.
+        the others: as in column_attention.
 
     Raises:
         ValueError, NotImplementedError: as in column_attention.
@@ -99,12 +124,54 @@ def store_attention_residual(
     _check(q, k, v, indices, counts, lse, group, residual)
     if dense.shape != q.shape:
         raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
+    keys = Keys(indices, counts, wrap, common, valid)
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
     if implementation == "reference":
-        out = _reference(q, k, v, indices[layer], counts[layer], group, scale)
+        out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
         return residual.at[layer].set((dense.astype(jnp.float32) - out).astype(residual.dtype))
     options = dict(group=group, scale=scale, residual=residual, dense=dense, implementation=implementation)
-    return _pallas(q, k, v, indices, counts, lse, layer, **options)
+    return _pallas(q, k, v, keys, lse, layer, **options)
+
+
+def pack_lists(indices: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lists [.., ceil(K / 2)], i32, two ids of 16 bits a word, the first in its lower half; and wrap [..], i32.
+
+    Args:
+        indices: [.., K], i32: the first counts entries are ascending, 0 to 131,071.
+        counts: [..], i32.
+    """
+    halves = jnp.pad(indices & (WRAP - 1), [(0, 0)] * counts.ndim + [(0, indices.shape[-1] % 2)])
+    words = halves[..., ::2] | (halves[..., 1::2] << 16)
+    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
+    return words, (listed & (indices < WRAP)).sum(-1, dtype=jnp.int32)
+
+
+class Keys(NamedTuple):
+    """Which keys each head and group attends to; arguments of column_attention."""
+
+    indices: jax.Array
+    counts: jax.Array
+    wrap: jax.Array | None
+    common: Common | None
+    valid: jax.Array | None
+
+    def listed(self, layer, keys: int) -> tuple[jax.Array, jax.Array]:
+        """Ids [B, H, G, n], i32, of all keys of one layer's groups, and which of these entries count."""
+        indices, counts = self.indices[layer], self.counts[layer][..., None]
+        if self.wrap is not None:
+            indices = jnp.stack([indices & (WRAP - 1), lax.shift_right_logical(indices, 16)], -1)
+            indices = indices.reshape(*indices.shape[:-2], -1)
+            indices += WRAP * (jnp.arange(indices.shape[-1]) >= self.wrap[layer][..., None])
+        own = jnp.arange(indices.shape[-1]) < counts
+        if self.common is None:
+            return indices, own
+        ids, starts = self.common.ids, self.common.starts
+        places = starts[:-1, None] + jnp.arange(keys)  # [G, N]: a group has no more
+        theirs = ids.at[places].get(mode="clip")
+        valid = jnp.full(len(indices), keys) if self.valid is None else self.valid
+        listed = (places < starts[1:, None]) & (theirs < valid[:, None, None, None])
+        spread = lambda a: jnp.broadcast_to(a, (*indices.shape[:-1], keys))
+        return jnp.concatenate([indices, spread(theirs)], -1), jnp.concatenate([own, spread(listed)], -1)
 
 
 def _check(q, k, v, indices, counts, lse, group, residual) -> None:
@@ -124,12 +191,11 @@ def _check(q, k, v, indices, counts, lse, group, residual) -> None:
         raise ValueError(f"residual {residual.shape}: expected [L, {', '.join(map(str, q.shape))}]")
 
 
-def _reference(q, k, v, indices, counts, group, scale):
-    """S in float32 for one layer's lists: indices [B, H, G, K], counts [B, H, G]."""
+def _reference(q, k, v, indices, listed, group, scale):
+    """S in float32 over the listed ones of these keys [B, H, G, n]."""
     queries = split_groups(q.swapaxes(1, 2), group)  # [B, H, G, group, d]
-    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
     safe = jnp.where(listed, indices, 0)
-    gather = jax.vmap(jax.vmap(lambda rows, columns: rows[columns]))  # over B and H: [N, d], [G, K] -> [G, K, d]
+    gather = jax.vmap(jax.vmap(lambda rows, columns: rows[columns]))  # over B and H: [N, d], [G, n] -> [G, n, d]
     keys, values = gather(k.swapaxes(1, 2), safe), gather(v.swapaxes(1, 2), safe)
     keys, values = (jnp.where(listed[..., None], x, 0) for x in (keys, values))
     logits = jnp.einsum("bhgqd,bhgkd->bhgqk", queries, keys, preferred_element_type=jnp.float32) * scale
@@ -142,18 +208,29 @@ def _reference(q, k, v, indices, counts, group, scale):
     return join_groups(out, q.shape[1]).swapaxes(1, 2)
 
 
-def _pallas(q, k, v, indices, counts, lse, layer, *, group, scale, residual, dense=None, implementation):
+def _pallas(q, k, v, keys: Keys, lse, layer, *, group, scale, residual, dense=None, implementation):
     """residual[layer] + S, or S, as a new array; with `dense`, the residual with dense - S in its layer, in place."""
-    layer = jnp.asarray(layer, jnp.int32)[None]
-    sources = [a for a in ((residual,) if dense is None else (dense,)) if a is not None]
+    layer, source = jnp.asarray(layer, jnp.int32)[None], residual if dense is None else dense
+    mode = "store" if dense is not None else "new" if residual is None else "add"
     out = jax.ShapeDtypeStruct(q.shape, q.dtype) if dense is None else residual
+    wide, narrow = _tiles(group)
+    own, common, heavy = keys[:3], None, 0
+    if keys.common is not None:
+        common, heavy = _counted(keys.common, keys.valid, len(q)), keys.common.heavy * (group // wide.rows)
     # Tiles of one head run side by side and share its keys in the L2 cache.
-    for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], *_tiles(group)):
-        mode = "store" if dense is not None else "add" if sources else "new"
-        body = functools.partial(_body, mode=mode, part=part, group=group, scale=scale)
-        inputs = (q, k, v, indices, counts, lse, layer, *sources)
+    for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], wide, narrow):
+        body = functools.partial(_body, mode=mode, part=part, heavy=heavy, group=group, scale=scale)
+        inputs = (q, k, v, own, common, lse, layer, source)
         (out,) = launch.run(body, f"column_attention_{mode}", inputs, [out], part, implementation)
     return out
+
+
+def _counted(common: Common, valid: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """ids [n]; where each group's begin [G]; how many of them are valid [B, G]."""
+    ids, starts = common.ids, common.starts
+    there = jnp.ones((batch, len(ids)), jnp.int32) if valid is None else (ids < valid[:, None]).astype(jnp.int32)
+    before = jnp.pad(jnp.cumsum(there, axis=1), ((0, 0), (1, 0)))[:, starts]
+    return ids, starts[:-1], before[:, 1:] - before[:, :-1]
 
 
 def _tiles(group):
@@ -162,63 +239,90 @@ def _tiles(group):
     return wide, wide._replace(rows=min(NARROW, wide.rows), stages=4)
 
 
-def _body(q_ref, k_ref, v_ref, indices_ref, counts_ref, lse_ref, layer_ref, *refs, mode, part: Launch, group, scale):
+def _body(
+    q_ref, k_ref, v_ref, own, common, lse_ref, layer_ref, source_ref, *refs, mode, part: Launch, heavy, group, scale
+):
     tile, layer, out_ref = part.tile.rows, layer_ref[0], refs[-1]
-    i, h, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    i, h = _place(part, heavy)
+    b, g = pl.program_id(2), lax.div(i * tile, group)
     rows_total, width = q_ref.shape[1], q_ref.shape[3]
-    g = lax.div(i * tile, group)
     rows = i * tile + jnp.arange(tile)
     at = (b, rows[:, None], h, jnp.arange(width)[None, :])
     inside = jnp.broadcast_to((rows < rows_total)[:, None], (tile, width))
     q = plgpu.load(q_ref.at[at], mask=inside, other=0)
     shift = LOG2E * plgpu.load(lse_ref.at[layer, b, h, rows], mask=rows < rows_total, other=0)
 
-    out = _attend(
-        q,
-        shift,
-        lambda columns: k_ref[b, columns, h, :],  # gathered rows, 16 bytes a copy, pipelined
-        lambda columns: v_ref[b, columns, h, :],
-        lambda slots: plgpu.load(indices_ref.at[layer, b, h, g, slots]),
-        counts_ref[layer, b, h, g],
-        scale=scale,
-    )
+    lists = [_own_list(*own, layer, b, h, g)] + ([] if common is None else [_common_list(*common, b, g)])
+    # Gathered rows, 16 bytes a copy, pipelined.
+    rows_of = lambda columns: (k_ref[b, columns, h, :], v_ref[b, columns, h, :])
+    out = _attend(q, shift, rows_of, lists, scale=scale)
     if mode == "add":
-        out = plgpu.load(refs[0].at[layer, *at], mask=inside, other=0).astype(jnp.float32) + out
+        out = plgpu.load(source_ref.at[layer, *at], mask=inside, other=0).astype(jnp.float32) + out
     elif mode == "store":
-        out = plgpu.load(refs[0].at[at], mask=inside, other=0).astype(jnp.float32) - out
+        out = plgpu.load(source_ref.at[at], mask=inside, other=0).astype(jnp.float32) - out
         at = (layer, *at)
     plgpu.store(out_ref.at[at], out.astype(out_ref.dtype), mask=inside)
 
 
-def _attend(q, shift, keys, values, listed, count, *, scale):
-    """S [tile, d], f32, of one list.
+def _own_list(indices_ref, counts_ref, wrap_ref, layer, b, h, g):
+    """(function, slots [n] -> columns [n]; how many there are)."""
+
+    def load(slots):
+        if wrap_ref is None:
+            return plgpu.load(indices_ref.at[layer, b, h, g, slots])
+        ids = (plgpu.load(indices_ref.at[layer, b, h, g, slots >> 1]) >> ((slots & 1) * 16)) & (WRAP - 1)
+        return ids + jnp.where(slots < wrap_ref[layer, b, h, g], 0, WRAP)
+
+    return load, counts_ref[layer, b, h, g]
+
+
+def _common_list(ids_ref, starts_ref, counts_ref, b, g):
+    """The same of a group's common keys."""
+    start = starts_ref[g]
+    return lambda slots: plgpu.load(ids_ref.at[start + slots]), counts_ref[b, g]
+
+
+def _attend(q, shift, rows_of, lists, *, scale):
+    """S [tile, d], f32, over the columns of one or two lists.
 
     Args:
         q: [tile, d].
         shift: [tile], f32, what is subtracted from the logits, in units of log 2.
-        keys, values: functions, columns [n] -> rows [n, d].
-        listed: function, slots [n] -> columns [n] of the list.
-        count: how many there are.
+        rows_of: function, columns [n] -> rows [n, d] of the keys, and of the values.
+        lists: of (load, count), as _own_list has them.
     """
-    block = 64  # columns a step: more spill, fewer starve the matrix units
 
-    def step(offset, carry, ragged):
+    def weigh(load, count, ragged, j, carry):
+        """The carry with 64 more columns of a list."""
         acc, total = carry
-        slots = offset + jnp.arange(block)
+        slots = j * BLOCK + jnp.arange(BLOCK)
         # The last step is filled up with the first column: a chosen one, so unchosen garbage is never read.
-        columns = listed(jnp.where(slots < count, slots, 0) if ragged else slots)
-        logits = plgpu.dot(q, keys(columns).T)
+        k, v = rows_of(load(jnp.where(slots < count, slots, 0) if ragged else slots))
         # One fused multiply-add per logit; the scale never touches q, which would be rounded again.
-        weights = jnp.exp2(logits * (scale * LOG2E) - shift[:, None])
+        weights = jnp.exp2(plgpu.dot(q, k.T) * (scale * LOG2E) - shift[:, None])
         if ragged:
             weights = jnp.where((slots < count)[None, :], weights, 0)
-        chosen = values(columns)
-        return acc + plgpu.dot(weights.astype(chosen.dtype), chosen), total + weights.sum(axis=1)
+        return acc + plgpu.dot(weights.astype(v.dtype), v), total + weights.sum(axis=1)
 
     carry = (jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32))
-    whole = lax.div(count, block)
-    carry = lax.fori_loop(0, whole, lambda j, c: step(j * block, c, False), carry)
-    acc, total = lax.fori_loop(whole, lax.div(count + block - 1, block), lambda j, c: step(j * block, c, True), carry)
-    # Nothing listed, or a shift so far off that all weights vanished, or grew beyond what float32 can sum times a value.
+    for one in lists:
+        whole, steps = lax.div(one[1], BLOCK), lax.div(one[1] + BLOCK - 1, BLOCK)
+        carry = lax.fori_loop(0, whole, functools.partial(weigh, *one, False), carry)
+        carry = lax.fori_loop(whole, steps, functools.partial(weigh, *one, True), carry)
+    acc, total = carry
+    # No key at all, or a shift so far off that all weights vanished, or grew beyond what float32 can sum times a value.
     known = (total > 0) & (total < LARGEST_TOTAL)
     return jnp.where(known[:, None], acc / jnp.where(known, total, 1)[:, None], 0)
+
+
+def _place(part: Launch, heavy: int):
+    """Row tile and head of this program: the last `heavy` tiles of all heads, then the others head by head."""
+    tiles, heads, _ = part.grid
+    # A launch that is not the last, or is a rest of narrow tiles, fills a few waves alone: nobody waits long.
+    if not heavy or part.first or heavy >= tiles:
+        return part.first + pl.program_id(0), pl.program_id(1)
+    program, early, late = pl.program_id(1) * tiles + pl.program_id(0), heavy * heads, tiles - heavy
+    others = jnp.maximum(program - early, 0)
+    first = program < early
+    i = jnp.where(first, late + lax.rem(program, heavy), lax.rem(others, late))
+    return i, jnp.where(first, lax.div(program, heavy), lax.div(others, late))

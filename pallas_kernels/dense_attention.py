@@ -28,6 +28,7 @@ def dense_attention(
     v: jax.Array,
     *,
     scale: float,
+    valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(scale q k^T) v, [B, N, H, d] in the dtype of q, and log sum exp of its logits, [B, H, N], f32 (natural).
@@ -35,6 +36,8 @@ def dense_attention(
     Args:
         q, k, v: [B, N, H, d], bf16 (any float for the reference).
         scale: of the logits, usually d ** -0.5.
+        valid: [B], i32: rows of q, k and v from there on are padding. No query sees them; their own output is 0, their log sum
+            exp +inf. None: there is none.
         implementation: see dispatch.choose; "interpret" runs the reference, as cuDNN has no interpreter.
 
     Raises:
@@ -43,13 +46,27 @@ def dense_attention(
     """
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, N, H, d] with equal B, H and d")
+    if valid is not None and (q.shape != k.shape or valid.shape != q.shape[:1]):
+        raise ValueError(f"q {q.shape}, k {k.shape}, valid {valid.shape}: expected rows of equal number, and [B]")
     if dispatch.choose(implementation, dtype=q.dtype) == "pallas":
         # The public jax.nn.dot_product_attention casts the log-sum-exp to bf16; column sums need it in float32.
-        from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-        return dot_product_attention(q, k, v, scale=scale, qkv_layout="BTNH", return_residual=True)
+        options = dict(scale=scale, qkv_layout="BTNH", return_residual=True)
+        if valid is None:
+            return dot_product_attention(q, k, v, **options)
+        padding = dict(q_seqlen=valid, kv_seqlen=valid, mask_type=MaskType.PADDING)
+        out, lse = dot_product_attention(q, k, v, **padding, **options)
+        there = jnp.arange(q.shape[1]) < valid[:, None]  # what cuDNN leaves in the other rows is nowhere said
+        return jnp.where(there[..., None, None], out, 0), jnp.where(there[:, None], lse, jnp.inf)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-    lse = jax.nn.logsumexp(logits, axis=-1)
+    if valid is None:
+        lse = jax.nn.logsumexp(logits, axis=-1)
+    else:
+        there = jnp.arange(k.shape[1]) < valid[:, None]
+        logits = jnp.where(there[:, None, None], logits, -jnp.inf)
+        lse = jnp.where(there[:, None], jax.nn.logsumexp(logits, axis=-1), jnp.inf)
+        v = jnp.where(there[..., None, None], v, 0)  # 0 times what may be no number
     weights = jnp.exp(logits - lse[..., None]).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype), lse
 

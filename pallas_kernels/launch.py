@@ -61,7 +61,7 @@ def run(body: Callable, name: str, inputs: tuple, outputs: list, launch: Launch,
     """outputs after one launch of body(*input refs, *refs of given outputs, *output refs).
 
     Args:
-        inputs: arrays to read.
+        inputs: pytrees of arrays to read.
         outputs: arrays are written in place, shapes are allocated, None stays None.
     """
     wanted = [a for a in outputs if a is not None]
@@ -72,7 +72,7 @@ def run(body: Callable, name: str, inputs: tuple, outputs: list, launch: Launch,
             grid=launch.grid,
             name=name,
             out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in wanted],
-            input_output_aliases={len(inputs) + n: place for n, place in enumerate(given)},
+            input_output_aliases={len(jax.tree.leaves(inputs)) + n: place for n, place in enumerate(given)},
             interpret=implementation == "interpret",
             compiler_params=dispatch.compiler_params(num_warps=launch.tile.warps, num_stages=launch.tile.stages),
         )(*inputs, *(wanted[place] for place in given))

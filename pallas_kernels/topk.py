@@ -35,7 +35,7 @@ def topk_columns(
 
     Args:
         scores: [..., N], f32, bf16 or f16, not negative; +inf is taken first.
-        k: how many, an i32 scalar of 0 to capacity that may be traced; slots behind the first k are unspecified.
+        k: how many, i32, 0 to capacity, one for all rows or [...]; it may be traced. Slots behind the first k are unspecified.
         capacity: length of the lists, at most N.
         implementation: see dispatch.choose.
 
@@ -47,12 +47,13 @@ def topk_columns(
         raise ValueError(f"capacity={capacity}: expected 1 to N = {width}")
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores of dtype {scores.dtype}: expected floats")
-    k = jnp.minimum(jnp.asarray(k, jnp.int32), capacity)
-    counts = jnp.broadcast_to(k, scores.shape[:-1])
+    counts = jnp.broadcast_to(jnp.minimum(jnp.asarray(k, jnp.int32), capacity), scores.shape[:-1])
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     if implementation == "reference":
         order = lax.top_k(scores, capacity)[1]  # stable: equal scores in ascending order of their ids
-        return jnp.sort(jnp.where(jnp.arange(capacity) < k, order, width), axis=-1).astype(jnp.int32), counts
+        return jnp.sort(jnp.where(jnp.arange(capacity) < counts[..., None], order, width), axis=-1).astype(
+            jnp.int32
+        ), counts
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
     short = width <= ON_CHIP
     programs = counts.size if short else min(counts.size, RESIDENT * MULTIPROCESSORS)
@@ -65,12 +66,13 @@ def topk_columns(
         out_shape=[lists] if short else [lists, jax.ShapeDtypeStruct((programs, ASIDE), bits.dtype)],
         interpret=implementation == "interpret",
         compiler_params=dispatch.compiler_params(num_warps=warps, num_stages=2),
-    )(bits.reshape(-1, width), k[None])
+    )(bits.reshape(-1, width), counts.reshape(-1))
     return indices.reshape(*scores.shape[:-1], capacity), counts
 
 
 def _short_body(bits_ref, k_ref, indices_ref, *, compiled):
-    row, columns, k = pl.program_id(0), jnp.arange(pl.next_power_of_2(bits_ref.shape[1])), k_ref[0]
+    row, columns = pl.program_id(0), jnp.arange(pl.next_power_of_2(bits_ref.shape[1]))
+    k = k_ref[row]
     patterns = _load(bits_ref, row, columns)
     _, threshold = _bisect(patterns, k, *_range(bits_ref.dtype))
     ties = k - _count(patterns > threshold)
@@ -78,10 +80,11 @@ def _short_body(bits_ref, k_ref, indices_ref, *, compiled):
 
 
 def _long_body(bits_ref, k_ref, indices_ref, aside_ref, *, compiled):
-    program, programs, k = pl.program_id(0), pl.num_programs(0), k_ref[0]
+    program, programs = pl.program_id(0), pl.num_programs(0)
 
     def one_row(n, carry):
         row = program + n * programs
+        k = k_ref[row]
         threshold, larger = _threshold(bits_ref, row, k, aside_ref, program, compiled)
 
         def write(columns, patterns, carry):

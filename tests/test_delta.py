@@ -4,6 +4,8 @@ Tolerances: both sides compute in float32 and float64 from the same float32 inpu
 order 1 stay below 2e-5.
 """
 
+import importlib
+import itertools
 from functools import partial
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax.cache import Stack
+from chipmunk_jax.common_keys import common_keys
 from chipmunk_jax.delta import MlpWeights, attend, feed_forward
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, plan
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
@@ -33,10 +36,10 @@ def drifting(*shape, seed=0):
         x = x + 0.1 * rng.standard_normal(shape)
 
 
-def start(sparsity):
+def start(sparsity, common=None):
     """An empty cache and the plan of a stack's one layer in the middle."""
     cache = caches.zeros({"stack": STACK}, sparsity, B, jnp.float32)["stack"]
-    table = plan(sparsity, STEPS, tokens=N, mlp_width=F).replace(key=jax.random.key(0))
+    table = plan(sparsity, STEPS, tokens=N, mlp_width=F, common=common).replace(key=jax.random.key(0))
     return cache, lambda i: table.at_step(i).at_layer(LAYER, LAYER)
 
 
@@ -52,21 +55,26 @@ def naive_top(scores, k):
 class NaiveAttention:
     """Chipmunk, section 3, head by head and group by group."""
 
-    def __init__(self, config):
-        self.config, self.keep = config, config.kept(N)
+    def __init__(self, config, common=None, valid=(N, N)):
+        self.config, self.keep, self.valid = config, config.kept(N), valid
+        self.common = common or [[] for _ in range(0, N, GROUP)]  # of every group
         self.columns, self.residual, self.lse = {}, {}, {}
 
     def __call__(self, phase, q, k, v):
         out = np.zeros_like(q)
         for b, h in np.ndindex(B, H):
             logits = q[b, :, h] @ k[b, :, h].T * D**-0.5
+            logits[:, self.valid[b] :] = -np.inf
             dense = naive_softmax(logits) @ v[b, :, h]
             lse = np.log(np.exp(logits).sum(-1))
             for g, first in enumerate(range(0, N, GROUP)):
                 rows, at = slice(first, min(first + GROUP, N)), (b, h, g)
                 if phase == AttentionPhase.SELECT:
-                    mass = np.exp(logits[rows] - self.lse[b, h][rows, None]).sum(0)
-                    self.columns[at] = naive_top(mass, self.keep)
+                    there = min(self.valid[b], rows.stop) - first
+                    mass = np.exp(logits[rows] - self.lse[b, h][rows, None])[:there].sum(0)
+                    always = [j for j in self.common[g] if j < self.valid[b]]
+                    free = np.setdiff1d(np.arange(self.valid[b]), always)
+                    self.columns[at] = np.sort([*always, *free[naive_top(mass[free], self.keep)]]).astype(int)
                 out[b, rows, h] = dense[rows]
                 if phase >= AttentionPhase.SELECT:
                     chosen = self.columns[at]
@@ -94,6 +102,62 @@ def test_attention_equals_a_naive_one_through_every_phase(recompute_mask):
         seen.add(phase)
     assert seen == {1, 2, 4} | (set() if recompute_mask else {3})
     assert not np.asarray(cache.attention.residual[0]).any()  # other layers' entries are untouched
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_common_keys_and_padding_through_every_phase(packed, monkeypatch):
+    """Text behind, of which one of the batch has less; a window along the order; queries of the text see all."""
+    if packed:
+        monkeypatch.setattr(caches, "PACKED", range(N, N + 1))
+        monkeypatch.setattr(importlib.import_module("pallas_kernels.column_attention"), "WRAP", 128)
+    valid = np.array([N, N - 13])
+    config = AttentionSparsity(
+        **vars(ATTENTION) | dict(recompute_mask=True, text_keys=True, text_queries=True, local_1d_window=0.02)
+    )
+    common = common_keys(config, (N - 20,), (), (N - 20, N))
+    lists = [common.ids[a:b] for a, b in itertools.pairwise(common.starts)]
+    assert len(lists) == 3 and len(lists[0]) < 90 and len(lists[2]) == N
+    cache, step = start(Sparsity(attention=config, mlp=None), common)
+    assert (cache.attention.columns.wrap is not None) == packed
+    naive, run = NaiveAttention(config, lists, valid), jax.jit(attend)
+    rows = np.arange(N) < valid[:, None]
+    for i, (q, k, v) in enumerate(zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), strict=True)):
+        expected = naive(int(step(i).attention.phase), *(np.asarray(x, np.float64) for x in (q, k, v)))
+        poisoned = (
+            jnp.where(rows[..., None, None], x, poison)
+            for x, poison in zip((q, k, v), (1e3, jnp.nan, jnp.nan), strict=True)
+        )
+        out, cache = run(*poisoned, cache, step(i), jnp.asarray(valid))
+        np.testing.assert_allclose(np.asarray(out)[rows], expected[rows], atol=2e-5)
+    assert np.isfinite(cache.attention.residual).all()
+
+
+def test_all_keys_are_kept_once_however_many_are_common():
+    config = AttentionSparsity(**vars(ATTENTION) | dict(top_keys=1.0, text_keys=True, local_1d_window=0.5))
+    common = common_keys(config, (N - 20,), (), (N - 20, N))
+    cache, step = start(Sparsity(attention=config, mlp=None), common)
+    q, k, v = (next(drifting(B, N, H, D, seed=s)) for s in range(3))
+    valid = jnp.array([N, N - 13])
+    dense, _ = attend(q, k, v, None, step(0), valid)
+    for i in range(STEPS):
+        out, cache = attend(q, k, v, cache, step(i), valid)
+        np.testing.assert_allclose(out, dense, atol=2e-5)
+    free = N - np.diff(common.starts)  # the padding is among the text, which is common
+    np.testing.assert_array_equal(cache.attention.columns.counts[LAYER], np.broadcast_to(free, (B, H, 3)))
+
+
+def test_fixed_random_keys_are_those_of_the_whole_sample():
+    fixed = AttentionSparsity(**vars(ATTENTION) | dict(top_keys=0.01, fixed_random_keys=0.4, recompute_mask=True))
+    cache, step = start(Sparsity(attention=fixed, mlp=None))
+    lists = []
+    for i, (q, k, v) in enumerate(zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), strict=True)):
+        _, cache = attend(q, k, v, cache, step(i).replace(sample_key=jax.random.key(7)))
+        lists.append(np.asarray(cache.attention.columns.indices[LAYER]))
+    drawn = np.asarray(jax.random.bernoulli(jax.random.key(7), 0.4, (3, N)))
+    for b, h, g in np.ndindex(B, H, 3):
+        for i in (1, 4, 8):
+            keep = lists[i][b, h, g]
+            assert set(np.flatnonzero(drawn[g])[: len(keep)]) <= set(keep)
 
 
 def naive_gelu(x):

@@ -4,6 +4,8 @@ Tolerances: the references and the interpreter compute in float32 (1e-5 relative
 round each factor to 2^-8 and sums of some hundred terms stay within 2e-2.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from conftest import cuda_target
 
 from pallas_kernels import (
+    Common,
     column_attention,
     column_fc1,
     column_fc2,
@@ -18,12 +21,14 @@ from pallas_kernels import (
     dense_attention,
     launch,
     move_column_fc2,
+    pack_lists,
     store_activations,
     store_attention_residual,
     store_fc2_residual,
     topk_columns,
 )
 
+module = importlib.import_module("pallas_kernels.column_attention")  # the package has a function of that name
 LAYERS, LAYER = 2, 1
 
 
@@ -102,6 +107,40 @@ def test_column_attention_is_softmax_over_the_listed_columns(
     stored = jax.jit(lambda r: store_attention_residual(dense, q, k, v, *columns, residual=r, **options))(residual)
     agree(stored[LAYER], naive_dense - expected, implementation)
     np.testing.assert_array_equal(stored[0], residual[0])  # the other layer is untouched
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("heavy", [0, 1])
+@pytest.mark.parametrize("rows", [200, 1100])
+def test_common_keys_are_keys_like_those_of_the_lists(implementation, processors, packed, heavy, rows, monkeypatch):
+    """All but the padding, which is poison, and so is what the lists name behind their counts."""
+    monkeypatch.setattr(module, "WRAP", 2048 if rows == 200 else 512)  # packed lists wrap early for once
+    rng, group, batch, heads, width = np.random.default_rng(2), 128, 2, 2, 64
+    dtype, scale, groups = dtype_of(implementation), width**-0.5, -(-rows // group)
+    (q, nq), (k, nk), (v, nv) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(3))
+    valid = np.array([rows, rows - 20])
+    indices, sizes = draw_lists(rng, (batch, heads, groups), 20, rows - 120, "mixed")
+    last = np.arange(rows - 120, rows)
+    common = [(last[:1], last[30:], last, last[:0], last[3:67])[g % 5] for g in range(groups)]
+    whole, counts = np.zeros((batch, heads, groups, rows), np.int32), np.zeros((batch, heads, groups), np.int32)
+    for b, h, g in np.ndindex(counts.shape):
+        chosen = [*np.asarray(indices[LAYER, b, h, g, : sizes[LAYER, b, h, g]]), *common[g][common[g] < valid[b]]]
+        whole[b, h, g, : len(chosen)], counts[b, h, g] = chosen, len(chosen)
+    expected = naive_column_attention(nq, nk, nv, whole, counts, group, scale)
+
+    padding = np.arange(rows) >= valid[:, None]
+    poison = lambda x: jnp.where(padding[..., None, None], jnp.nan, x).astype(dtype)
+    starts = np.cumsum([0, *map(len, common)])
+    options = dict(group=group, scale=scale, lse=jnp.zeros((LAYERS, batch, heads, rows)), valid=jnp.asarray(valid))
+    options |= dict(common=Common(jnp.asarray(np.concatenate(common)), jnp.asarray(starts), heavy))
+    if packed:
+        indices, options["wrap"] = pack_lists(indices, sizes)
+    columns, options["implementation"] = (indices, sizes, LAYER), implementation
+    agree(column_attention(q, poison(k), poison(v), *columns, **options), expected, implementation)
+    dense, naive_dense = draw(rng, *q.shape, dtype=dtype)
+    residual = jnp.zeros((LAYERS, *q.shape), dtype)
+    stored = store_attention_residual(dense, q, poison(k), poison(v), *columns, residual=residual, **options)
+    agree(stored[LAYER], naive_dense - expected, implementation)
 
 
 @pytest.mark.parametrize("drift", [-60.0, 0.0, 40.0])  # the largest listed logit may lie far below the largest of all
@@ -290,6 +329,17 @@ def test_topk_of_long_rows_is_exact_whatever_a_sample_of_them_says(implementatio
         np.testing.assert_array_equal(found[:k], np.sort(np.argsort(-values, kind="stable")[:k]))
 
 
+@pytest.mark.parametrize("columns", [300, 17_000])
+def test_topk_takes_a_number_for_every_row(implementation, columns):
+    scores = jnp.asarray(np.random.default_rng(8).random((2, 3, columns)), jnp.float32)
+    k = np.array([[0, 5, 64], [1, 0, 33]])
+    indices, counts = topk_columns(scores, jnp.asarray(k), capacity=64, implementation=implementation)
+    np.testing.assert_array_equal(counts, k)
+    for at in np.ndindex(k.shape):
+        expected = np.sort(np.argsort(-np.asarray(scores[at]), kind="stable")[: k[at]])
+        np.testing.assert_array_equal(np.asarray(indices[at])[: k[at]], expected)
+
+
 def test_topk_fills_every_list_whatever_the_signs(implementation):
     scores = jnp.asarray([[0.5, -0.0, 0.0, -jnp.nan, 2.0, -0.0, 0.0, 0.0]])
     indices, _ = topk_columns(scores, 6, capacity=6, implementation=implementation)
@@ -329,7 +379,27 @@ def flux_calls():
     measured = s(f["layers"], *lse.shape, dtype=jnp.float32)
     attention = dict(group=128, scale=128**-0.5, **kw)
     mlp = dict(group=128, **kw)
+    video = s(1, 119_056, f["heads"], f["head_dim"])
+    lists = s(58, 1, f["heads"], 931, 4160, dtype=jnp.int32)
+    sizes, valid = s(*lists.shape[:-1], dtype=jnp.int32), s(1, dtype=jnp.int32)
     return {
+        "column_attention_of_a_video": (
+            lambda q, k, v, i, n, l, m, r, w, ids, c, p: column_attention(
+                q, k, v, i, n, l, lse=m, residual=r, wrap=w, common=Common(ids, c, 3), valid=p, **attention
+            ),
+            [
+                *[video] * 3,
+                lists,
+                sizes,
+                layer,
+                s(58, 1, f["heads"], 119_056, dtype=jnp.float32),
+                s(58, *video.shape),
+                sizes,
+                s(600_000, dtype=jnp.int32),
+                s(932, dtype=jnp.int32),
+                valid,
+            ],
+        ),
         "column_attention": (
             lambda q, k, v, i, n, l, m, r: column_attention(q, k, v, i, n, l, lse=m, residual=r, **attention),
             [*qkv, *keys, layer, measured, residual],

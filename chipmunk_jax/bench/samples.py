@@ -50,7 +50,7 @@ def bench_sample(
         right = {kind: Timed(call) for kind, call in kinds.items() if np.isfinite(outputs[kind]).all()}
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
     stacks = model.stacks(tokens, cond)
-    table = plan_stacks(stacks, sparsity, steps)
+    table = plan_stacks(stacks, sparsity, steps, grid)
     shape = {"height": height, "width": width, "batch": batch, "steps": steps, "text": entry.text}
     extra = {"density": density(table, sum(stack.layers for stack in stacks.values()))}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)

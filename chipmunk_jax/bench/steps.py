@@ -101,7 +101,7 @@ class _Steps:
         inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
         self.model = random_model(entry, dtype)
         stacks = self.model.stacks(tokens, inputs[0][1])
-        self.table = _table(plan_stacks(stacks, sparsity, MOST_STEPS))
+        self.table = _table(plan_stacks(stacks, sparsity, MOST_STEPS, grid))
         self.cache = caches.zeros(stacks, sparsity, batch, dtype)
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
         times = jnp.broadcast_to(jnp.linspace(0.9, 0.5, INPUTS)[:, None], (INPUTS, batch))

@@ -108,8 +108,9 @@ def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> 
 
 def _density(pipeline: Pipeline, prompts, args: argparse.Namespace, sparsity: Sparsity) -> dict[str, float]:
     cond = pipeline.words.encode(prompts[:1])
-    stacks = pipeline.model.stacks(args.height * args.width // PATCH**2, cond)
-    return density(plan_stacks(stacks, sparsity, args.steps), sum(stack.layers for stack in stacks.values()))
+    grid = (args.height // PATCH, args.width // PATCH)
+    stacks = pipeline.model.stacks(grid[0] * grid[1], cond)
+    return density(plan_stacks(stacks, sparsity, args.steps, grid), sum(stack.layers for stack in stacks.values()))
 
 
 def _sheet(prompts, dense: np.ndarray, sparse: np.ndarray, decibels: list[float]) -> np.ndarray:
