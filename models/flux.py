@@ -121,8 +121,7 @@ class Flux(nnx.Module):
 
     def positions(self, grid: tuple[int, int]) -> np.ndarray:
         """(0, row, column) of every image token of a grid (rows, columns), in raster order, f32 [N, 3]."""
-        rows, columns = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
-        return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+        return np.pad(grid_positions(grid), ((0, 0), (1, 0)))
 
     def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
         """Sizes of the two stacks of layers for so many image tokens, for the caches."""
@@ -140,16 +139,8 @@ class Flux(nnx.Module):
         c, batch = self.config, noise.shape[0]
         if noise.shape[-1] != c.in_channels:
             raise ValueError(f"noise {noise.shape}: expected {c.in_channels} channels a token")
-        shapes = {"text": (-1, c.context_in_dim), "pooled": (c.vec_in_dim,)} | (
-            {"guidance": ()} if c.guidance_embed else {}
-        )
-        if cond.keys() != shapes.keys():
-            raise ValueError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
-        for name, shape in shapes.items():
-            found = cond[name].shape
-            if found[:1] != (batch,) or len(found) != 1 + len(shape) or (shape and found[-1] != shape[-1]):
-                expected = [batch, *("T" if n < 0 else n for n in shape)]
-                raise ValueError(f"condition {name} {found}: expected {expected}")
+        shapes = {"text": (batch, "T", c.context_in_dim), "pooled": (batch, c.vec_in_dim)}
+        check_conditions(cond, shapes | ({"guidance": (batch,)} if c.guidance_embed else {}))
 
 
 class DoubleBlock(nnx.Module):
@@ -257,6 +248,12 @@ def rotary_table(positions: jax.Array, axes_dim: tuple[int, ...], theta: float) 
     return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
 
 
+def grid_positions(grid: tuple[int, ...]) -> np.ndarray:
+    """Coordinates of every token of a grid, in raster order, f32 [N, axes]."""
+    axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
+    return np.stack(axes, axis=-1).reshape(-1, len(grid))
+
+
 def time_embedding(t: jax.Array, width: int = 256) -> jax.Array:
     """[cos, sin] of 1000 t at geometric frequencies, f32 [.., width]."""
     return sinusoids(1000.0 * t.astype(jnp.float32), width)
@@ -291,3 +288,16 @@ def merge_heads(x: jax.Array) -> jax.Array:
 def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
     """x + gate * y, added in float32, in the dtype of x."""
     return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
+
+
+def check_conditions(cond: dict[str, jax.Array], shapes: dict[str, tuple[int | str, ...]]) -> None:
+    """Raises ValueError unless cond has arrays of these names and shapes; a letter is any size, everywhere the same."""
+    if cond.keys() != shapes.keys():
+        raise ValueError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
+    known: dict[int | str, int] = {}
+    for name, shape in shapes.items():
+        found, expected = cond[name].shape, [known.get(n, n) for n in shape]
+        fits = lambda size, wanted: isinstance(wanted, str) or size == wanted
+        if len(found) != len(shape) or not all(map(fits, found, expected)):
+            raise ValueError(f"condition {name} {found}: expected {expected}")
+        known |= {n: m for m, n in zip(found, shape, strict=True) if isinstance(n, str)}

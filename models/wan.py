@@ -19,6 +19,8 @@ from chipmunk_jax.layers import Linear, Mlp, run_layers, stack_layers
 from chipmunk_jax.models.flux import (
     Embedder,
     add_gated,
+    check_conditions,
+    grid_positions,
     layer_norm,
     merge_heads,
     modulate,
@@ -131,7 +133,7 @@ class Wan(nnx.Module):
 
     def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
-        return np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij"), -1).reshape(-1, 3)
+        return grid_positions(grid)
 
     def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
         """Sizes of the stack of layers for so many tokens, for the caches."""
@@ -144,15 +146,11 @@ class Wan(nnx.Module):
         c, (batch, tokens, channels) = self.config, noise.shape
         if channels != c.patch * c.out_dim:
             raise ValueError(f"noise {noise.shape}: expected {c.patch * c.out_dim} channels a token")
-        shapes = {"text": ("T", c.text_dim)}
+        shapes = {"text": (batch, "T", c.text_dim)}
         if c.image_dim:
-            shapes |= {"image": ("M", c.image_dim), "latents": (tokens, c.patch * (c.in_dim - c.out_dim))}
-        if cond.keys() != shapes.keys():
-            raise ValueError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
-        for name, (rows, width) in shapes.items():
-            found = cond[name].shape
-            if len(found) != 3 or found[0] != batch or found[2] != width or rows not in ("T", "M", found[1]):
-                raise ValueError(f"condition {name} {found}: expected {[batch, rows, width]}")
+            latents = (batch, tokens, c.patch * (c.in_dim - c.out_dim))
+            shapes |= {"image": (batch, "M", c.image_dim), "latents": latents}
+        check_conditions(cond, shapes)
 
 
 class Block(nnx.Module):
