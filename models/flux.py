@@ -94,11 +94,11 @@ class Flux(nnx.Module):
         cache = cache or {"double": None, "single": None}
         mods = modulations or self.modulations(t, cond)
         img, txt = self.img_in(img.astype(self.dtype)), self.txt_in(cond["text"].astype(self.dtype))
-        rope = self.rotations(positions, txt.shape[1])
+        args = self.rotations(positions, txt.shape[1]), None  # all of the text is valid
         run = partial(run_layers, step=step, unroll=self.unroll)
-        (img, txt), double = run(self.double_blocks, (img, txt), cache["double"], rope, per_layer=mods["double"])
+        (img, txt), double = run(self.double_blocks, (img, txt), cache["double"], *args, per_layer=mods["double"])
         x, first = jnp.concatenate([txt, img], axis=1), self.config.depth
-        x, single = run(self.single_blocks, x, cache["single"], rope, per_layer=mods["single"], first=first)
+        x, single = run(self.single_blocks, x, cache["single"], *args, per_layer=mods["single"], first=first)
         out = self.img_out(modulate(x[:, txt.shape[1] :], *jnp.split(mods["final"][0], 2, axis=-1)))
         return out.astype(jnp.float32), {"double": double, "single": single}
 
@@ -144,20 +144,27 @@ class Flux(nnx.Module):
 
 
 class DoubleBlock(nnx.Module):
-    """Image and text with weights of their own, and one attention over both."""
+    """Image and text with weights of their own, and one attention over both.
 
-    def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    Text stands before the image, or behind it where its end may be padding: `valid`, i32 [B] or None for all, counts the
+    tokens that attention may look at.
+    """
+
+    def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, text_first: bool = True):
         self.img = Stream(config, dtype, rngs)
         self.txt = Stream(config, dtype, rngs)
+        self.text_first = text_first
 
     @jax.named_scope("double_block")
-    def __call__(self, tokens, img_mod, txt_mod, rope, cache, step):
+    def __call__(self, tokens, img_mod, txt_mod, rope, valid, cache, step):
         img, txt = tokens
         img_mod, txt_mod = (jnp.split(mod, 6, axis=-1) for mod in (img_mod, txt_mod))  # [B, 1, D] each
+        order = slice(None, None, 1 if self.text_first else -1)  # of (text, image)
         parts = self.txt.attention(modulate(txt, *txt_mod[:2])), self.img.attention(modulate(img, *img_mod[:2]))
+        parts = parts[order]
         qkv = rotary_qkv(parts, *rope, step.layer, implementation=step.implementation)
-        out, cache = attend(*qkv, cache, step)  # [B, T + N, H, d]
-        txt_out, img_out = jnp.split(out, [txt.shape[1]], axis=1)
+        out, cache = attend(*qkv, cache, step, valid)  # [B, T + N, H, d]
+        txt_out, img_out = jnp.split(out, [parts[0].x.shape[1]], axis=1)[order]
         img = add_gated(img, img_mod[2], self.img.proj(merge_heads(img_out)))
         txt = add_gated(txt, txt_mod[2], self.txt.proj(merge_heads(txt_out)))
         img_out, cache = self.img.mlp(modulate(img, *img_mod[3:5]), cache, step)
@@ -166,7 +173,7 @@ class DoubleBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """Attention and MLP side by side on [text, image]. The original's linear1 is qkv and fc1, its linear2 proj and fc2."""
+    """Attention and MLP side by side on all tokens. The original's linear1 is qkv and fc1, its linear2 proj and fc2."""
 
     def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         c = config
@@ -177,11 +184,11 @@ class SingleBlock(nnx.Module):
         self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("single_block")
-    def __call__(self, x, mod, rope, cache, step):
+    def __call__(self, x, mod, rope, valid, cache, step):
         shift, scale, gate = jnp.split(mod, 3, axis=-1)  # [B, 1, D] each
         h = modulate(x, shift, scale)
         qkv = rotary_qkv([self.qkv(h)], *rope, step.layer, implementation=step.implementation)
-        attn_out, cache = attend(*qkv, cache, step)
+        attn_out, cache = attend(*qkv, cache, step, valid)
         mlp_out, cache = self.mlp(h, cache, step)
         return add_gated(x, gate, self.proj(merge_heads(attn_out)) + mlp_out), cache
 
