@@ -69,15 +69,7 @@ ORIGINAL = (
     *linear("final_layer.linear", "img_out"),
 )
 
-DIFFUSERS = (
-    *linear("x_embedder", "img_in"),
-    *linear("context_embedder", "txt_in"),
-    *(
-        rule
-        for ours, theirs in EMBEDDERS.items()
-        for layer, name in LAYERS.items()
-        for rule in linear(f"time_text_embed.{theirs}.{name}", f"{ours}.{layer}")
-    ),
+DIFFUSERS_BLOCKS = (
     *diffusers_stream("img", "norm1", ("to_q", "to_k", "to_v"), "norm_q", "norm_k", "to_out.0", "ff"),
     *diffusers_stream(
         "txt",
@@ -99,6 +91,17 @@ DIFFUSERS = (
     Rule(("norm_out.linear.bias",), ("final.linear.bias",), transform=swap_halves),
     *linear("proj_out", "img_out"),
 )
+DIFFUSERS = (
+    *linear("x_embedder", "img_in"),
+    *linear("context_embedder", "txt_in"),
+    *(
+        rule
+        for ours, theirs in EMBEDDERS.items()
+        for layer, name in LAYERS.items()
+        for rule in linear(f"time_text_embed.{theirs}.{name}", f"{ours}.{layer}")
+    ),
+    *DIFFUSERS_BLOCKS,
+)
 
 ORIGINAL_SIZES: Sizes = {
     "in_channels": (("img_in.weight", 1),),
@@ -119,7 +122,7 @@ DIFFUSERS_SIZES: Sizes = {
     ),
     "head_dim": (("transformer_blocks.*.attn.norm_k.weight", 0), ("single_transformer_blocks.*.attn.norm_k.weight", 0)),
 }
-DEFAULT_AXES = {128: (16, 56, 56)}  # head dim -> axes_dim; every published FLUX.1
+DEFAULT_AXES = {128: (16, 56, 56)}  # head dim -> axes_dim; every published FLUX.1 and HunyuanVideo
 
 
 def configure(
@@ -143,19 +146,13 @@ def configure(
         ValueError: the config says other than the tensors, or neither tells.
     """
     width, mlp_width, head_dim = (measure(shapes, sizes[name]) for name in ("hidden_size", "mlp_width", "head_dim"))
-    axes = stated.get("axes_dims_rope", DEFAULT_AXES.get(head_dim, ()))
-    if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
-        raise ValueError(f"axes_dims_rope={axes!r} in config.json: expected a list of whole numbers")
     depth, depth_single = count_layers(shapes, double), count_layers(shapes, single)
     if not (width and mlp_width and head_dim and depth and depth_single) or width % head_dim:
         raise ValueError(
             f"no FLUX model has width {width}, MLP width {mlp_width}, head width {head_dim}, {depth} double and "
             f"{depth_single} single blocks, as the tensors say"
         )
-    if not axes:
-        raise ValueError(
-            f"the tensors do not tell how RoPE splits a head of {head_dim}: expected a config.json with axes_dims_rope"
-        )
+    axes = rotary_axes(stated, "axes_dims_rope", head_dim)
     derived = {
         "in_channels": measure(shapes, sizes["in_channels"]),
         "num_layers": depth,
@@ -186,9 +183,25 @@ def configure(
         num_heads=width // head_dim,
         depth=depth,
         depth_single_blocks=depth_single,
-        axes_dim=tuple(axes),
+        axes_dim=axes,
         guidance_embed=derived["guidance_embeds"],
     )
+
+
+def rotary_axes(stated: Mapping[str, Any], name: str, head_dim: int) -> tuple[int, ...]:
+    """How RoPE splits a head, as config.json states under `name` or as all published models do.
+
+    Raises:
+        ValueError: neither tells.
+    """
+    axes = stated.get(name, DEFAULT_AXES.get(head_dim, ()))
+    if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
+        raise ValueError(f"{name}={axes!r} in config.json: expected a list of whole numbers")
+    if not axes:
+        raise ValueError(
+            f"the tensors do not tell how RoPE splits a head of {head_dim}: expected a config.json with {name}"
+        )
+    return tuple(axes)
 
 
 LAYOUTS = (
@@ -204,7 +217,7 @@ LAYOUTS = (
         model="flux",
         class_name="FluxTransformer2DModel",
         name="diffusers",
-        marks=("single_transformer_blocks.0.proj_mlp.weight", "x_embedder.weight"),
+        marks=("context_embedder.weight", "x_embedder.weight"),
         rules=DIFFUSERS,
         configure=partial(
             configure,
