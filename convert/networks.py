@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from chipmunk_jax.models.wan import Wan, WanConfig
 
 
@@ -19,7 +20,11 @@ class Network:
     config: type
 
 
-NETWORKS = {"flux": Network(Flux, FluxConfig), "wan": Network(Wan, WanConfig)}
+NETWORKS = {
+    "flux": Network(Flux, FluxConfig),
+    "hunyuan_video": Network(HunyuanVideo, HunyuanVideoConfig),
+    "wan": Network(Wan, WanConfig),
+}
 DTYPES = ("bfloat16", "float16", "float32")
 
 
