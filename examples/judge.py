@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import optax
 from flax import nnx
 from jax import lax
 from PIL import Image
-from procgen_shapes import ATTRIBUTES, CLASSES, make_images
+from procgen_shapes import ATTRIBUTES, CLASSES
 
 PEAK_LEARNING_RATE, WARMUP_STEPS = 2e-3, 50
 LARGEST_NOISE = 0.08  # added to training images, so that small artefacts of a sampler do not mislead the judge
+MakeImages = Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # key -> images [B, S, S, 3] in -1..1, labels [B, 4]
 
 
 class Judge(nnx.Module):
@@ -42,12 +44,12 @@ class Judge(nnx.Module):
         return jnp.split(self.head(pooled), np.cumsum(CLASSES)[:-1], axis=-1)
 
 
-def train_judge(seconds: float, *, size: int, batch: int, seed: int) -> tuple[Judge, float]:
-    """A judge of images [B, size, size, 3] after about `seconds` (its compilation comes on top), and its last loss."""
+def train_judge(seconds: float, make_images: MakeImages, *, seed: int) -> tuple[Judge, float]:
+    """A judge of make_images(key) after about `seconds` (its compilation comes on top), and its last loss."""
     graph, params = nnx.split(Judge(nnx.Rngs(seed)))
     optimizer = optax.scale_by_adam(b2=0.99)
     state = (params, optimizer.init(params), jnp.int32(0), jnp.float32(0))
-    train = partial(_train_steps, graph, optimizer, size, batch)
+    train = partial(_train_steps, graph, optimizer, make_images)
     train = jax.jit(train, donate_argnums=0).lower(state, jax.random.key(seed), 1, 0.0).compile()
     start, steps, pace = time.time(), 1, 0.0
     while (elapsed := time.time() - start) < seconds:
@@ -65,12 +67,17 @@ def accuracies(judge: Judge, images: jax.Array, labels: jax.Array) -> dict[str, 
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 
-def write_grid(path: Path, images: np.ndarray, most: int = 64) -> None:
+def write_square(path: Path, images: np.ndarray, most: int = 64) -> None:
     """Write the first images of [B, S, S, 3] in -1..1 as a square PNG."""
-    side, size = math.isqrt(min(most, len(images))), images.shape[1]
-    pixels = np.uint8(np.clip((images[: side * side] + 1) * 127.5 + 0.5, 0, 255))
-    grid = pixels.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
-    Image.fromarray(grid).save(path)
+    side = math.isqrt(min(most, len(images)))
+    write_grid(path, images[: side * side].reshape(side, side, *images.shape[1:]))
+
+
+def write_grid(path: Path, images: np.ndarray) -> None:
+    """Write images [rows, columns, S, S, 3] in -1..1 as one PNG."""
+    rows, columns, size = images.shape[:3]
+    pixels = np.uint8(np.clip((images + 1) * 127.5 + 0.5, 0, 255))
+    Image.fromarray(pixels.swapaxes(1, 2).reshape(rows * size, columns * size, 3)).save(path)
 
 
 @nnx.jit
@@ -78,12 +85,12 @@ def _logits(judge: Judge, images: jax.Array) -> list[jax.Array]:
     return judge(images)
 
 
-def _train_steps(graph, optimizer, size, batch, state, key, steps, progress):
+def _train_steps(graph, optimizer, make_images, state, key, steps, progress):
     """The state after `steps` steps, all in one dispatch; progress is the share of the time that has passed."""
 
     def step(_, state):
         params, moments, count, _ = state
-        loss, grads = jax.value_and_grad(_loss)(params, graph, size, batch, jax.random.fold_in(key, count))
+        loss, grads = jax.value_and_grad(_loss)(params, graph, make_images, jax.random.fold_in(key, count))
         updates, moments = optimizer.update(grads, moments)
         rate = PEAK_LEARNING_RATE * (0.51 + 0.49 * jnp.cos(jnp.pi * progress))
         rate = rate * jnp.minimum(1, (count + 1) / WARMUP_STEPS)
@@ -93,10 +100,10 @@ def _train_steps(graph, optimizer, size, batch, state, key, steps, progress):
     return lax.fori_loop(0, steps, step, state)
 
 
-def _loss(params, graph, size, batch, key):
+def _loss(params, graph, make_images, key):
     image_key, level_key, noise_key = jax.random.split(key, 3)
-    images, labels = make_images(image_key, batch, size)
-    level = jax.random.uniform(level_key, (batch, 1, 1, 1), maxval=LARGEST_NOISE)
+    images, labels = make_images(image_key)
+    level = jax.random.uniform(level_key, (len(images), 1, 1, 1), maxval=LARGEST_NOISE)
     logits = nnx.merge(graph, params)(images + level * jax.random.normal(noise_key, images.shape))
     losses = (optax.softmax_cross_entropy_with_integer_labels(one, y) for one, y in zip(logits, labels.T, strict=True))
     return sum(one.mean() for one in losses)
