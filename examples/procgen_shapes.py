@@ -1,4 +1,6 @@
-"""Procedural images with exact labels: one lit, textured shape with a soft shadow before a cloudy background.
+"""Procedural images and videos with exact labels: a lit, textured shape with a soft shadow before a cloudy background.
+
+In a video the shape flies, turns and bounces off the border, and the clouds drift.
 
 Seedable, pure JAX, no files: a batch is generated on the device inside the training step. Four attributes label an
 image, one word of each makes its caption ("red striped heart on meadow"), and fixed random vectors of the words stand
@@ -7,6 +9,7 @@ for a text encoder.
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +49,32 @@ BACKGROUNDS = np.array(  # two colours each, mixed from top to bottom
     np.float32,
 )
 TURN, HALF_TURN = 6.2832, 3.1416
+BORDER = 0.6  # where centres bounce
+DURATION = 1.5  # of a video
+DRIFT = 0.25  # of the clouds' speed in the shape's
 
 
 def make_images(key: jax.Array, batch: int, size: int) -> tuple[jax.Array, jax.Array]:
     """images [B, S, S, 3], f32 in -1..1, and labels [B, 4], i32: the classes in the order of ATTRIBUTES."""
+
+    def draw(key):
+        scene = _make_scene(key)
+        return _draw(scene, size), scene.label
+
     with jax.default_matmul_precision("highest"):  # TF32 would jitter the outlines
-        return jax.vmap(lambda one: _make_image(one, size))(jax.random.split(key, batch))
+        return jax.vmap(draw)(jax.random.split(key, batch))
+
+
+def make_videos(key: jax.Array, batch: int, frames: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """videos [B, T, S, S, 3], f32 in -1..1, and labels [B, 4]; make_images(key, batch, size) are their first frames."""
+    times = DURATION * jnp.arange(frames) / frames
+
+    def film(key):
+        scene = _make_scene(key)
+        return jax.vmap(lambda time: _draw(_after(scene, time), size))(times), scene.label
+
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(film)(jax.random.split(key, batch))
 
 
 def word_table() -> np.ndarray:
@@ -78,31 +101,63 @@ def caption(label) -> str:
     return f"{colour} {texture} {shape} on {background}"
 
 
-def _make_image(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    # Twelve keys, of which videos of the same scenes use 5 and 7 for motion.
-    keys = jax.random.split(key, 12)
-    label = jnp.stack([jax.random.randint(k, (), 0, n) for k, n in zip(keys[:4], CLASSES, strict=True)])
-    shape, colour, texture, background = label
-    centre = -jax.random.uniform(keys[4], (2,), minval=-0.35, maxval=0.35)
-    angle = jax.random.uniform(keys[6], (), maxval=6.28)
-    scale = jax.random.uniform(keys[8], (), minval=0.38, maxval=0.62)
-    light = jax.random.uniform(keys[9], (2,), minval=-1, maxval=1) + jnp.array([0.0, -1.2])
-    light = _unit(jnp.append(light, 1.2))
+class _Scene(NamedTuple):
+    """What is seen at one time, and how it moves."""
 
+    label: jax.Array  # i32 [4]
+    centre: jax.Array  # [2], x and y in -1..1
+    angle: jax.Array
+    scale: jax.Array
+    light: jax.Array  # [3], where it comes from
+    surface_key: jax.Array
+    clouds_key: jax.Array
+    velocity: jax.Array  # [2], of the centre until it bounces
+    spin: jax.Array
+    drift: jax.Array | float = 0.0  # [2], of the clouds so far
+
+
+def _make_scene(key: jax.Array) -> _Scene:
+    keys = jax.random.split(key, 12)
+    light = jax.random.uniform(keys[9], (2,), minval=-1, maxval=1) + jnp.array([0.0, -1.2])
+    return _Scene(
+        label=jnp.stack([jax.random.randint(k, (), 0, n) for k, n in zip(keys[:4], CLASSES, strict=True)]),
+        centre=-jax.random.uniform(keys[4], (2,), minval=-0.35, maxval=0.35),
+        angle=jax.random.uniform(keys[6], (), maxval=6.28),
+        scale=jax.random.uniform(keys[8], (), minval=0.38, maxval=0.62),
+        light=_unit(jnp.append(light, 1.2)),
+        surface_key=keys[10],
+        clouds_key=keys[11],
+        velocity=-jax.random.uniform(keys[5], (2,), minval=-0.7, maxval=0.7),
+        spin=jax.random.uniform(keys[7], (), minval=-2.5, maxval=2.5),
+    )
+
+
+def _after(scene: _Scene, time: jax.Array) -> _Scene:
+    """The scene so much later."""
+    way = (scene.centre + scene.velocity * time - BORDER) % (4 * BORDER)  # there and back again
+    centre = jnp.abs(way - 2 * BORDER) - BORDER
+    drift = DRIFT * time * scene.velocity
+    return scene._replace(centre=centre, angle=scene.angle + scene.spin * time, drift=drift)
+
+
+def _draw(scene: _Scene, size: int) -> jax.Array:
+    """The image [S, S, 3] of a scene."""
+    shape, colour, texture, background = scene.label
+    angle, scale = scene.angle, scene.scale
     rotation = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
-    to_object = lambda points: ((points - centre) / scale) @ rotation
+    to_object = lambda points: ((points - scene.centre) / scale) @ rotation
     distance = lambda points: _signed_distance(shape, to_object(points)) * scale
     axis = (jnp.arange(size) + 0.5) / size * 2 - 1
     points = jnp.stack(jnp.meshgrid(axis, axis, indexing="xy"), -1)  # [S, S, 2] in -1..1
     inside = distance(points)  # negative inside
 
-    facing = jnp.clip(_normals(distance, points, inside, scale, 2.0 / size) @ light, 0, 1)
-    surface = _surface(texture, to_object(points), keys[10])
+    facing = jnp.clip(_normals(distance, points, inside, scale, 2.0 / size) @ scene.light, 0, 1)
+    surface = _surface(texture, to_object(points), scene.surface_key)
     body = jnp.asarray(COLOURS)[colour] * (surface * (0.25 + 0.8 * facing))[..., None] + 0.35 * (facing**24)[..., None]
     shadow = 0.45 * jax.nn.sigmoid(-distance(points - jnp.array([0.10, 0.14])) / 0.05)[..., None]
-    behind = _backdrop(background, points, keys[11]) * (1 - shadow)
+    behind = _backdrop(background, points, scene.drift, scene.clouds_key) * (1 - shadow)
     coverage = jax.nn.sigmoid(-inside * size * 0.9)[..., None]  # an antialiased edge
-    return jnp.clip(behind * (1 - coverage) + body * coverage, 0, 1) * 2 - 1, label
+    return jnp.clip(behind * (1 - coverage) + body * coverage, 0, 1) * 2 - 1
 
 
 def _signed_distance(shape: jax.Array, points: jax.Array) -> jax.Array:
@@ -141,10 +196,11 @@ def _surface(texture: jax.Array, points: jax.Array, key: jax.Array) -> jax.Array
     return jnp.select([texture == i for i in range(4)], [jnp.ones_like(x), striped, checkered, marbled])
 
 
-def _backdrop(background: jax.Array, points: jax.Array, key: jax.Array) -> jax.Array:
+def _backdrop(background: jax.Array, points: jax.Array, drift: jax.Array | float, key: jax.Array) -> jax.Array:
     """RGB [S, S, 3]: a gradient from top to bottom, blurred by clouds."""
     top, bottom = jnp.asarray(BACKGROUNDS)[background]
-    mix = jnp.clip((points[..., 1] + 1) / 2 + 0.25 * _smooth_noise(key, points, octaves=3), 0, 1)[..., None]
+    clouds = _smooth_noise(key, points - drift, octaves=3)
+    mix = jnp.clip((points[..., 1] + 1) / 2 + 0.25 * clouds, 0, 1)[..., None]
     return top * (1 - mix) + bottom * mix
 
 
