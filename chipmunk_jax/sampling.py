@@ -125,11 +125,13 @@ def sample(
     parts = {"modulations of all steps": sum(a.size * a.dtype.itemsize for a in shapes)}
     check_room(stacks, sparsity, batch, model.dtype, implementation, parts)
 
+    solver = solver or Euler()
     order = patch_order(grid, sparsity.patches if sparsity else ())
     arrays = dict(
         noise=noise,
         cond=cond,
         timesteps=np.asarray(timesteps, np.float32),
+        times=solver.times(timesteps),
         guidance=None if guidance is None else np.float32(guidance),
         positions=model.positions(grid)[order],
         order=order,
@@ -137,7 +139,7 @@ def sample(
     )
     cache = caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None
     with _Reporter(steps, progress, callback) as reporter:
-        x, _ = _run(model, cache, arrays, reporter.run, solver=solver or Euler(), report=reporter.kind)
+        x, _ = _run(model, cache, arrays, reporter.run, solver=solver, report=reporter.kind)
         jax.block_until_ready(x)
     return x
 
@@ -147,7 +149,7 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
     order, timesteps, guidance = arrays["order"], arrays["timesteps"], arrays["guidance"]
     back = jnp.argsort(order)
     batch = len(arrays["noise"]) if guidance is None else 2 * len(arrays["noise"])
-    times = jnp.broadcast_to(timesteps[:-1, None], (len(timesteps) - 1, batch))
+    times = jnp.broadcast_to(arrays["times"][:, None], (len(timesteps) - 1, batch))
     modulations = modulations_of(model, times, arrays["cond"])
 
     def body(state: SampleState, index: jax.Array):

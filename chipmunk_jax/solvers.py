@@ -13,6 +13,9 @@ from flax import struct
 class Solver(Protocol):
     """A rule for one step. Static: hashable, its data live in the state."""
 
+    def times(self, timesteps: np.ndarray) -> np.ndarray:
+        """What the network is told of the times [steps + 1] from which steps start, f32 [steps]."""
+
     def init(self, x: jax.Array) -> Any:
         """State before the first step, a pytree."""
 
@@ -25,6 +28,9 @@ class Solver(Protocol):
 @dataclass(frozen=True)
 class Euler:
     """x + (t_next - t) velocity, in float32."""
+
+    def times(self, timesteps: np.ndarray) -> np.ndarray:
+        return np.asarray(timesteps[:-1], np.float32)
 
     def init(self, x: jax.Array) -> tuple[()]:
         return ()
@@ -39,9 +45,8 @@ class UniPCState:
 
     steps: jax.Array  # i32, how many are done
     corrected: jax.Array  # x at the last step's time, corrected
-    samples: (
-        jax.Array
-    )  # f32 [2, ..]: x - t velocity, what the flow led to as seen at the last step and at the one before
+    # f32 [2, ..]: x - t velocity, what the flow led to as seen at the last step and at the one before.
+    samples: jax.Array
     times: jax.Array  # f32 [2], theirs
 
 
@@ -50,8 +55,12 @@ class UniPC:
     """UniPC of order 2 for flows (Zhao et al., arXiv 2302.04867; variant bh2, predicting the sample), in float32.
 
     Each step first corrects x by the velocity found there, then predicts the next x. The first prediction and the last one, to
-    t = 0, are of order 1; so is the first correction.
+    t = 0, are of order 1; so is the first correction. The network is told whole thousandths, as by diffusers and by Wan's own code.
     """
+
+    def times(self, timesteps: np.ndarray) -> np.ndarray:
+        thousandths = np.floor(1000 * np.asarray(timesteps[:-1], np.float64) + 1e-4)  # 0.7 in float32 is 699.99999 of them
+        return (thousandths / 1000).astype(np.float32)
 
     def init(self, x: jax.Array) -> UniPCState:
         zeros = jnp.zeros((2, *x.shape), jnp.float32)

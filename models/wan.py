@@ -100,7 +100,7 @@ class Wan(nnx.Module):
 
         Args:
             x: [B, N, patch out_dim], tokens in any order that positions follow.
-            t: [B], f32, 1 for noise and 0 for the video; the network sees whole thousandths.
+            t: [B], f32, 1 for noise and 0 for the video.
             cond: "text" [B, T, text_dim], all of whose rows are attended to (512 in the published models, zeros
                 behind the prompt); for image to video also "image" [B, M, image_dim], tokens of CLIP, and
                 "latents" [B, N, patch (in_dim - out_dim)], mask and image in the order of x.
@@ -123,7 +123,7 @@ class Wan(nnx.Module):
 
     def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What every block and the last layer add to their shifts, scales and gates, f32: [.., B, 6, D] and [.., B, 1, D]."""
-        e = self.time_in(sinusoids(jnp.floor(1000 * t.astype(jnp.float32)), self.config.freq_dim))
+        e = self.time_in(sinusoids(1000 * t.astype(jnp.float32), self.config.freq_dim))
         return {"blocks": self.time_projection(jax.nn.silu(e)).reshape(*e.shape[:-1], 6, -1), "final": e[..., None, :]}
 
     def rotations(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
