@@ -127,8 +127,9 @@ class Flux(nnx.Module):
         """Sizes of the two stacks of layers for so many image tokens, for the caches."""
         c, joint = self.config, tokens + cond["text"].shape[1]
         sizes = dict(
-            tokens=joint, heads=c.num_heads, head_dim=sum(c.axes_dim), width=c.hidden_size, mlp_width=c.mlp_width
-        )
+            tokens=joint, heads=c.num_heads, head_dim=sum(c.axes_dim), width=c.hidden_size, mlp_width=c.mlp_width,
+            text=(0, joint - tokens),
+        )  # fmt: skip
         return {
             "double": Stack(layers=c.depth, mlp_tokens=tokens, **sizes),  # text has its own, dense MLP
             "single": Stack(layers=c.depth_single_blocks, mlp_tokens=joint, **sizes),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chipmunk_jax.cache import LayerCache
+from chipmunk_jax.cache import LayerCache, Stack
 from chipmunk_jax.layers import Linear, run_layers, stack_layers
 from chipmunk_jax.models.flux import (
     DoubleBlock,
@@ -134,7 +134,12 @@ class HunyuanVideo(nnx.Module):
 
     # Both networks have these layers, under these names; the text's own layers are far too few to gain from it.
     modulations = Flux.modulations
-    stacks = Flux.stacks
+
+    def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
+        """Sizes of the two stacks of layers for so many video tokens, for the caches."""
+        return {
+            name: stack.replace(text=(tokens, stack.tokens)) for name, stack in Flux.stacks(self, tokens, cond).items()
+        }
 
     def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
         """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [N + T, d] each; text is not turned."""

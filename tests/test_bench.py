@@ -15,7 +15,7 @@ from chipmunk_jax.bench.models import MODELS
 from chipmunk_jax.bench.profile import kernel_table, kernel_times
 from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
 from chipmunk_jax.cli.main import main
-from chipmunk_jax.sparsity import Sparsity, to_dict
+from chipmunk_jax.sparsity import PRESETS, Sparsity, to_dict
 
 REPEATS = ["--repeats", "1"]
 KEYS = {
@@ -317,6 +317,54 @@ def test_bench_sample_times_dense_and_sparse(folder):
         assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "steps": 3, "text": 16}
         assert entry["sparsity"] == to_dict(Sparsity()) and entry["ms_per_step"] == entry["ms"] / 3
     assert sparse["density"]["attention"] < 1
+
+
+@pytest.mark.parametrize("model", ["hunyuan-tiny", "wan-tiny"])
+def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
+    given = ["--model", model, "--height", "48", "--width", "64", "--frames", "17", "--repeats", "1", "-o", "a.jsonl"]
+    given += ["--sparsity.attention.local-voxels", "1", "--dtype", "float32"]  # the preset's 5 are more than there are
+    assert main(["bench", "step", *given]) == 0
+    entries = read(folder / "a.jsonl")
+    assert [entry["variant"] for entry in entries] == ["dense", "full", "select", "delta"]  # no neurons are chosen
+    preset = to_dict(PRESETS[MODELS[model].preset])
+    preset["attention"]["local_voxels"] = 1
+    for entry in entries:
+        assert entry["shape"] | {"layers": 0} == dict(height=48, width=64, frames=17, batch=1, layers=0, text=16)
+        assert entry["sparsity"] == preset and entry["ms"] > 0
+    (folder / "a.jsonl").unlink()
+    assert main(["bench", "sample", *given, "--steps", "3", "--sparsity.attention.full-step-schedule", "0,1"]) == 0
+    dense, sparse = read(folder / "a.jsonl")
+    assert 0 < sparse["density"]["attention"] < 1 and dense["ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "expected"),
+    [
+        ("flux-dev", (None, None, None), (48, 80)),
+        ("hunyuan-video", (None, None, None), (33, 45, 80)),
+        ("hunyuan-video", (320, 512, 1), (1, 20, 32)),
+        ("wan-14b", (None, None, None), (21, 45, 80)),
+        ("wan-1.3b", (None, 640, 5), (2, 30, 40)),
+    ],
+)
+def test_sizes_that_are_not_given_are_the_usual_ones(model, given, expected):
+    entry = MODELS[model]
+    assert entry.grid(entry.sizes(*given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("flux-dev", (None, None, 5), "--frames 5: expected none, as this model makes images"),
+        ("wan-14b", (None, None, 80), "--frames 80: expected a multiple of 4, and one"),
+        ("wan-14b", (None, None, 0), "--frames 0: expected"),
+        ("wan-14b", (100, None, 81), "--height 100: expected a positive multiple of 16"),
+        ("hunyuan-video", (720, 0, None), "--width 0: expected a positive multiple of 16"),
+    ],
+)
+def test_sizes_that_no_token_divides_are_refused(model, given, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS[model].sizes(*given)
 
 
 @pytest.mark.parametrize(

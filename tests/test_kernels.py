@@ -213,6 +213,20 @@ def test_dense_attention_gives_softmax_and_its_log_sum_exp(implementation):
     agree(lse, np.log(weights.sum(-1)), implementation)
 
 
+def test_dense_attention_leaves_padding_out(implementation):
+    rng, rows, valid = np.random.default_rng(9), 150, np.array([150, 70])
+    draws = [draw(rng, 2, rows, 2, 64, dtype=dtype_of(implementation)) for _ in range(3)]
+    there = np.arange(rows) < valid[:, None]
+    q, k, v = (jnp.where(there[..., None, None], a, jnp.asarray(100, a.dtype)) for a, _ in draws)
+    out, lse = dense_attention(q, k, v, scale=0.125, valid=jnp.asarray(valid), implementation=implementation)
+    for b, n in enumerate(valid):
+        nq, nk, nv = (a[b, :n] for _, a in draws)
+        weights = np.exp(0.125 * np.einsum("qhd,khd->hqk", nq, nk))
+        agree(out[b, :n], np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), nv), implementation)
+        agree(lse[b, :, :n], np.log(weights.sum(-1)), implementation)
+    assert not np.asarray(out)[~there].any() and np.isposinf(np.asarray(lse).swapaxes(1, 2)[~there]).all()
+
+
 def naive_gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 

@@ -11,9 +11,13 @@ import numpy as np
 from flax import nnx
 
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
+from chipmunk_jax.models.wan import Wan, WanConfig
 from chipmunk_jax.sampling import Condition, Model, check_room
-from chipmunk_jax.solvers import flux_timesteps
+from chipmunk_jax.solvers import Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.sparsity import Sparsity
+
+FRAMES = 4  # of a video that one latent frame holds; the first stands for itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +27,48 @@ class BenchModel:
     network: type[nnx.Module]  # called as network(config, dtype=.., rngs=..)
     config: Any  # a dataclass
     depths: tuple[str, ...]  # its fields that count layers, one a stack
+    width: int  # D
     channels: int  # of a token
     pixels: int  # on a side of a token
+    size: tuple[int, ...]  # height and width of what it usually makes, in pixels, and of a video its frames
     text: int  # tokens
     conditions: Callable[[Any, int], dict[str, tuple[int, ...]]]  # config, text -> their shapes, without the batch
     timesteps: Callable[[int, int], np.ndarray]  # steps, tokens -> f32 [steps + 1]
+    preset: str  # of sparsity
+    solver: Solver | None = None  # None: Euler
+    guidance: float | None = None  # scale of true guidance, which doubles the batch
+    distilled: float = 0.0  # scale of a guidance that is a condition
 
     @property
     def layers(self) -> int:
         return sum(getattr(self.config, name) for name in self.depths)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of an image of so many pixels.
+    def rows(self, batch: int) -> int:
+        """Entries of the batch that the network sees."""
+        return batch if self.guidance is None else 2 * batch
+
+    def sizes(self, height: int | None, width: int | None, frames: int | None) -> dict[str, int]:
+        """Height, width and, of a video, frames: those given, and the usual ones for the others.
 
         Raises:
-            ValueError: pixels that are not a multiple of a token's.
+            ValueError: pixels that are not a multiple of a token's, frames of an image, or frames that no latent frame ends with.
         """
-        for name, size in (("height", height), ("width", width)):
-            if size < self.pixels or size % self.pixels:
-                raise ValueError(f"--{name} {size}: expected a positive multiple of {self.pixels}")
-        return height // self.pixels, width // self.pixels
+        if frames is not None and len(self.size) == 2:
+            raise ValueError(f"--frames {frames}: expected none, as this model makes images")
+        given = dict(zip(("height", "width", "frames"), (height, width, frames), strict=True))
+        usual = dict(zip(given, self.size, strict=False))  # of an image, no frames
+        sizes = {name: usual[name] if given[name] is None else given[name] for name in usual}
+        for name in ("height", "width"):
+            if sizes[name] < self.pixels or sizes[name] % self.pixels:
+                raise ValueError(f"--{name} {sizes[name]}: expected a positive multiple of {self.pixels}")
+        if sizes.get("frames", 1) % FRAMES != 1 or sizes.get("frames", 1) < 1:
+            raise ValueError(f"--frames {frames}: expected a multiple of {FRAMES}, and one")
+        return sizes
+
+    def grid(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """Tokens on each axis: rows and columns, and of a video frames before them."""
+        frames = (1 + sizes["frames"] // FRAMES,) if "frames" in sizes else ()
+        return *frames, sizes["height"] // self.pixels, sizes["width"] // self.pixels
 
     def shortened(self, layers: int) -> "BenchModel":
         """The same with so many layers in all, shared out among its stacks as they were, at least one each.
@@ -62,20 +88,48 @@ class BenchModel:
 
 def _flux(config: FluxConfig, *, text: int, pixels: int = 16) -> BenchModel:
     return BenchModel(
-        network=Flux, config=config, depths=("depth", "depth_single_blocks"), channels=config.in_channels,
-        pixels=pixels, text=text, conditions=_flux_conditions, timesteps=flux_timesteps,
+        network=Flux, config=config, depths=("depth", "depth_single_blocks"), width=config.hidden_size,
+        channels=config.in_channels, pixels=pixels, size=(768, 1280), text=text, conditions=_flux_conditions,
+        timesteps=flux_timesteps, preset="flux", distilled=3.5,
     )  # fmt: skip
 
 
-def _flux_conditions(config: FluxConfig, text: int) -> dict[str, tuple[int, ...]]:
+def _flux_conditions(config: FluxConfig | HunyuanVideoConfig, text: int) -> dict[str, tuple[int, ...]]:
     guidance = {"guidance": ()} if config.guidance_embed else {}
     return {"text": (text, config.context_in_dim), "pooled": (config.vec_in_dim,)} | guidance
 
 
+def _hunyuan_video(config: HunyuanVideoConfig, *, text: int, pixels: int = 16) -> BenchModel:
+    return BenchModel(
+        network=HunyuanVideo, config=config, depths=("depth", "depth_single_blocks"), width=config.hidden_size,
+        channels=config.token_channels, pixels=pixels, size=(720, 1280, 129), text=text,
+        conditions=lambda config, text: _flux_conditions(config, text) | {"mask": (text,)},
+        timesteps=lambda steps, _: shifted_timesteps(steps, 7.0), preset="hunyuan-video", distilled=6.0,
+    )  # fmt: skip
+
+
+def _wan(
+    config: WanConfig, preset: str, *, size: tuple[int, int, int], text: int = 512, pixels: int = 16
+) -> BenchModel:
+    return BenchModel(
+        network=Wan, config=config, depths=("num_layers",), width=config.dim, channels=config.patch * config.out_dim,
+        pixels=pixels, size=size, text=text, conditions=lambda config, text: {"text": (text, config.text_dim)},
+        timesteps=lambda steps, _: wan_timesteps(steps, 5.0), preset=preset, solver=UniPC(), guidance=5.0,
+    )  # fmt: skip
+
+
+_TINY = dict(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4)
 MODELS = {
     "flux-dev": _flux(FluxConfig(), text=512),
     "flux-schnell": _flux(FluxConfig(guidance_embed=False), text=256),
-    "flux-tiny": _flux(FluxConfig(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4), text=16, pixels=4),
+    "hunyuan-video": _hunyuan_video(HunyuanVideoConfig(), text=256),
+    "wan-14b": _wan(WanConfig(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40), "wan-14b", size=(720, 1280, 81)),
+    "wan-1.3b": _wan(WanConfig(), "wan-1.3b", size=(480, 832, 81)),
+    "flux-tiny": _flux(FluxConfig(**_TINY), text=16, pixels=4),
+    "hunyuan-tiny": _hunyuan_video(HunyuanVideoConfig(**_TINY), text=16, pixels=4),
+    "wan-tiny": _wan(
+        WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=4), "wan-1.3b", size=(64, 64, 17), text=16, pixels=4
+    ),
 }
 
 
@@ -96,7 +150,7 @@ def random_model(model: BenchModel, dtype: jnp.dtype) -> Model:
     make = lambda: model.network(model.config, dtype=dtype, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten(state)
-    scale = model.config.hidden_size**-0.5
+    scale = model.width**-0.5
     draw = jax.jit(lambda key, shape, dtype: scale * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return nnx.merge(graph, tree.unflatten(draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)))
@@ -110,5 +164,7 @@ def random_inputs(model: BenchModel, batch: int, tokens: int, seed: int = 1) -> 
         name: jax.random.normal(key, (batch, *shape)) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     if "guidance" in cond:
-        cond["guidance"] = jnp.full(batch, 3.5)
+        cond["guidance"] = jnp.full(batch, model.distilled)
+    if "mask" in cond:
+        cond["mask"] = jnp.ones((batch, model.text), bool)  # the longest prompt
     return jax.random.normal(noise_key, (batch, tokens, model.channels)), cond

@@ -1,5 +1,6 @@
 """Whole samples, dense and sparse in turn."""
 
+import math
 import time
 
 import jax.numpy as jnp
@@ -16,13 +17,23 @@ from chipmunk_jax.sparsity import Sparsity, to_dict
 
 
 def bench_sample(
-    name: str, *, height: int, width: int, steps: int, batch: int, dtype: str, sparsity: Sparsity, repeats: int
+    name: str,
+    *,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    steps: int,
+    batch: int,
+    dtype: str,
+    sparsity: Sparsity,
+    repeats: int,
 ) -> list[Record]:
     """A record of the dense sample and one of the sparse.
 
     Args:
         name: of MODELS.
-        height, width: pixels.
+        height, width: pixels; None: the model's usual ones.
+        frames: of a video, likewise.
         steps: of the sampler.
         batch: images at once.
         dtype: of weights and activations.
@@ -33,13 +44,14 @@ def bench_sample(
         ValueError: sizes that do not fit, or no room, before any work.
     """
     entry = MODELS[name]
-    grid = entry.grid(height, width)
-    tokens = grid[0] * grid[1]
+    sizes = entry.sizes(height, width, frames)
+    grid = entry.grid(sizes)
+    tokens = math.prod(grid)
     check_schedules(sparsity, steps)
-    check_memory(entry, tokens, batch, jnp.dtype(dtype), sparsity)
+    check_memory(entry, tokens, entry.rows(batch), jnp.dtype(dtype), sparsity)
     model = random_model(entry, jnp.dtype(dtype))
     noise, cond = random_inputs(entry, batch, tokens)
-    options = dict(timesteps=entry.timesteps(steps, tokens), grid=grid)
+    options = dict(timesteps=entry.timesteps(steps, tokens), grid=grid, solver=entry.solver, guidance=entry.guidance)
     kinds = {
         kind: lambda s=s: sample(model, noise, cond, sparsity=s, **options)
         for kind, s in (("dense", None), ("sparse", sparsity))
@@ -51,7 +63,7 @@ def bench_sample(
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
     stacks = model.stacks(tokens, cond)
     table = plan_stacks(stacks, sparsity, steps, grid)
-    shape = {"height": height, "width": width, "batch": batch, "steps": steps, "text": entry.text}
+    shape = sizes | {"batch": batch, "steps": steps, "text": entry.text}
     extra = {"density": density(table, sum(stack.layers for stack in stacks.values()))}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
     return [_record(kind, seconds, outputs, first, common, extra, steps) for kind in kinds]

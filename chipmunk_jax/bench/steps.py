@@ -1,5 +1,6 @@
 """One step of each kind: dense, and with caches full, selecting and delta."""
 
+import math
 from functools import partial
 from itertools import cycle
 
@@ -41,8 +42,9 @@ INPUTS = 3  # in turn: unchanged tokens would have the delta steps multiply zero
 def bench_step(
     name: str,
     *,
-    height: int,
-    width: int,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
     layers: int | None,
     batch: int,
     dtype: str,
@@ -54,7 +56,8 @@ def bench_step(
 
     Args:
         name: of MODELS.
-        height, width: pixels.
+        height, width: pixels; None: the model's usual ones.
+        frames: of a video, likewise.
         layers: to shorten the model to; None for all.
         batch: images at once.
         dtype: of weights and activations.
@@ -66,17 +69,21 @@ def bench_step(
         ValueError: sizes that do not fit, or no room, before any work.
     """
     entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
-    grid = entry.grid(height, width)
-    check_memory(entry, grid[0] * grid[1], batch, jnp.dtype(dtype), sparsity)
-    with tqdm(total=len(KINDS) * (1 + repeats), unit="step", leave=False) as bar:
+    sizes = entry.sizes(height, width, frames)
+    grid, rows = entry.grid(sizes), entry.rows(batch)
+    check_memory(entry, math.prod(grid), rows, jnp.dtype(dtype), sparsity)
+    kinds = [
+        kind for kind in KINDS if kind != "select neurons" or (sparsity.mlp and sparsity.mlp.cache == "activations")
+    ]
+    with tqdm(total=len(kinds) * (1 + repeats), unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")
-        steps = _Steps(entry, grid, batch, jnp.dtype(dtype), sparsity)
+        steps = _Steps(entry, grid, rows, jnp.dtype(dtype), sparsity, kinds)
         errors = steps.check(TOLERANCES[dtype], bar)
         bar.set_postfix_str("timing")
-        right = {kind: Timed(partial(steps.run, kind)) for kind in KINDS if errors[kind][0] is None}
+        right = {kind: Timed(partial(steps.run, kind)) for kind in kinds if errors[kind][0] is None}
         seconds = time_in_turn(right, repeats, report=lambda _: bar.update())
         profiles = {kind: kernel_times(timed.dispatch) for kind, timed in right.items()} if kernels else {}
-    shape = {"height": height, "width": width, "batch": batch, "layers": entry.layers, "text": entry.text}
+    shape = sizes | {"batch": batch, "layers": entry.layers, "text": entry.text}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
     return [
         Record(
@@ -89,15 +96,17 @@ def bench_step(
             **times(seconds.get(kind, ()), seconds.get("dense", ())),
             **common,
         )
-        for kind in KINDS
+        for kind in kinds
     ]
 
 
 class _Steps:
     """A model with random weights, its caches, and inputs in turn."""
 
-    def __init__(self, entry, grid: tuple[int, int], batch: int, dtype: jnp.dtype, sparsity: Sparsity):
-        tokens = grid[0] * grid[1]
+    def __init__(
+        self, entry, grid: tuple[int, ...], batch: int, dtype: jnp.dtype, sparsity: Sparsity, kinds: list[str]
+    ):
+        tokens, self.kinds = math.prod(grid), kinds
         inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
         self.model = random_model(entry, dtype)
         stacks = self.model.stacks(tokens, inputs[0][1])
@@ -128,7 +137,7 @@ class _Steps:
         bar.update()
         for kind in ("first", "select"):  # the one measures what the other selects by
             self.run(kind, inputs)
-        for kind in KINDS[1:]:
+        for kind in self.kinds[1:]:
             errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
             bar.update()
         return errors
@@ -153,4 +162,5 @@ def _table(plan: Step) -> Step:
         attention=plan.attention and plan.attention.replace(phase=attention),
         mlp=plan.mlp and plan.mlp.replace(phase=mlp),
         key=jax.random.key(0),
+        sample_key=jax.random.key(0),
     )

@@ -31,6 +31,7 @@ examples:
   chipmunk bench kernels --only mlp,topk --compare kernels.jsonl         what did a change bring?
   chipmunk bench step --model flux-dev --layers 6                        one step of each kind of a short model
   chipmunk bench step --model flux-dev --kernels                         and its kernels, the longest first
+  chipmunk bench step --model hunyuan-video --layers 6 --frames 33       of a video
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
@@ -58,14 +59,14 @@ def add_parser(subparsers) -> None:
     step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
     step.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
     _add_common(step, repeats=5)
-    add_sparsity_flags(step, "flux")
+    add_sparsity_flags(step, None, "the model's preset")
     step.set_defaults(run=run_step)
 
     sample = commands.add_parser("sample", help="whole samples, dense and sparse", **layout)
     _add_model_flags(sample)
     sample.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
     _add_common(sample, repeats=3)
-    add_sparsity_flags(sample, "flux")
+    add_sparsity_flags(sample, None, "the model's preset")
     sample.set_defaults(run=run_sample)
 
     drawing = commands.add_parser("plot", help="draw speed-up against sparsity from records", **layout)
@@ -76,9 +77,13 @@ def add_parser(subparsers) -> None:
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="flux-dev", help="default: flux-dev")
-    parser.add_argument("--height", type=int, default=768, help="pixels (default: 768)")
-    parser.add_argument("--width", type=int, default=1280, help="pixels (default: 1280)")
-    parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
+    usual = "default: the model's usual"
+    parser.add_argument("--height", type=int, help=f"pixels ({usual}: 768 for FLUX.1)")
+    parser.add_argument("--width", type=int, help=f"pixels ({usual}: 1280 for FLUX.1)")
+    parser.add_argument(
+        "--frames", type=int, help=f"of a video, a multiple of 4 and one ({usual}: 129 for HunyuanVideo)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images or videos at once (default: 1)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
 
 
@@ -114,15 +119,17 @@ def run_step(args: argparse.Namespace) -> int:
     _check(args, "batch", "repeats")
     if args.kernels and jax.default_backend() != "gpu":
         raise ValueError(f"--kernels: expected a GPU, found {jax.default_backend()}")
-    options = _options(args, "height", "width", "layers", "batch", "dtype", "repeats", "kernels")
-    return _report(args, lambda: [bench_step(args.model, sparsity=read_sparsity(args), **options)])
+    options = _options(args, "height", "width", "frames", "layers", "batch", "dtype", "repeats", "kernels")
+    options["sparsity"] = read_sparsity(args, MODELS[args.model].preset)
+    return _report(args, lambda: [bench_step(args.model, **options)])
 
 
 def run_sample(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench sample`."""
     _check(args, "steps", "batch", "repeats")
-    options = _options(args, "height", "width", "steps", "batch", "dtype", "repeats")
-    return _report(args, lambda: [bench_sample(args.model, sparsity=read_sparsity(args), **options)])
+    options = _options(args, "height", "width", "frames", "steps", "batch", "dtype", "repeats")
+    options["sparsity"] = read_sparsity(args, MODELS[args.model].preset)
+    return _report(args, lambda: [bench_sample(args.model, **options)])
 
 
 def run_plot(args: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 
 
-def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """Adds --sparsity and one flag for each field of a Sparsity to the parser."""
+def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None, otherwise: str = "dense") -> None:
+    """Adds --sparsity and one flag for each field of a Sparsity to the parser; `otherwise` says what no default means."""
     group = parser.add_argument_group(
         "sparsity",
         f"What is recomputed at each step: {', '.join(PRESETS)}, or a YAML or JSON file such as\n"
@@ -18,7 +18,7 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None) -> 
         "A flag wins over it; its VALUE is a number, true, false, null, a word, or a list as 0,1,10 or [8].",
     )
     group.add_argument(
-        "--sparsity", default=default, metavar="PRESET", help=f"preset or file (default: {default or 'dense'})"
+        "--sparsity", default=default, metavar="PRESET", help=f"preset or file (default: {default or otherwise})"
     )
     given = dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)  # null is a value, so absent must not be None
     for name, field in _fields():
@@ -26,17 +26,17 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None) -> 
         group.add_argument(flag, dest=f"sparsity.{name}", help=field.metadata["help"], **given)
 
 
-def read_sparsity(args: argparse.Namespace) -> Sparsity | None:
-    """The Sparsity that the flags ask for, None for dense sampling.
+def read_sparsity(args: argparse.Namespace, default: str | None = None) -> Sparsity | None:
+    """The Sparsity that the flags ask for, or the default's, None for dense sampling.
 
     Raises:
         ValueError, FileNotFoundError: see load_sparsity.
     """
     given = vars(args)
     overrides = {name: given[f"sparsity.{name}"] for name, _ in _fields() if f"sparsity.{name}" in given}
-    if args.sparsity is None and not overrides:
+    if args.sparsity is None and default is None and not overrides:
         return None
-    return load_sparsity(args.sparsity or "flux", overrides)
+    return load_sparsity(args.sparsity or default or "flux", overrides)
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field]]:
