@@ -255,7 +255,11 @@ def _body(
     lists = [_own_list(*own, layer, b, h, g)] + ([] if common is None else [_common_list(*common, b, g)])
     # Gathered rows, 16 bytes a copy, pipelined.
     rows_of = lambda columns: (k_ref[b, columns, h, :], v_ref[b, columns, h, :])
-    out = _attend(q, shift, rows_of, lists, scale=scale)
+    out, total = _attend(q, shift, rows_of, lists, scale=scale)
+    # Zero, but not to the compiler: it would keep the places of all these rows in registers throughout the loop.
+    rows = rows + (jnp.min(total) < 0).astype(jnp.int32)
+    at = (b, rows[:, None], h, jnp.arange(width)[None, :])
+    inside = jnp.broadcast_to((rows < rows_total)[:, None], (tile, width))
     if mode == "add":
         out = plgpu.load(source_ref.at[layer, *at], mask=inside, other=0).astype(jnp.float32) + out
     elif mode == "store":
@@ -283,7 +287,7 @@ def _common_list(ids_ref, starts_ref, counts_ref, b, g):
 
 
 def _attend(q, shift, rows_of, lists, *, scale):
-    """S [tile, d], f32, over the columns of one or two lists.
+    """S [tile, d], f32, over the columns of one or two lists, and the sums of its weights [tile], none negative.
 
     Args:
         q: [tile, d].
@@ -312,7 +316,7 @@ def _attend(q, shift, rows_of, lists, *, scale):
     acc, total = carry
     # No key at all, or a shift so far off that all weights vanished, or grew beyond what float32 can sum times a value.
     known = (total > 0) & (total < LARGEST_TOTAL)
-    return jnp.where(known[:, None], acc / jnp.where(known, total, 1)[:, None], 0)
+    return jnp.where(known[:, None], acc / jnp.where(known, total, 1)[:, None], 0), total
 
 
 def _place(part: Launch, heavy: int):

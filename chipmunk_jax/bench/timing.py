@@ -54,8 +54,8 @@ def time_in_turn(
     Args:
         timed: candidates by name; their first call, which compiles, is over.
         repeats: timed runs of each.
-        warm: first run each twice, untimed; the first of these, one dispatch, says how many dispatches fill a repeat. Without, a
-            repeat is one dispatch.
+        warm: first run each, untimed: one dispatch, which says how many fill a repeat, and if that is more than one, these too.
+            Without, a repeat is one dispatch.
         clock: seconds.
         report: called with a candidate's name after each of its timed runs.
     """
@@ -63,7 +63,8 @@ def time_in_turn(
     for name, one in timed.items() if warm else ():
         fill = REPEAT_SECONDS / max(_run(one, 1, clock), 1e-9)
         dispatches[name] = min(MOST_DISPATCHES, max(1, math.ceil(fill)))
-        _run(one, dispatches[name], clock)
+        if dispatches[name] > 1:  # a longer one has warmed up by now
+            _run(one, dispatches[name], clock)
     seconds = {name: [] for name in timed}
     for _ in range(repeats):
         for name, one in timed.items():
