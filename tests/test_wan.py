@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, UniPC, sample, wan_timesteps
+from chipmunk_jax import AttentionSparsity, Euler, MlpSparsity, Sparsity, UniPC, sample, wan_timesteps
 from chipmunk_jax.convert import convert, read
 from chipmunk_jax.convert import wan as tables
 from chipmunk_jax.convert.networks import leaves_of
@@ -113,6 +113,23 @@ def test_with_all_keys_and_neurons_kept_sampling_is_dense(patches):
     np.testing.assert_allclose(run(sparsity=whole), dense, atol=2e-4, rtol=2e-4)
     half = dataclasses.replace(whole, attention=AttentionSparsity(**parts | {"top_keys": 0.5}))
     assert np.isfinite(run(sparsity=half)).all() and not np.allclose(run(sparsity=half), dense, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["unipc", "euler"])
+def test_the_small_trained_model_samples_as_by_diffusers(name):
+    """16 steps with guidance 3, in float32 on both sides; values reach 1. Were UniPC's times not whole thousandths: 2e-1."""
+    path, size = GOLDEN / "mini_wan_8x32.safetensors", 8 * 8 * 8
+    golden = load_file(path)
+    model = read(Path(__file__).parents[1] / "examples/mini-wan", dtype="float32")
+    split = lambda video: jnp.asarray(
+        video.reshape(1, 3, 8, 8, 4, 8, 4).transpose(0, 2, 3, 5, 4, 6, 1).reshape(1, size, 48)
+    )
+    times, cond = golden[f"{name}.sigmas"], {"text": jnp.asarray(golden["text"])}
+    if name == "unipc":
+        np.testing.assert_allclose(wan_timesteps(16, 3.0), times, atol=1e-6)
+    options = dict(timesteps=times, grid=(8, 8, 8), guidance=3.0, solver=UniPC() if name == "unipc" else Euler())
+    out = sample(model, split(golden["noise"]), cond, **options)
+    np.testing.assert_allclose(out, split(golden[f"{name}.latents"]), atol=1e-3)
 
 
 @pytest.mark.parametrize(
