@@ -28,7 +28,7 @@ def convert(
     Args:
         source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/.
         target: folder to write; its parent exists.
-        dtype: of all weights: "bfloat16", "float16" or "float32".
+        dtype: of the weights: "bfloat16", "float16" or "float32". What a model keeps in float32 stays so.
         progress: whether to draw a bar of bytes.
         overwrite: whether to replace a checkpoint in `target`.
 
@@ -61,14 +61,14 @@ def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: 
     model = abstract(source.layout.model, source.config, dtype)
     leaves = leaves_of(model)
     with tqdm(total=bytes_of(source, dtype), unit="B", unit_scale=True, desc="reading", disable=not progress) as bar:
-        filled = {path: jax.device_put(array) for path, array in fill(found, leaves, dtype, bar.update)}
+        filled = {path: jax.device_put(array) for path, array in fill(found, leaves, bar.update)}
     return with_arrays(model, nest(filled))
 
 
 def bytes_of(source: Source, dtype: jax.numpy.dtype) -> int:
     """Size of all weights after conversion."""
     leaves = leaves_of(abstract(source.layout.model, source.config, dtype))
-    return sum(leaf.size * dtype.itemsize for leaf in leaves.values())
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
 
 
 def word_table(path: Path) -> list[Path]:

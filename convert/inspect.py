@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.convert.checkpoint import compare, describe, is_checkpoint
-from chipmunk_jax.convert.networks import abstract, leaves_of, parse_dtype
+from chipmunk_jax.convert.networks import abstract, leaves_of
 from chipmunk_jax.convert.source import open_source
 
 
@@ -51,14 +51,14 @@ def inspect_converted(path: Path) -> Inspection:
     description = describe(path)
     model = abstract(description.model, description.config, description.dtype)
     missing, unknown, misshapen = compare(path, model)
-    parameters = sum(leaf.size for leaf in leaves_of(model).values())
+    leaves = leaves_of(model).values()
     return Inspection(
         path=path,
         model=description.model,
         layout="converted",
-        parameters=parameters,
+        parameters=sum(leaf.size for leaf in leaves),
         dtype=description.dtype,
-        nbytes=parameters * parse_dtype(description.dtype).itemsize,
+        nbytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         config=asdict(description.config),
         missing=missing,
         unknown=unknown,

@@ -113,19 +113,16 @@ def match(rules: tuple[Rule, ...], weights: Weights, leaves: Mapping[str, Any]) 
     return found
 
 
-def fill(
-    found: Match, leaves: Mapping[str, Any], dtype: np.dtype, advance: Callable[[int], None]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of every leaf, in `dtype`, one at a time; no source tensor is held whole.
+def fill(found: Match, leaves: Mapping[str, Any], advance: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of every leaf, in its dtype, one at a time; no source tensor is held whole.
 
     Args:
         found: a match whose summary is empty.
-        leaves: dotted path -> anything with a shape.
-        dtype: of all leaves.
+        leaves: dotted path -> anything with a shape and a dtype.
         advance: called with the bytes written since the last call.
     """
     for path, leaf in leaves.items():
-        array = np.empty(leaf.shape, dtype)
+        array = np.empty(leaf.shape, leaf.dtype)
         for piece in found.pieces[path]:
             advance(piece.write(array))
         yield path, array

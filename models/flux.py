@@ -236,10 +236,10 @@ class Modulation(nnx.Module):
 class Embedder(nnx.Module):
     """Linear, SiLU, linear, in float32 [.., D]."""
 
-    def __init__(self, in_dim: int, width: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, param_dtype=param_dtype, preferred_element_type=jnp.float32, rngs=rngs)
-        self.in_layer = nnx.Linear(in_dim, width, **kw)
-        self.out_layer = nnx.Linear(width, width, **kw)
+    def __init__(self, in_dim: int, width: int, **linear):  # of nnx.Linear
+        linear |= dict(preferred_element_type=jnp.float32)
+        self.in_layer = nnx.Linear(in_dim, width, **linear)
+        self.out_layer = nnx.Linear(width, width, **linear)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out_layer(jax.nn.silu(self.in_layer(x)))

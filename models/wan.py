@@ -75,15 +75,17 @@ class Wan(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
+        # What the original keeps in float32; a GPU would multiply in TF32.
+        exact = dict(dtype=jnp.float32, param_dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST, rngs=rngs)
         self.config, self.dtype, self.unroll = config, dtype, False
         self.patch_in = nnx.Linear(c.patch * c.in_dim, c.dim, **kw)
         self.text_in = nnx.Linear(c.text_dim, c.dim, **kw)
         self.text_out = nnx.Linear(c.dim, c.dim, **kw)
         self.image_in = ImageEmbedder(c, **kw) if c.image_dim else None
-        self.time_in = Embedder(c.freq_dim, c.dim, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
-        self.time_projection = nnx.Linear(c.dim, 6 * c.dim, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
+        self.time_in = Embedder(c.freq_dim, c.dim, **exact)
+        self.time_projection = nnx.Linear(c.dim, 6 * c.dim, **exact)
         self.blocks = stack_layers(lambda rngs: Block(config, dtype, rngs), c.num_layers, rngs)
-        self.final = nnx.Param(jnp.zeros((2, c.dim), dtype))  # shift, scale
+        self.final = nnx.Param(jnp.zeros((2, c.dim)))  # f32: shift, scale
         self.head = nnx.Linear(c.dim, c.patch * c.out_dim, **kw)
 
     def __call__(
@@ -118,7 +120,7 @@ class Wan(nnx.Module):
         x = self.patch_in(x.astype(self.dtype))
         args = (mods["blocks"], text, image, self.rotations(positions))
         x, blocks = run_layers(self.blocks, x, cache and cache["blocks"], *args, step=step, unroll=self.unroll)
-        shift, scale = jnp.split(self.final[...].astype(jnp.float32) + mods["final"], 2, axis=-2)
+        shift, scale = jnp.split(self.final[...] + mods["final"], 2, axis=-2)
         return self.head(modulate(x, shift, scale)).astype(jnp.float32), {"blocks": blocks}
 
     def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -160,10 +162,10 @@ class Block(nnx.Module):
         c, linear = config, partial(Linear, dtype=dtype, rngs=rngs)
         ones = lambda: nnx.Param(jnp.ones(c.dim, dtype))
         self.heads = c.num_heads
-        self.modulation = nnx.Param(jnp.zeros((6, c.dim), dtype))  # shift, scale, gate of attention, then of the MLP
+        self.modulation = nnx.Param(jnp.zeros((6, c.dim)))  # f32: shift, scale, gate of attention, then of the MLP
         self.qkv, self.proj = linear(c.dim, 3 * c.dim), linear(c.dim, c.dim)
         self.query_norm, self.key_norm = ones(), ones()
-        self.cross_norm, self.cross_norm_bias = ones(), nnx.Param(jnp.zeros(c.dim, dtype))
+        self.cross_norm, self.cross_norm_bias = nnx.Param(jnp.ones(c.dim)), nnx.Param(jnp.zeros(c.dim))  # f32
         self.cross_q, self.cross_kv, self.cross_proj = (
             linear(c.dim, c.dim),
             linear(c.dim, 2 * c.dim),
@@ -176,13 +178,12 @@ class Block(nnx.Module):
 
     @jax.named_scope("block")
     def __call__(self, x, e, text, image, rope, cache, step):
-        mods = jnp.split(self.modulation[...].astype(jnp.float32) + e, 6, axis=-2)  # [B, 1, D] each
+        mods = jnp.split(self.modulation[...] + e, 6, axis=-2)  # [B, 1, D] each
         q, k, v = jnp.split(self.qkv(modulate(x, *mods[:2])), 3, axis=-1)
         q, k = (rotated(self.split(normed(a, w)), *rope) for a, w in ((q, self.query_norm), (k, self.key_norm)))
         out, cache = attend(q, k, self.split(v), cache, step)
         x = add_gated(x, mods[2], self.proj(merge_heads(out)))
-        weight, bias = (a[...].astype(jnp.float32) for a in (self.cross_norm, self.cross_norm_bias))
-        h = layer_norm(x, scale=weight, shift=bias)
+        h = layer_norm(x, scale=self.cross_norm[...], shift=self.cross_norm_bias[...])
         q = self.split(normed(self.cross_q(h), self.cross_query_norm))
         out = self.look(q, self.cross_kv(text), self.cross_key_norm, step)
         if self.image_kv is not None:
@@ -207,13 +208,14 @@ class ImageEmbedder(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.norm_in = nnx.LayerNorm(config.image_dim, epsilon=1e-5, **kw)
+        exact = dict(epsilon=1e-5, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+        self.norm_in = nnx.LayerNorm(config.image_dim, **exact)
         self.fc1 = nnx.Linear(config.image_dim, config.image_dim, **kw)
         self.fc2 = nnx.Linear(config.image_dim, config.dim, **kw)
-        self.norm_out = nnx.LayerNorm(config.dim, epsilon=1e-5, **kw)
+        self.norm_out = nnx.LayerNorm(config.dim, **exact)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm_out(self.fc2(jax.nn.gelu(self.fc1(self.norm_in(x)), approximate=False)))
+        return self.norm_out(self.fc2(jax.nn.gelu(self.fc1(self.norm_in(x)), approximate=False))).astype(x.dtype)
 
 
 def normed(x: jax.Array, weight: nnx.Param) -> jax.Array:

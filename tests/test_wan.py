@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from chipmunk_jax import AttentionSparsity, Euler, MlpSparsity, Sparsity, UniPC, sample, wan_timesteps
-from chipmunk_jax.convert import convert, read
+from chipmunk_jax.convert import convert, load, read
 from chipmunk_jax.convert import wan as tables
 from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.layers import run_layers
@@ -89,6 +89,16 @@ def test_the_original_layout_gives_the_same_weights(model, golden, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2}))
     again = read(tmp_path, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, leaves_of(again), leaves_of(model))
+
+
+def test_what_the_original_keeps_in_float32_stays_so(model, golden, tmp_path):
+    convert(GOLDEN / golden["name"] / "transformer", tmp_path / "wan", dtype="bfloat16")
+    leaves, exact = leaves_of(load(tmp_path / "wan")), leaves_of(model)
+    kept = {path for path, leaf in leaves.items() if leaf.dtype == jnp.float32}
+    marks = ("time_", "final", "modulation", "cross_norm", "norm_in", "norm_out")
+    assert kept == {path for path in leaves if any(mark in path for mark in marks)}
+    for path in kept:
+        np.testing.assert_array_equal(leaves[path], exact[path])
 
 
 def test_names_of_the_published_models_are_those_of_the_original():
