@@ -33,6 +33,8 @@ class Model(Protocol):
     """What sample() needs of a network: a pytree of weights that is called for a velocity."""
 
     dtype: jnp.dtype
+    prompted: tuple[str, ...]  # conditions that a prompt makes: zeros are no prompt
+    on_grid: tuple[str, ...]  # conditions of the tokens, each [B, N, ..]
 
     def __call__(
         self,
@@ -95,12 +97,12 @@ def sample(
     Args:
         model: the network, weights on the device.
         noise: [B, N, C], unit normal, tokens in raster order.
-        cond: the network's conditions, each [B, ..].
+        cond: the network's conditions, each [B, ..]; those of the tokens in raster order.
         timesteps: [steps + 1], f32, from 1 to 0.
         grid: (rows, columns) of the tokens; their product is N.
         sparsity: what to recompute at each step; None samples densely.
         guidance: scale of true (two-sided) guidance, v_u + guidance (v_c - v_u), as one batch of 2 B; None for none.
-        uncond: conditions of the other side; None: zeros, but for "guidance".
+        uncond: conditions of the other side; None: the same, without a prompt.
         seed: of the columns kept by chance.
         solver: None for Euler.
         progress: draws a bar.
@@ -113,8 +115,7 @@ def sample(
     steps = len(timesteps) - 1
     _check(model, noise, cond, timesteps, grid, guidance, uncond)
     if guidance is not None:
-        # The strength of a distilled guidance is no prompt: it stays.
-        uncond = uncond or {name: x if name == "guidance" else jnp.zeros_like(x) for name, x in cond.items()}
+        uncond = uncond or {name: jnp.zeros_like(x) if name in model.prompted else x for name, x in cond.items()}
         cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
     batch, tokens, _ = noise.shape
     batch = batch if guidance is None else 2 * batch
@@ -129,7 +130,7 @@ def sample(
     order = patch_order(grid, sparsity.patches if sparsity else ())
     arrays = dict(
         noise=noise,
-        cond=cond,
+        cond={name: x[:, order] if name in model.on_grid else x for name, x in cond.items()},
         timesteps=np.asarray(timesteps, np.float32),
         times=solver.times(timesteps),
         guidance=None if guidance is None else np.float32(guidance),

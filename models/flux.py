@@ -56,6 +56,8 @@ class FluxConfig:
 class Flux(nnx.Module):
     """Velocity of a noisy image, given text: dx/dt at time t, where t = 1 is noise and t = 0 the image."""
 
+    prompted, on_grid = ("text", "pooled"), ()  # see chipmunk_jax.sampling.Model
+
     def __init__(self, config: FluxConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.config, self.dtype = config, dtype

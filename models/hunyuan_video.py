@@ -85,6 +85,8 @@ class HunyuanVideoConfig:
 class HunyuanVideo(nnx.Module):
     """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
 
+    prompted, on_grid = ("text", "mask", "pooled"), ()  # see chipmunk_jax.sampling.Model
+
     def __init__(self, config: HunyuanVideoConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.config, self.dtype, self.unroll = config, dtype, False

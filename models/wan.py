@@ -73,6 +73,8 @@ class WanConfig:
 class Wan(nnx.Module):
     """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
 
+    prompted, on_grid = ("text",), ("latents",)  # see chipmunk_jax.sampling.Model
+
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
         # What the original keeps in float32; a GPU would multiply in TF32.

@@ -125,6 +125,23 @@ def test_with_all_keys_and_neurons_kept_sampling_is_dense(patches):
     assert np.isfinite(run(sparsity=half)).all() and not np.allclose(run(sparsity=half), dense, atol=1e-3)
 
 
+def test_what_stands_on_the_grid_goes_where_its_tokens_go():
+    """Image to video: the same sample in whatever order; without a prompt the image stays."""
+    sizes = dict(dim=64, ffn_dim=96, freq_dim=16, in_dim=7, out_dim=3, text_dim=8, num_heads=2, num_layers=2)
+    model = wan.Wan(wan.WanConfig(**sizes, image_dim=20), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    noise, grid = draw(0, 1, 135, 12), (3, 5, 9)
+    cond = {"text": draw(1, 1, 5, 8), "image": draw(2, 1, 4, 20), "latents": draw(3, 1, 135, 16)}
+    run = partial(sample, model, noise, timesteps=wan_timesteps(3, 5.0), grid=grid, guidance=3.0)
+    expected = run(cond)
+    part = dict(full_step_every=1, first_n_dense_layers=1, group=64)
+    ordered = Sparsity(attention=AttentionSparsity(**part), mlp=None, patches=((2, 2, 4),))
+    np.testing.assert_allclose(run(cond, sparsity=ordered), expected, atol=1e-4)
+    uncond = cond | {"text": jnp.zeros_like(cond["text"])}
+    np.testing.assert_array_equal(run(cond, uncond=uncond), expected)
+    assert not np.allclose(run(cond | {"latents": cond["latents"][:, ::-1]}), expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["unipc", "euler"])
 def test_the_small_trained_model_samples_as_by_diffusers(name):
     """16 steps with guidance 3, in float32 on both sides; values reach 1. Were UniPC's times not whole thousandths: 2e-1."""
