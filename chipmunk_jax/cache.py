@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from chipmunk_jax.sparsity import Sparsity
+from pallas_kernels import Scaled
 from pallas_kernels.groups import group_count
 
 
@@ -26,7 +27,8 @@ class AttentionCache:
     """Of L layers' attention."""
 
     columns: Columns  # [L, B, H, G, K]: keys, a list for each head and query group
-    residual: jax.Array  # bf16 [L, B, N, H, d]: dense output minus attention over the columns, at the last full step
+    # bf16 [L, B, N, H, d], or 8 bits: dense output minus attention over the columns, at the last full step.
+    residual: jax.Array | Scaled
     lse: jax.Array  # f32 [L, B, H, N]: log-sum-exp of the scaled logits, natural logarithm, at the last measured step
 
 
@@ -73,14 +75,14 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
     attention = mlp = None
     lead = (stack.layers, batch)
     if config := sparsity.attention:
-        heads = (*lead, stack.heads)
+        heads, residual = (*lead, stack.heads), (*lead, stack.tokens, stack.heads, stack.head_dim)
         attention = AttentionCache(
             columns=_no_columns(
                 (*heads, group_count(stack.tokens, config.group)),
                 config.capacity(stack.tokens),
                 packed=stack.tokens in PACKED,
             ),
-            residual=jnp.zeros((*lead, stack.tokens, stack.heads, stack.head_dim), dtype),
+            residual=Scaled.zeros(residual) if config.residual_bits == 8 else jnp.zeros(residual, dtype),
             lse=jnp.zeros((*heads, stack.tokens), jnp.float32),
         )
     if config := sparsity.mlp:

@@ -81,6 +81,9 @@ class AttentionSparsity(_ColumnSparsity):
     query_stride: int = _option(
         1, "one query of so many judges the keys: choosing them takes that fraction of the time"
     )
+    residual_bits: int = _option(
+        16, "bits of what the other keys contributed: 16, or 8 with a scale a row, in half the memory"
+    )
     fixed_random_keys: float = _option(0.0, "fraction of keys kept by chance, the same ones for a whole sample")
     text_keys: bool = _option(False, "all queries attend to all of the text, in models that have it among the tokens")
     text_queries: bool = _option(False, "queries of the text attend to all keys")
@@ -93,6 +96,7 @@ class AttentionSparsity(_ColumnSparsity):
         _require(fits, "query_stride", self.query_stride, f"a divisor of the group, {self.group}")
         odd = self.local_voxels == 0 or (self.local_voxels > 0 and self.local_voxels % 2 == 1)
         _require(odd, "local_voxels", self.local_voxels, "an odd number, or 0 for none")
+        _require(self.residual_bits in (8, 16), "residual_bits", self.residual_bits, "8 or 16")
         _require(0 <= self.local_1d_window <= 1, "local_1d_window", self.local_1d_window, "a fraction from 0 to 1")
         if self.full_step_schedule is not None:
             _require(

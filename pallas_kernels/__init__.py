@@ -1,7 +1,7 @@
 """Kernels for column-sparse deltas: arrays in, arrays out. A file is a public function, its jnp reference, its Pallas body."""
 
 from pallas_kernels.bit_mask import lists_to_mask, mask_to_lists
-from pallas_kernels.column_attention import Common, column_attention, pack_lists, store_attention_residual
+from pallas_kernels.column_attention import Common, Scaled, column_attention, pack_lists, store_attention_residual
 from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_activations, store_fc2_residual
 from pallas_kernels.dense_attention import column_sums, dense_attention
 from pallas_kernels.dispatch import Implementation
@@ -12,6 +12,7 @@ from pallas_kernels.topk import topk_columns
 __all__ = [
     "Common",
     "Implementation",
+    "Scaled",
     "column_attention",
     "column_fc1",
     "column_fc2",

@@ -32,7 +32,21 @@ LARGEST_TOTAL = 2.0**112
 NARROW = 32  # rows of a program where those of whole tiles would not fill a wave
 MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
 BLOCK = 64  # columns a step: more spill, fewer starve the matrix units
+LARGEST_FLOAT8 = 448.0  # of e4m3fn
 WRAP = 65_536  # ids that 16 bits tell apart
+
+
+class Scaled(NamedTuple):
+    """A stack of arrays in 8 bits: values times the scale of their row."""
+
+    values: jax.Array  # [L, B, N, H, d], float8_e4m3fn
+    scale: jax.Array  # [L, B, H, N], f32
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...]) -> "Scaled":
+        """Of values [L, B, N, H, d]."""
+        layers, batch, rows, heads, _ = shape
+        return cls(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros((layers, batch, heads, rows)))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "starts"], meta_fields=["heavy"])
@@ -56,7 +70,7 @@ def column_attention(
     lse: jax.Array,
     group: int,
     scale: float,
-    residual: jax.Array | None = None,
+    residual: jax.Array | Scaled | None = None,
     wrap: jax.Array | None = None,
     common: Common | None = None,
     valid: jax.Array | None = None,
@@ -73,7 +87,7 @@ def column_attention(
             where it is off by up to 60, and finite whatever it is.
         group: queries that share a list, a multiple of 64; G = ceil(N / group).
         scale: of the logits, usually d ** -0.5.
-        residual: [L, B, N, H, d], what the unchosen columns contributed.
+        residual: [L, B, N, H, d], what the unchosen columns contributed; in the dtype of q, or in 8 bits.
         wrap: [L, B, H, G], i32, for lists of half the size (see pack_lists): entries from there on are less by 65,536.
         common: keys that groups attend to beside their lists.
         valid: [B], i32: keys of `common` from there on are padding, and left out; None: there is none.
@@ -88,7 +102,7 @@ def column_attention(
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
     if implementation == "reference":
         out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
-        base = 0 if residual is None else residual[layer].astype(jnp.float32)
+        base = 0 if residual is None else _unscaled(residual, layer)
         return (base + out).astype(q.dtype)
     options = dict(group=group, scale=scale, residual=residual, implementation=implementation)
     return _pallas(q, k, v, keys, lse, layer, **options)
@@ -106,12 +120,12 @@ def store_attention_residual(
     lse: jax.Array,
     group: int,
     scale: float,
-    residual: jax.Array,
+    residual: jax.Array | Scaled,
     wrap: jax.Array | None = None,
     common: Common | None = None,
     valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
-) -> jax.Array:
+) -> jax.Array | Scaled:
     """residual [L, B, N, H, d] with residual[layer] = dense - S, written in place.
 
     Args:
@@ -128,7 +142,7 @@ def store_attention_residual(
     implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
     if implementation == "reference":
         out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
-        return residual.at[layer].set((dense.astype(jnp.float32) - out).astype(residual.dtype))
+        return _with_layer(residual, layer, dense.astype(jnp.float32) - out)
     options = dict(group=group, scale=scale, residual=residual, dense=dense, implementation=implementation)
     return _pallas(q, k, v, keys, lse, layer, **options)
 
@@ -187,8 +201,25 @@ def _check(q, k, v, indices, counts, lse, group, residual) -> None:
         )
     if lse.shape[1:] != (batch, heads, rows):
         raise ValueError(f"lse {lse.shape}: expected [L, B, H, N] = [L, {batch}, {heads}, {rows}]")
-    if residual is not None and residual.shape[1:] != q.shape:
-        raise ValueError(f"residual {residual.shape}: expected [L, {', '.join(map(str, q.shape))}]")
+    shape = None if residual is None else jax.tree.leaves(residual)[0].shape
+    if shape is not None and shape[1:] != q.shape:
+        raise ValueError(f"residual {shape}: expected [L, {', '.join(map(str, q.shape))}]")
+
+
+def _unscaled(residual, layer):
+    """residual[layer], f32 [B, N, H, d]."""
+    if not isinstance(residual, Scaled):
+        return residual[layer].astype(jnp.float32)
+    return residual.values[layer].astype(jnp.float32) * residual.scale[layer].swapaxes(1, 2)[..., None]
+
+
+def _with_layer(residual, layer, values):
+    """residual with values [B, N, H, d], f32, in its layer."""
+    if not isinstance(residual, Scaled):
+        return residual.at[layer].set(values.astype(residual.dtype))
+    scale = jnp.abs(values).max(-1) / LARGEST_FLOAT8
+    values = (values / jnp.where(scale > 0, scale, 1)[..., None]).astype(residual.values.dtype)
+    return Scaled(residual.values.at[layer].set(values), residual.scale.at[layer].set(scale.swapaxes(1, 2)))
 
 
 def _reference(q, k, v, indices, listed, group, scale):
@@ -212,7 +243,7 @@ def _pallas(q, k, v, keys: Keys, lse, layer, *, group, scale, residual, dense=No
     """residual[layer] + S, or S, as a new array; with `dense`, the residual with dense - S in its layer, in place."""
     layer, source = jnp.asarray(layer, jnp.int32)[None], residual if dense is None else dense
     mode = "store" if dense is not None else "new" if residual is None else "add"
-    out = jax.ShapeDtypeStruct(q.shape, q.dtype) if dense is None else residual
+    outs, tree = jax.tree.flatten(jax.ShapeDtypeStruct(q.shape, q.dtype) if dense is None else residual)
     wide, narrow = _tiles(group)
     own, common, heavy = keys[:3], None, 0
     if keys.common is not None:
@@ -221,8 +252,8 @@ def _pallas(q, k, v, keys: Keys, lse, layer, *, group, scale, residual, dense=No
     for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], wide, narrow):
         body = functools.partial(_body, mode=mode, part=part, heavy=heavy, group=group, scale=scale)
         inputs = (q, k, v, own, common, lse, layer, source)
-        (out,) = launch.run(body, f"column_attention_{mode}", inputs, [out], part, implementation)
-    return out
+        outs = launch.run(body, f"column_attention_{mode}", inputs, outs, part, implementation)
+    return tree.unflatten(outs)
 
 
 def _counted(common: Common, valid: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -242,7 +273,7 @@ def _tiles(group):
 def _body(
     q_ref, k_ref, v_ref, own, common, lse_ref, layer_ref, source_ref, *refs, mode, part: Launch, heavy, group, scale
 ):
-    tile, layer, out_ref = part.tile.rows, layer_ref[0], refs[-1]
+    tile, layer = part.tile.rows, layer_ref[0]
     i, h = _place(part, heavy)
     b, g = pl.program_id(2), lax.div(i * tile, group)
     rows_total, width = q_ref.shape[1], q_ref.shape[3]
@@ -260,12 +291,23 @@ def _body(
     rows = rows + (jnp.min(total) < 0).astype(jnp.int32)
     at = (b, rows[:, None], h, jnp.arange(width)[None, :])
     inside = jnp.broadcast_to((rows < rows_total)[:, None], (tile, width))
-    if mode == "add":
-        out = plgpu.load(source_ref.at[layer, *at], mask=inside, other=0).astype(jnp.float32) + out
-    elif mode == "store":
-        out = plgpu.load(source_ref.at[at], mask=inside, other=0).astype(jnp.float32) - out
-        at = (layer, *at)
-    plgpu.store(out_ref.at[at], out.astype(out_ref.dtype), mask=inside)
+    load = lambda ref, *where: plgpu.load(ref.at[*where, *at], mask=inside).astype(jnp.float32)
+    store = lambda ref, x, *where: plgpu.store(ref.at[*where, *at], x.astype(ref.dtype), mask=inside)
+    of_rows = (layer, b, h, rows)
+    if mode == "new":
+        store(refs[-1], out)
+    elif mode == "add" and isinstance(source_ref, Scaled):
+        scale = plgpu.load(source_ref.scale.at[of_rows], mask=rows < rows_total)
+        store(refs[-1], load(source_ref.values, layer) * scale[:, None] + out)
+    elif mode == "add":
+        store(refs[-1], load(source_ref, layer) + out)
+    elif len(refs) == 2:  # the residual, before and after
+        store(refs[-1], load(source_ref) - out, layer)
+    else:
+        residual = load(source_ref) - out
+        scale = jnp.max(jnp.abs(residual), axis=1) / LARGEST_FLOAT8
+        store(refs[-2], residual / jnp.where(scale > 0, scale, 1)[:, None], layer)
+        plgpu.store(refs[-1].at[of_rows], scale, mask=rows < rows_total)
 
 
 def _own_list(indices_ref, counts_ref, wrap_ref, layer, b, h, g):

@@ -19,6 +19,7 @@ from chipmunk_jax.common_keys import common_keys
 from chipmunk_jax.delta import MlpWeights, attend, feed_forward
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, plan
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
+from pallas_kernels import Scaled
 
 B, N, H, D, F, L = 2, 150, 2, 16, 200, 3
 GROUP, LAYER, STEPS = 64, 1, 12
@@ -130,6 +131,24 @@ def test_common_keys_and_padding_through_every_phase(packed, monkeypatch):
         out, cache = run(*poisoned, cache, step(i), jnp.asarray(valid))
         np.testing.assert_allclose(np.asarray(out)[rows], expected[rows], atol=2e-5)
     assert np.isfinite(cache.attention.residual).all()
+
+
+def test_a_residual_of_8_bits_rounds_and_no_more():
+    """Three bits of mantissa: a residual of order 1/10 is off by a hundredth at most, and no error adds up."""
+    outputs = []
+    for bits in (16, 8):
+        config = AttentionSparsity(**vars(ATTENTION) | dict(residual_bits=bits))
+        cache, step = start(Sparsity(attention=config, mlp=None))
+        assert isinstance(cache.attention.residual, Scaled) == (bits == 8)
+        run, outs = jax.jit(attend), []
+        for i, arrays in enumerate(zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), strict=True)):
+            out, cache = run(*arrays, cache, step(i))
+            outs.append(np.asarray(out))
+        outputs.append(np.stack(outs))
+    phases = np.asarray(plan(Sparsity(attention=ATTENTION, mlp=None), STEPS, tokens=N, mlp_width=F).attention.phase)
+    error = np.abs(outputs[0] - outputs[1]).max((1, 2, 3, 4))
+    assert not error[phases != AttentionPhase.DELTA].any()
+    assert (error[phases == AttentionPhase.DELTA] > 0).all() and error.max() < 0.04
 
 
 def test_all_keys_are_kept_once_however_many_are_common():

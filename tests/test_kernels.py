@@ -14,6 +14,7 @@ from conftest import cuda_target
 
 from pallas_kernels import (
     Common,
+    Scaled,
     column_attention,
     column_fc1,
     column_fc2,
@@ -141,6 +142,31 @@ def test_common_keys_are_keys_like_those_of_the_lists(implementation, processors
     residual = jnp.zeros((LAYERS, *q.shape), dtype)
     stored = store_attention_residual(dense, q, poison(k), poison(v), *columns, residual=residual, **options)
     agree(stored[LAYER], naive_dense - expected, implementation)
+
+
+def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(implementation, processors):
+    rng, group, batch, rows, heads, width = np.random.default_rng(3), 64, 2, 150, 2, 64
+    dtype = dtype_of(implementation)
+    (q, nq), (k, nk), (v, nv), (dense, _) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(4))
+    dense = dense.at[0, 7].set(0).at[0, 8].multiply(1e4)
+    indices, sizes = draw_lists(rng, (batch, heads, 3), 64, rows, "mixed")
+    lists = np.asarray(indices[LAYER]), np.asarray(sizes[LAYER])
+    expected = np.asarray(dense, np.float64) - naive_column_attention(nq, nk, nv, *lists, group, 0.125)
+    options = dict(lse=jnp.zeros((LAYERS, batch, heads, rows)), group=group, scale=0.125, implementation=implementation)
+    columns = (indices, sizes, LAYER)
+    store = lambda r: store_attention_residual(dense, q, k, v, *columns, residual=r, **options)
+    stored = jax.jit(store)(Scaled.zeros((LAYERS, *q.shape)))
+    values = np.asarray(stored.values[LAYER], np.float64) * np.asarray(stored.scale[LAYER]).swapaxes(1, 2)[..., None]
+    # Three bits of mantissa: half a unit is 1/16 of a value; below 2^-6 of 448 the units are even.
+    bound = (
+        np.abs(expected) / 15
+        + np.abs(expected).max(-1, keepdims=True) * 2**-16
+        + (1e-1 if dtype == jnp.bfloat16 else 1e-4)
+    )
+    assert (np.abs(values - expected) <= bound).all()
+    assert not np.asarray(stored.values[0], np.float32).any() and not np.asarray(stored.scale[0]).any()
+    added = column_attention(q, k, v, *columns, residual=stored, **options)
+    agree(added, values + (np.asarray(dense, np.float64) - expected), implementation)
 
 
 @pytest.mark.parametrize("drift", [-60.0, 0.0, 40.0])  # the largest listed logit may lie far below the largest of all
@@ -393,26 +419,24 @@ def flux_calls():
     measured = s(f["layers"], *lse.shape, dtype=jnp.float32)
     attention = dict(group=128, scale=128**-0.5, **kw)
     mlp = dict(group=128, **kw)
-    video = s(1, 119_056, f["heads"], f["head_dim"])
-    lists = s(58, 1, f["heads"], 931, 4160, dtype=jnp.int32)
-    sizes, valid = s(*lists.shape[:-1], dtype=jnp.int32), s(1, dtype=jnp.int32)
+    # HunyuanVideo's, with all that a video adds: packed lists, a residual of 8 bits, keys of a text, padding.
+    video, lists = s(1, 119_056, f["heads"], f["head_dim"]), (58, 1, f["heads"], 931)
+    row, ints = s(58, 1, f["heads"], 119_056, dtype=jnp.float32), lambda *shape: s(*shape, dtype=jnp.int32)
+    video_rest = [
+        *(ints(*lists, 4160), ints(*lists), layer, row, s(58, *video.shape, dtype=jnp.float8_e4m3fn), row),
+        *(ints(*lists), ints(600_000), ints(932), ints(1)),
+    ]
+    of_video = lambda i, n, l, lse, values, scale, wrap, ids, starts, valid: dict(
+        lse=lse, residual=Scaled(values, scale), wrap=wrap, common=Common(ids, starts, 3), valid=valid
+    )
     return {
         "column_attention_of_a_video": (
-            lambda q, k, v, i, n, l, m, r, w, ids, c, p: column_attention(
-                q, k, v, i, n, l, lse=m, residual=r, wrap=w, common=Common(ids, c, 3), valid=p, **attention
-            ),
-            [
-                *[video] * 3,
-                lists,
-                sizes,
-                layer,
-                s(58, 1, f["heads"], 119_056, dtype=jnp.float32),
-                s(58, *video.shape),
-                sizes,
-                s(600_000, dtype=jnp.int32),
-                s(932, dtype=jnp.int32),
-                valid,
-            ],
+            lambda q, k, v, *rest: column_attention(q, k, v, *rest[:3], **of_video(*rest), **attention),
+            [*[video] * 3, *video_rest],
+        ),
+        "store_attention_residual_of_a_video": (
+            lambda o, q, k, v, *rest: store_attention_residual(o, q, k, v, *rest[:3], **of_video(*rest), **attention),
+            [*[video] * 4, *video_rest],
         ),
         "column_attention": (
             lambda q, k, v, i, n, l, m, r: column_attention(q, k, v, i, n, l, lse=m, residual=r, **attention),
