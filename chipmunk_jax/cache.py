@@ -64,6 +64,8 @@ class Stack:
     text: tuple[int, int] = struct.field(
         pytree_node=False, default=(0, 0)
     )  # rows of the tokens that are text: start, stop
+    # Arrays [B, N, D] of the network's dtype that live at once while queries, keys and values are made: their product and they.
+    qkv_arrays: int = struct.field(pytree_node=False, default=6)
 
 
 def zeros(stacks: dict[str, Stack], sparsity: Sparsity, batch: int, dtype: jnp.dtype) -> dict[str, LayerCache]:

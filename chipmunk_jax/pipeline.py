@@ -142,8 +142,8 @@ class Pipeline:
         shape = (grid[0] * grid[1], 3 * PATCH * PATCH)
         cond = self.words.encode(prompts)
         # Before the noise is drawn, which for an absurd size has no room either.
-        batch = len(prompts) if guidance is None else 2 * len(prompts)
-        check_room(self.model.stacks(shape[0], cond), sparsity, batch, self.model.dtype, implementation)
+        options = dict(steps=steps, sparsity=sparsity, guidance=guidance, implementation=implementation)
+        check_room(self.model, jax.ShapeDtypeStruct((len(prompts), *shape), jnp.float32), cond, **options)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed + i), shape) for i in range(len(prompts))])
         tokens = sample(
             self.model,

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +15,7 @@ from jax.experimental import io_callback
 from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
+from chipmunk_jax import memory
 from chipmunk_jax.cache import LayerCache, Stack
 from chipmunk_jax.common_keys import common_keys
 from chipmunk_jax.order import patch_order
@@ -23,7 +23,7 @@ from chipmunk_jax.schedule import Step, by_kind, plan
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
-from pallas_kernels.dispatch import COMPILER_OPTIONS, choose
+from pallas_kernels.dispatch import COMPILER_OPTIONS
 
 Condition = dict[str, jax.Array]
 Callback = Callable[[int, float, np.ndarray], None]
@@ -114,6 +114,8 @@ def sample(
     """
     steps = len(timesteps) - 1
     _check(model, noise, cond, timesteps, grid, guidance, uncond)
+    options = dict(steps=steps, sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
+    check_room(model, noise, cond, **options)
     if guidance is not None:
         uncond = uncond or {name: jnp.zeros_like(x) if name in model.prompted else x for name, x in cond.items()}
         cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
@@ -121,11 +123,6 @@ def sample(
     batch = batch if guidance is None else 2 * batch
     stacks = model.stacks(tokens, cond)
     table = plan_stacks(stacks, sparsity, steps, grid) if sparsity else Step()
-    times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
-    shapes = jax.tree.leaves(modulations_of.eval_shape(model, times, cond))
-    parts = {"modulations of all steps": sum(a.size * a.dtype.itemsize for a in shapes)}
-    check_room(stacks, sparsity, batch, model.dtype, implementation, parts)
-
     solver = solver or Euler()
     order = patch_order(grid, sparsity.patches if sparsity else ())
     arrays = dict(
@@ -202,41 +199,40 @@ def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: 
     return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, common=common)
 
 
-def check_room(
-    stacks: dict[str, Stack],
+def check_room(model: Model, noise: jax.Array, cond: Condition, **options) -> None:
+    """Raises ValueError if what plan_memory() says cannot fit the default device; model, noise and conditions lie there."""
+    parts = plan_memory(model, noise, cond, **options)
+    memory.check_room({name: size for name, size in parts.items() if name not in memory.PLACED})
+
+
+def plan_memory(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    *,
+    steps: int,
     sparsity: Sparsity | None,
-    batch: int,
-    dtype: jnp.dtype,
+    guidance: float | None = None,
+    solver: Solver | None = None,
     implementation: Implementation | None = None,
-    more: dict[str, int] | None = None,
-) -> None:
-    """Raises ValueError if caches, working set and `more`, bytes by name, cannot fit the default device beside what lies there."""
-    parts = caches.nbytes(stacks, sparsity, batch, dtype) | (more or {})
-    tokens, width = (max(getattr(s, name) for s in stacks.values()) for name in ("tokens", "mlp_width"))
-    parts["activations of a layer"] = 4 * batch * tokens * width * jnp.dtype(dtype).itemsize
-    stack = next(iter(stacks.values()))
-    if choose(implementation, dtype=dtype, head_dim=stack.head_dim) != "pallas":
-        parts["scores of the reference attention"] = 2 * batch * stack.heads * tokens**2 * 4
-    need, free = sum(parts.values()), _free_bytes()
-    if free is not None and need > free:
-        largest = max(parts, key=parts.get)
-        hint = "mlp.cache='residual', " if largest.endswith("mlp.activations") else ""
-        raise ValueError(
-            f"no room on {jax.devices()[0]}: this takes {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free, most of "
-            f"it {largest} ({parts[largest] / 1e9:.1f} GB); use {hint}a smaller batch or a smaller size"
-        )
-
-
-def _free_bytes() -> int | None:
-    """Free memory of the default device, None where it does not tell."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    if jax.default_backend() == "cpu" and Path("/proc/meminfo").exists():
-        # "Free" pages leave out the files that Linux keeps in memory and drops on demand: a checkpoint just read, for one.
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return None
+) -> memory.Parts:
+    """Bytes by name of all that a sample holds on its device, by the arguments of sample(), all of which may be shapes alone."""
+    sides = 1 if guidance is None else 2
+    batch, tokens = sides * noise.shape[0], noise.shape[1]
+    stacks = model.stacks(tokens, cond)
+    times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((sides * a.shape[0], *a.shape[1:]), a.dtype), cond)
+    x = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
+    state = jax.eval_shape((solver or Euler()).init, x)
+    return {
+        "weights": memory.nbytes(model),
+        "noise and conditions": memory.nbytes((noise, rows)),
+        # x at one step and the next, and the velocity between them.
+        "latents of the solver": 3 * memory.nbytes(x) + memory.nbytes(state),
+        "modulations of all steps": memory.nbytes(modulations_of.eval_shape(model, times, rows)),
+        **caches.nbytes(stacks, sparsity, batch, model.dtype),
+        **memory.of_layers(stacks, sparsity, batch, model.dtype, implementation),
+    }
 
 
 @dataclass

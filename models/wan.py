@@ -143,6 +143,8 @@ class Wan(nnx.Module):
         """Sizes of the stack of layers for so many tokens, for the caches."""
         c = self.config
         sizes = dict(heads=c.num_heads, head_dim=c.head_dim, width=c.dim, mlp_width=c.ffn_dim)
+        # Queries and keys, normed in float32 before they are turned, are twice as large as elsewhere; values stay their slice.
+        sizes["qkv_arrays"] = 9
         return {"blocks": Stack(layers=c.num_layers, tokens=tokens, mlp_tokens=tokens, **sizes)}
 
     def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, flux_timesteps, sample, sampling, schedule
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, flux_timesteps, memory, sample, sampling, schedule
 from chipmunk_jax.convert import read
 from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
@@ -240,7 +240,7 @@ def test_bad_input_is_one_sentence_before_anything_is_compiled(model, change, me
 
 
 def test_no_room_on_the_device_names_the_largest_part(model, monkeypatch):
-    monkeypatch.setattr(sampling, "_free_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
     with pytest.raises(ValueError, match=r"no room on .*; use .*smaller"):
         draw(model, *inputs(), sparsity=SPARSE)
 

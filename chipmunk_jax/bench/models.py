@@ -1,6 +1,7 @@
 """The models that can be timed, with random weights and inputs: speed does not depend on what the weights are."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chipmunk_jax import memory, sampling
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from chipmunk_jax.models.wan import Wan, WanConfig
-from chipmunk_jax.sampling import Condition, Model, check_room
+from chipmunk_jax.sampling import Condition, Model
 from chipmunk_jax.solvers import Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.sparsity import Sparsity
+from pallas_kernels import Implementation
 
 FRAMES = 4  # of a video that one latent frame holds; the first stands for itself
 
@@ -35,6 +38,7 @@ class BenchModel:
     conditions: Callable[[Any, int], dict[str, tuple[int, ...]]]  # config, text -> their shapes, without the batch
     timesteps: Callable[[int, int], np.ndarray]  # steps, tokens -> f32 [steps + 1]
     preset: str  # of sparsity
+    stride: int = FRAMES  # frames of a latent frame
     solver: Solver | None = None  # None: Euler
     guidance: float | None = None  # scale of true guidance, which doubles the batch
     distilled: float = 0.0  # scale of a guidance that is a condition
@@ -61,13 +65,13 @@ class BenchModel:
         for name in ("height", "width"):
             if sizes[name] < self.pixels or sizes[name] % self.pixels:
                 raise ValueError(f"--{name} {sizes[name]}: expected a positive multiple of {self.pixels}")
-        if sizes.get("frames", 1) % FRAMES != 1 or sizes.get("frames", 1) < 1:
-            raise ValueError(f"--frames {frames}: expected a multiple of {FRAMES}, and one")
+        if (sizes.get("frames", 1) - 1) % self.stride or sizes.get("frames", 1) < 1:
+            raise ValueError(f"--frames {frames}: expected a multiple of {self.stride}, and one")
         return sizes
 
     def grid(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Tokens on each axis: rows and columns, and of a video frames before them."""
-        frames = (1 + sizes["frames"] // FRAMES,) if "frames" in sizes else ()
+        frames = (1 + (sizes["frames"] - 1) // self.stride,) if "frames" in sizes else ()
         return *frames, sizes["height"] // self.pixels, sizes["width"] // self.pixels
 
     def shortened(self, layers: int) -> "BenchModel":
@@ -109,12 +113,18 @@ def _hunyuan_video(config: HunyuanVideoConfig, *, text: int, pixels: int = 16) -
 
 
 def _wan(
-    config: WanConfig, preset: str, *, size: tuple[int, int, int], text: int = 512, pixels: int = 16
+    config: WanConfig,
+    preset: str,
+    *,
+    size: tuple[int, int, int],
+    text: int = 512,
+    pixels: int = 16,
+    stride: int = FRAMES,
 ) -> BenchModel:
     return BenchModel(
         network=Wan, config=config, depths=("num_layers",), width=config.dim, channels=config.patch * config.out_dim,
         pixels=pixels, size=size, text=text, conditions=lambda config, text: {"text": (text, config.text_dim)},
-        timesteps=lambda steps, _: wan_timesteps(steps, 5.0), preset=preset, solver=UniPC(), guidance=5.0,
+        timesteps=lambda steps, _: wan_timesteps(steps, 5.0), preset=preset, solver=UniPC(), guidance=5.0, stride=stride,
     )  # fmt: skip
 
 
@@ -133,13 +143,53 @@ MODELS = {
 }
 
 
-def check_memory(model: BenchModel, tokens: int, batch: int, dtype: jnp.dtype, sparsity: Sparsity) -> None:
-    """Raises ValueError if weights, inputs, caches and activations cannot fit the device; before any is drawn."""
+COLOURS, WORDS = 3, 16  # channels of a pixel; rows of text of the small models, which have no latents
+
+
+def model_of(config: FluxConfig | HunyuanVideoConfig | WanConfig) -> BenchModel:
+    """The entry of a converted checkpoint: that of MODELS with its config, or one like it with its sizes."""
+    for model in MODELS.values():
+        if model.config == config:
+            return model
+    if isinstance(config, HunyuanVideoConfig):
+        return _hunyuan_video(config, text=256)
+    if isinstance(config, FluxConfig):
+        side = math.isqrt(config.in_channels // COLOURS)
+        if config.in_channels != COLOURS * side**2:
+            return _flux(config, text=512)
+        pixels = _flux(config, text=WORDS, pixels=side)
+        return dataclasses.replace(pixels, size=(64, 64), guidance=2.0)  # as `chipmunk sample` has them
+    if config.out_dim != COLOURS:
+        return _wan(config, "wan-14b", size=(720, 1280, 81))
+    side = config.patch_size[-1]
+    return _wan(config, "wan-14b", size=(64, 64, 16), text=WORDS, pixels=side, stride=config.patch_size[0])
+
+
+def plan_memory(
+    model: BenchModel,
+    sizes: dict[str, int],
+    batch: int,
+    *,
+    steps: int,
+    dtype: jnp.dtype,
+    sparsity: Sparsity | None,
+    implementation: Implementation | None = None,
+) -> memory.Parts:
+    """Bytes by name of all that a sample of a model of these sizes holds on its device; nothing is drawn or compiled.
+
+    Args:
+        model: of MODELS.
+        sizes: of model.sizes().
+        batch: images or videos at once.
+        steps: of the sampler.
+        dtype: of weights and activations.
+        sparsity: None for dense.
+        implementation: of the kernels, see pallas_kernels.dispatch.choose.
+    """
     network = nnx.eval_shape(lambda: model.network(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
-    inputs = jax.eval_shape(lambda: random_inputs(model, batch, tokens))
-    nbytes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    parts = {"weights": nbytes(nnx.state(network)), "inputs": nbytes(inputs)}
-    check_room(network.stacks(tokens, inputs[1]), sparsity, batch, dtype, more=parts)
+    noise, cond = jax.eval_shape(lambda: random_inputs(model, batch, math.prod(model.grid(sizes))))
+    options = dict(steps=steps, sparsity=sparsity, guidance=model.guidance, solver=model.solver)
+    return sampling.plan_memory(network, noise, cond, **options, implementation=implementation)
 
 
 def random_model(model: BenchModel, dtype: jnp.dtype) -> Model:

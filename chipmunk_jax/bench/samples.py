@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from chipmunk_jax.bench.models import MODELS, check_memory, random_inputs, random_model
+from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
+from chipmunk_jax.memory import check_room
 from chipmunk_jax.quality import relative_l2
 from chipmunk_jax.sampling import plan_stacks, sample
 from chipmunk_jax.schedule import check_schedules, density
@@ -48,7 +49,7 @@ def bench_sample(
     grid = entry.grid(sizes)
     tokens = math.prod(grid)
     check_schedules(sparsity, steps)
-    check_memory(entry, tokens, entry.rows(batch), jnp.dtype(dtype), sparsity)
+    check_room(plan_memory(entry, sizes, batch, steps=steps, dtype=jnp.dtype(dtype), sparsity=sparsity))
     model = random_model(entry, jnp.dtype(dtype))
     noise, cond = random_inputs(entry, batch, tokens)
     options = dict(timesteps=entry.timesteps(steps, tokens), grid=grid, solver=entry.solver, guidance=entry.guidance)

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax.bench.measure import judge
-from chipmunk_jax.bench.models import MODELS, check_memory, random_inputs, random_model
+from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
+from chipmunk_jax.memory import check_room
 from chipmunk_jax.order import patch_order
 from chipmunk_jax.sampling import modulations_of, plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, by_kind
@@ -71,7 +72,7 @@ def bench_step(
     entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
     sizes = entry.sizes(height, width, frames)
     grid, rows = entry.grid(sizes), entry.rows(batch)
-    check_memory(entry, math.prod(grid), rows, jnp.dtype(dtype), sparsity)
+    check_room(plan_memory(entry, sizes, batch, steps=INPUTS, dtype=jnp.dtype(dtype), sparsity=sparsity))
     kinds = [
         kind for kind in KINDS if kind != "select neurons" or (sparsity.mlp and sparsity.mlp.cache == "activations")
     ]

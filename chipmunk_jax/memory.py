@@ -1,0 +1,164 @@
+"""The memory plan: what a sample holds on its device, in bytes by name, known before anything is compiled.
+
+    peak = weights + inputs + modulations + caches + working set
+
+All but the working set are arrays whose shapes are known. The working set, what one layer holds while it computes, follows XLA's
+buffer assignment: benchmarks/results/memory-aot-h100.json has both for whole compiled samples.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from chipmunk_jax.cache import Stack
+from chipmunk_jax.sparsity import Sparsity
+from pallas_kernels import Implementation
+from pallas_kernels.dispatch import choose
+from pallas_kernels.groups import group_count
+
+Parts = dict[str, int]  # bytes by name; a cache's name is its path, "double.attention.residual"
+
+# Parts that lie on the device before a sample begins.
+PLACED = ("weights", "noise and conditions")
+WORKSPACE = 32 * 2**20  # of cuBLAS on Hopper
+
+# What the caches of all stacks together are called, by the end of their names without the stack.
+NAMES = {
+    "attention.residual": "attention residuals",
+    "attention.columns": "lists of keys",
+    "attention.lse": "log-sum-exps",
+    "mlp.columns": "lists of neurons",
+    "mlp.out": "MLP outputs",
+    "mlp.activations": "MLP activations",
+    "mlp.group_mean": "MLP group means",
+}
+# Settings of a Sparsity, (name, value), that make a part smaller, or do without it: by the end of its name, which they change.
+SMALLER = {"attention.residual": ("attention.residual_bits", 8), "mlp.activations": ("mlp.cache", "residual")}
+
+DEVICES = {"h100": 84_942_979_072, "h200": 150_110_000_000}  # bytes as CUDA counts them: 79.1 and 139.8 GiB
+SHARE = 0.75  # of a device that JAX takes unless it is told otherwise
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree, or of what stands for them."""
+    leaves = [a for a in jax.tree.leaves(tree) if hasattr(a, "dtype")]
+    return sum(a.size * a.dtype.itemsize for a in leaves if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key))
+
+
+def working_set(stack: Stack, sparsity: Sparsity | None, batch: int, dtype: jnp.dtype) -> Parts:
+    """Bytes that a layer holds at once, by what it is doing; the largest counts.
+
+    Args:
+        stack: the layer's.
+        sparsity: None for dense.
+        batch: entries that the network sees, both sides of guidance.
+        dtype: of the tokens.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    array = batch * stack.tokens * stack.heads * stack.head_dim * itemsize  # [B, N, D]
+    hidden = batch * stack.tokens * stack.mlp_width * itemsize
+    # Two more, always: the tokens as they were, and their norm, which an MLP beside the attention has yet to read.
+    phases = {
+        "making queries, keys and values": (stack.qkv_arrays + 2) * array,
+        # Its input or output, and the attention's output before and after its projection.
+        "in the MLP": hidden + (2 + 2) * array,
+    }
+    if sparsity and (config := sparsity.attention):
+        lists = batch * stack.heads * group_count(stack.tokens, config.group)
+        sums = lists * stack.tokens * itemsize
+        # Queries, keys and values wait for the choice; its lists are not packed yet.
+        phases["choosing keys"] = sums + lists * config.capacity(stack.tokens) * 4 + (3 + 2) * array
+    return phases
+
+
+def of_layers(
+    stacks: dict[str, Stack],
+    sparsity: Sparsity | None,
+    batch: int,
+    dtype: jnp.dtype,
+    implementation: Implementation | None = None,
+) -> Parts:
+    """The working set of all layers as one part, named by what a layer does at its peak; and the reference's scores."""
+    sizes = [item for stack in stacks.values() for item in working_set(stack, sparsity, batch, dtype).items()]
+    doing, largest = max(sizes, key=lambda item: item[1])
+    itemsize = jnp.dtype(dtype).itemsize
+    # The bias of fc1 in the product's epilogue costs a copy of the layer's weights; cos and sin of the rotary angles are float32.
+    constant = max(s.width * s.mlp_width * itemsize + 2 * s.tokens * s.head_dim * 4 for s in stacks.values())
+    parts = {f"working set, {doing}": largest + constant + WORKSPACE}
+    stack = max(stacks.values(), key=lambda s: s.tokens)
+    if choose(implementation, dtype=dtype, head_dim=stack.head_dim) != "pallas":
+        parts["scores of the reference attention"] = 2 * batch * stack.heads * stack.tokens**2 * 4
+    return parts
+
+
+def summed(parts: Parts) -> Parts:
+    """The parts with the caches of all stacks together, under the names that people call them by."""
+    total: Parts = {}
+    for name, size in parts.items():
+        stack, _, rest = name.partition(".")
+        known = next((called for path, called in NAMES.items() if rest.startswith(path)), rest or stack)
+        total[known] = total.get(known, 0) + size
+    return total
+
+
+def savings(parts: Parts) -> list[tuple[str, Any]]:
+    """Settings of a Sparsity, (name, value), that would make some of the parts smaller, those of the largest ones first."""
+    sizes = {setting: sum(v for k, v in parts.items() if k.endswith(f".{end}")) for end, setting in SMALLER.items()}
+    return sorted((setting for setting in sizes if sizes[setting]), key=sizes.get, reverse=True)
+
+
+def shortage(parts: Parts, room: int, where: str, which: str = "") -> str | None:
+    """What is too large, beginning with "no room on", or None where the parts fit `room` bytes, `which` says which."""
+    need, parts = sum(parts.values()), summed(parts)
+    if need <= room:
+        return None
+    largest = max(parts, key=parts.get)
+    return (
+        f"no room on {where}: this takes {need / 1e9:.1f} GB of {room / 1e9:.1f} GB{which}, most of it {largest} "
+        f"({parts[largest] / 1e9:.1f} GB)"
+    )
+
+
+def check_room(parts: Parts) -> None:
+    """Raises ValueError if the parts cannot fit the default device beside what lies there."""
+    free = free_bytes()
+    if free is not None and (error := shortage(parts, free, str(jax.devices()[0]), " free")):
+        settings = "".join(f"{name}={value!r}, " for name, value in savings(parts))
+        raise ValueError(f"{error}; use {settings}a smaller batch or a smaller size")
+
+
+def free_bytes() -> int | None:
+    """Free memory of the default device, None where it does not tell."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if jax.default_backend() == "cpu" and Path("/proc/meminfo").exists():
+        # "Free" pages leave out the files that Linux keeps in memory and drops on demand: a checkpoint just read, for one.
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    return None
+
+
+def share() -> float:
+    """The fraction of a device that JAX takes, as XLA_PYTHON_CLIENT_MEM_FRACTION has it."""
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", SHARE))
+
+
+def capacity(device: str) -> int:
+    """Bytes of a device: "h100", "h200", or a number of GiB.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if device.lower() in DEVICES:
+        return DEVICES[device.lower()]
+    try:
+        size = float(device) * 2**30
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 2**60:
+        raise ValueError(f"--device {device}: expected {', '.join(DEVICES)} or a number of GiB")
+    return int(size)
