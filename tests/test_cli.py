@@ -339,3 +339,83 @@ def test_the_prompts_of_verify_are_sentences_of_the_words_that_the_help_of_sampl
     assert set(listed) == {"shape", "colour", "texture", "background"}
     for prompt in verify.PROMPTS:
         assert all(len(words & set(prompt.split())) == 1 for words in listed.values()), prompt
+
+
+def plan(*flags):
+    """Exit status of a memory plan."""
+    return main(["inspect", "--plan", *map(str, flags)])
+
+
+def test_the_lines_of_a_plan_add_up(capsys):
+    assert plan("--model", "flux-dev", "--height", 256, "--width", 512, "--steps", 9) == 0
+    first, *lines, device, verdict = capsys.readouterr().out.splitlines()
+    assert first == "flux-dev: height 256, width 512, batch 1, steps 9, bfloat16, sparse"
+    sizes = {line.strip().partition("  ")[0]: float(line.split()[-2].replace(",", "")) for line in lines}
+    assert all(line.endswith(" GB") for line in lines) and list(sizes)[-1] == "peak"
+    assert sum(sizes.values()) == pytest.approx(2 * sizes["peak"], abs=5e-4 * len(sizes))
+    parts = ("weights", "modulations of all steps", "attention residuals", "lists of keys", "log-sum-exps")
+    assert all(sizes[part] > 0 for part in (*parts, "MLP activations"))
+    assert device.split()[:2] == ["h100:", "63.7"] and "it fits" in verdict
+
+
+def test_a_converted_checkpoint_is_planned_by_its_own_sizes(checkpoint, capsys):
+    sizes = ["--height", 20, "--width", 12]
+    assert plan(checkpoint, *sizes) == 0
+    sparse = capsys.readouterr().out
+    assert sparse.startswith(f"{checkpoint}: height 20, width 12, batch 1, steps 50, float32, sparse\n")
+    assert plan(checkpoint, *sizes, "--dense") == 0
+    dense = capsys.readouterr().out
+    assert "residuals" in sparse and "residuals" not in dense
+
+
+@pytest.mark.parametrize(
+    ("flags", "largest"),
+    [
+        (["--model", "flux-tiny", "--height", 512, "--width", 512, "--batch", 2], "MLP activations"),
+        (["--model", "hunyuan-tiny", "--height", 128, "--width", 128, "--frames", 33], "working set"),
+    ],
+)
+def test_whatever_a_plan_says_would_fit_does(flags, largest, capsys, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert plan(*flags, "--device", 80) == 0
+    peak = float(capsys.readouterr().out.split("peak")[1].split()[0])
+    small = ["--device", 0.9 * peak / 0.75 * 1e9 / 2**30]
+    assert plan(*flags, *small) == 1
+    error = capsys.readouterr().out.splitlines()[-1]
+    assert error.startswith("no room on ") and f"most of it {largest}" in error
+    found = [remedy.split() for remedy in error.partition("it fits with ")[2].split(", or with ")]
+    assert {"--dense", "--height"} < {remedy[0] for remedy in found} and len(found) >= 5
+    for remedy in found:
+        with monkeypatch.context() as patch:
+            for setting in (word for word in remedy if "=" in word):
+                patch.setenv(*setting.split("="))
+            changes = [word for word in remedy if word != "and" and "=" not in word]
+            assert plan(*flags, *small, *changes) == 0, remedy
+
+
+def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.01")
+    assert plan("--model", "flux-dev", "--device", 1) == 1
+    assert "most of it weights" in (out := capsys.readouterr().out) and "fits either" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["inspect"], ["expected PATH"]),
+        (["inspect", "somewhere", "--model", "flux-dev"], ["--model only with --plan"]),
+        (["inspect", "--plan"], ["a converted folder or --model"]),
+        (["inspect", "--plan", "somewhere", "--model", "flux-dev"], ["one of them"]),
+        (["inspect", "--plan", "somewhere"], ["somewhere", "no such folder"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--device", "a100"], ["--device a100", "h100, h200 or a number"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--batch", "0"], ["--batch 0", "at least 1"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--steps", "0"], ["--steps 0", "at least 1"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--frames", "5"], ["--frames 5", "images"]),
+        (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["--frames 6", "multiple of 4"]),
+        (["inspect", "--plan", "--model", "wan-1.3b", "--height", "7"], ["--height 7", "multiple of 16"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "fluks"], ["'fluks'"]),
+    ],
+)
+def test_a_bad_plan_is_one_sentence(flags, words, folder, capsys):
+    assert main(flags) == 2
+    assert_one_sentence(capsys, *words)

@@ -1,18 +1,23 @@
-"""chipmunk inspect: what a checkpoint holds."""
+"""chipmunk inspect: what a checkpoint holds, and what a sample of it takes."""
 
 import argparse
 
+from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
-Only headers are read, so this takes a second for any size. The exit status is 1 where something does not fit."""
+Only headers are read, so this takes a second for any size. The exit status is 1 where something does not fit.
+
+With --plan, say what a sample takes of a device's memory instead, and what would make it fit."""
 
 EXAMPLES = """\
 examples:
   chipmunk inspect flux1-dev.safetensors      a single file
   chipmunk inspect FLUX.1-dev/                a diffusers folder, or its transformer/
-  chipmunk inspect flux-dev                   a folder written by chipmunk convert"""
+  chipmunk inspect flux-dev                   a folder written by chipmunk convert
+  chipmunk inspect --plan flux-dev --height 1024 --width 1024 --batch 4
+  chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200"""
 
 
 def add_parser(subparsers) -> None:
@@ -22,14 +27,20 @@ def add_parser(subparsers) -> None:
         help="say what a checkpoint holds",
         description=DESCRIPTION,
         epilog=EXAMPLES,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="PATH", help="file or folder")
+    parser.add_argument("path", metavar="PATH", nargs="?", help="file or folder")
+    add_plan_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole, else 1."""
+    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole or a plan that fits, else 1."""
+    if args.plan:
+        return run_plan(args)
+    if args.path is None or args.model:
+        raise ValueError("expected PATH, a file or folder, and --model only with --plan")
     found = inspect(args.path)
     print(describe(found))
     return 0 if found.whole else 1
