@@ -61,11 +61,8 @@ class Stack:
     mlp_tokens: int = struct.field(pytree_node=False)  # N of its sparse MLP
     width: int = struct.field(pytree_node=False)  # D
     mlp_width: int = struct.field(pytree_node=False)  # F
-    text: tuple[int, int] = struct.field(
-        pytree_node=False, default=(0, 0)
-    )  # rows of the tokens that are text: start, stop
-    # Arrays [B, N, D] of the network's dtype that live at once while queries, keys and values are made: their product and they.
-    qkv_arrays: int = struct.field(pytree_node=False, default=6)
+    # Rows of the tokens that are text: start, stop.
+    text: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
 
 
 def zeros(stacks: dict[str, Stack], sparsity: Sparsity, batch: int, dtype: jnp.dtype) -> dict[str, LayerCache]:

@@ -1,7 +1,7 @@
 """Keys that every head of a group of queries attends to whatever their scores: a text, and what lies near the group."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from pallas_kernels import Common
 from pallas_kernels.groups import group_count
 
 Box = tuple[np.ndarray, np.ndarray]  # least and greatest place on every axis, both in it
+Near = Callable[[slice], np.ndarray]
 
 
 def common_keys(
@@ -36,12 +37,12 @@ def common_keys(
         range(g * config.group, min((g + 1) * config.group, total)) for g in range(group_count(total, config.group))
     ]
     rows = np.concatenate([np.arange(start), np.arange(stop, total)])  # of the sequence that are tokens of the grid
-    windows = []  # (place of every token [n, axes], how far a group sees on each axis, in places)
+    nearby = []  # functions: a run of such tokens -> those that its group keeps for being near
     if config.local_voxels:
-        windows.append(_voxels(config.local_voxels, grid, patches))
+        nearby.append(_voxels(config.local_voxels, grid, patches))
     if config.local_1d_window:
-        windows.append((np.arange(len(rows))[:, None], np.array([round(config.local_1d_window * len(rows) / 2)])))
-    if not (windows or (stop > start and (config.text_keys or config.text_queries))):
+        nearby.append(_window(config.local_1d_window, len(rows)))
+    if not (nearby or (stop > start and (config.text_keys or config.text_queries))):
         return None
 
     def of_group(group: range) -> np.ndarray:
@@ -50,10 +51,9 @@ def common_keys(
             return np.arange(total)
         keep = np.zeros(total, bool)
         keep[start:stop] = config.text_keys
-        members = (rows >= group.start) & (rows < group.stop)
-        for places, reach in windows if members.any() else ():
-            low, high = _widened(places[members].min(0), places[members].max(0), reach, places.max(0))
-            keep[rows[((places >= low) & (places <= high)).all(1)]] = True
+        members = slice(*np.searchsorted(rows, (group.start, group.stop)))
+        for near in nearby if members.start < members.stop else ():
+            keep[rows[near(members)]] = True
         return np.flatnonzero(keep)
 
     ids = [of_group(group) for group in groups]
@@ -61,7 +61,7 @@ def common_keys(
     return Common(np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]).astype(np.int32), heavy)
 
 
-def _voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> Near:
     if not patches:
         raise ValueError(f"local_voxels={side} with tokens in rows: expected patches, such as [[4,4,8]]")
     order = patch_order(grid, patches)
@@ -72,10 +72,28 @@ def _voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int
             f"local_voxels={side}: expected at most {max(voxels)}, as the grid has {voxels} voxels of {voxel}"
         )
     places = np.stack(np.unravel_index(order, grid), -1) // np.array(voxel)
-    return places, np.full(len(grid), side // 2)
+    number = np.ravel_multi_index(tuple(places.T), voxels)
+    tokens_of = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
+
+    def near(members: slice) -> np.ndarray:
+        low, high = places[members].min(0), places[members].max(0)
+        low, high = _widened(low, high, side // 2, np.array(voxels) - 1)
+        boxed = np.ix_(*(range(a, b + 1) for a, b in zip(low, high, strict=True)))
+        return np.concatenate([tokens_of[n] for n in np.ravel_multi_index(boxed, voxels).ravel()])
+
+    return near
 
 
-def _widened(low: np.ndarray, high: np.ndarray, reach: np.ndarray, last: np.ndarray) -> Box:
+def _window(fraction: float, total: int) -> Near:
+    def near(members: slice) -> np.ndarray:
+        ends = np.array([members.start]), np.array([members.stop - 1])
+        low, high = _widened(*ends, round(fraction * total / 2), np.array([total - 1]))
+        return np.arange(low[0], high[0] + 1)
+
+    return near
+
+
+def _widened(low: np.ndarray, high: np.ndarray, reach: int, last: np.ndarray) -> Box:
     """The box from low to high with `reach` more places on every side: at a border those that are missing on the other side."""
     low, high = low - reach, high + reach
     low, high = low - np.maximum(high - last, 0), high + np.maximum(-low, 0)

@@ -31,6 +31,8 @@ from pallas_kernels import (
 )
 from pallas_kernels.groups import group_count, split_groups
 
+SCORES = 2e9  # bytes of keys' scores at once: all of FLUX's, those of 8 of HunyuanVideo's 24 heads
+
 
 @jax.named_scope("attend")
 def attend(
@@ -61,10 +63,9 @@ def _measure(q, k, v, cache: AttentionCache, step: Step, valid):
 
 
 def _select(q, k, v, cache: AttentionCache, step: Step, valid):
-    stride = dict(stride=step.attention.query_stride)
-    sums = column_sums(q, k, cache.lse[step.layer], **stride, **_tiling(q, step))  # before the new one takes its place
-    columns = _choose_keys(sums, cache.columns, step, valid)
-    out, cache = _measure(q, k, v, cache.replace(columns=columns), step, valid)
+    # Before the new log-sum-exp takes the place of the last one.
+    columns, lse = _after((_choose_keys(q, k, cache, step, valid), cache.lse))
+    out, cache = _measure(q, k, v, cache.replace(columns=columns, lse=lse), step, valid)
     return out, _store_residual(out, q, k, v, cache, step, valid)
 
 
@@ -99,22 +100,37 @@ def _tiling(q, step: Step) -> dict:
     return dict(group=step.attention.group, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
 
 
-def _choose_keys(sums, columns: Columns, step: Step, valid) -> Columns:
-    """columns with this layer's lists of keys chosen anew from sums [B, H, G, N], none of them padding or common."""
-    share, (groups, keys) = step.attention, sums.shape[-2:]
-    lucky = False
+def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:
+    """columns with this layer's lists of keys chosen anew, by the attention that they get, none of them padding or common."""
+    (batch, tokens, heads, _), share = q.shape, step.attention
+    groups = group_count(tokens, share.group)
+    lucky, free = False, None
     if share.fixed_random is not None:
-        lucky = jax.random.bernoulli(step.sample_key, share.fixed_random, (groups, keys))
-    if share.common is None and valid is None:
-        return _choose(sums, columns, share, step, lucky)
-    free = jnp.ones((1, groups, keys), bool)
+        lucky = jax.random.bernoulli(step.sample_key, share.fixed_random, (groups, tokens))
     if share.common is not None:
         ids, starts = share.common.ids, share.common.starts
         rows = jnp.searchsorted(starts[1:], jnp.arange(len(ids)), side="right")
-        free = free.at[0, rows, ids].set(False)
+        free = jnp.ones((1, groups, tokens), bool).at[0, rows, ids].set(False)
     if valid is not None:
-        free &= jnp.arange(keys) < valid[:, None, None]
-    return _choose(sums, columns, share, step, lucky, free=free)
+        there = jnp.arange(tokens) < valid[:, None, None]
+        free = jnp.broadcast_to(there, (batch, groups, tokens)) if free is None else free & there
+    together = heads // head_portions(batch, heads, groups, tokens, q.dtype)
+
+    def choose(i, columns):
+        some = lambda a, axis: lax.dynamic_slice_in_dim(a, i * together, together, axis)
+        stride = dict(stride=share.query_stride)
+        sums = column_sums(some(q, 2), some(k, 2), some(cache.lse[step.layer], 1), **stride, **_tiling(q, step))
+        return _choose(sums, columns, share, step, lucky, free, first=i * together)
+
+    if together == heads:
+        return choose(0, cache.columns)
+    return lax.fori_loop(0, heads // together, choose, cache.columns)
+
+
+def head_portions(batch: int, heads: int, groups: int, keys: int, dtype: jnp.dtype) -> int:
+    """In how many portions keys are chosen for all heads, so that the scores of one, [B, H / portions, G, N], take SCORES bytes."""
+    nbytes = batch * heads * groups * keys * jnp.dtype(dtype).itemsize
+    return next(n for n in range(1, heads + 1) if heads % n == 0 and (nbytes <= n * SCORES or n == heads))
 
 
 class MlpWeights(NamedTuple):
@@ -223,12 +239,13 @@ def _mean_rows(x, step: Step):
     return (split_groups(x.astype(jnp.float32), group).sum(-2) / rows[:, None]).astype(x.dtype)
 
 
-def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, free=None) -> Columns:
+def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, free=None, first=0) -> Columns:
     """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n].
 
     Args:
         lucky: bool [G, n], more columns that chance has picked.
         free: bool [B or 1, G, n], where only some columns may be chosen, of scores [B, H, G, n].
+        first: of the heads, where scores are of some of them.
     """
     lucky |= jax.random.bernoulli(step.key, share.random, scores.shape[-2:])  # the same for all heads, and in any batch
     scores, keep = jnp.where(lucky, jnp.inf, scores), share.keep
@@ -238,11 +255,17 @@ def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, fre
     places = columns.indices.shape[-1] * (1 if columns.wrap is None else 2)
     capacity = min(places, scores.shape[-1])  # one less, where an odd number is packed
     indices, counts = topk_columns(scores, keep, capacity=capacity, implementation=step.implementation)
-    put = lambda stack, new: stack.at[step.layer].set(new)
-    if columns.wrap is None:
-        return Columns(put(columns.indices, indices), put(columns.counts, counts))
-    words, wrap = pack_lists(indices, counts)
-    return Columns(put(columns.indices, words), put(columns.counts, counts), put(columns.wrap, wrap))
+    new = Columns(indices, counts)
+    if columns.wrap is not None:
+        words, wrap = pack_lists(indices, counts)
+        new = Columns(words, counts, wrap)
+    at = lambda stack: (
+        step.layer,
+        0,
+        first,
+        *[0] * (stack.ndim - 3),
+    )  # of neurons the third axis is the groups, and first 0
+    return jax.tree.map(lambda stack, a: lax.dynamic_update_slice(stack, a[None], at(stack)), columns, new)
 
 
 def product(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from chipmunk_jax.cache import Stack
+from chipmunk_jax.delta import head_portions
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import choose
@@ -62,12 +63,14 @@ def working_set(stack: Stack, sparsity: Sparsity | None, batch: int, dtype: jnp.
     hidden = batch * stack.tokens * stack.mlp_width * itemsize
     # Two more, always: the tokens as they were, and their norm, which an MLP beside the attention has yet to read.
     phases = {
-        "making queries, keys and values": (stack.qkv_arrays + 2) * array,
+        # Their product, and they.
+        "making queries, keys and values": (3 + 3 + 2) * array,
         # Its input or output, and the attention's output before and after its projection.
         "in the MLP": hidden + (2 + 2) * array,
     }
     if sparsity and (config := sparsity.attention):
-        lists = batch * stack.heads * group_count(stack.tokens, config.group)
+        groups = group_count(stack.tokens, config.group)
+        lists = batch * stack.heads * groups // head_portions(batch, stack.heads, groups, stack.tokens, dtype)
         sums = lists * stack.tokens * itemsize
         # Queries, keys and values wait for the choice; its lists are not packed yet.
         phases["choosing keys"] = sums + lists * config.capacity(stack.tokens) * 4 + (3 + 2) * array

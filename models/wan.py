@@ -143,8 +143,6 @@ class Wan(nnx.Module):
         """Sizes of the stack of layers for so many tokens, for the caches."""
         c = self.config
         sizes = dict(heads=c.num_heads, head_dim=c.head_dim, width=c.dim, mlp_width=c.ffn_dim)
-        # Queries and keys, normed in float32 before they are turned, are twice as large as elsewhere; values stay their slice.
-        sizes["qkv_arrays"] = 9
         return {"blocks": Stack(layers=c.num_layers, tokens=tokens, mlp_tokens=tokens, **sizes)}
 
     def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:
@@ -224,7 +222,8 @@ class ImageEmbedder(nnx.Module):
 
 def normed(x: jax.Array, weight: nnx.Param) -> jax.Array:
     """x / rms(x) * weight over all heads, computed in float32, in the dtype of x [B, N, D]."""
-    return rms_norm(x.astype(jnp.float32), weight[...]).astype(x.dtype)
+    # Else XLA would hand on float32, twice the memory, to what comes next.
+    return jax.lax.optimization_barrier(rms_norm(x.astype(jnp.float32), weight[...]).astype(x.dtype))
 
 
 def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -258,9 +258,10 @@ def _pallas(q, k, v, keys: Keys, lse, layer, *, group, scale, residual, dense=No
 
 def _counted(common: Common, valid: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """ids [n]; where each group's begin [G]; how many of them are valid [B, G]."""
-    ids, starts = common.ids, common.starts
-    there = jnp.ones((batch, len(ids)), jnp.int32) if valid is None else (ids < valid[:, None]).astype(jnp.int32)
-    before = jnp.pad(jnp.cumsum(there, axis=1), ((0, 0), (1, 0)))[:, starts]
+    ids, starts = common.ids, jnp.asarray(common.starts)
+    if valid is None:
+        return ids, starts[:-1], jnp.broadcast_to(starts[1:] - starts[:-1], (batch, len(starts) - 1))
+    before = jnp.pad(jnp.cumsum(ids < valid[:, None], axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))[:, starts]
     return ids, starts[:-1], before[:, 1:] - before[:, :-1]
 
 
