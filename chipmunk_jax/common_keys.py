@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from chipmunk_jax.order import patch_order
+from chipmunk_jax.order import patch_order, patch_sides
 from chipmunk_jax.sparsity import AttentionSparsity
 from pallas_kernels import Common
 from pallas_kernels.groups import group_count
@@ -61,23 +61,32 @@ def common_keys(
     return Common(np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]).astype(np.int32), heavy)
 
 
-def _voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> Near:
+def check_voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
+    """Sides, in tokens, of the voxels of which a neighbourhood has `side` along each axis.
+
+    Raises:
+        ValueError: no voxels, or more than the grid has.
+    """
     if not patches:
         raise ValueError(f"local_voxels={side} with tokens in rows: expected patches, such as [[4,4,8]]")
-    order = patch_order(grid, patches)
-    voxel = (patches[0],) * len(grid) if isinstance(patches[0], int) else patches[0]
+    voxel = patch_sides(grid, patches)[0]
     voxels = [group_count(n, sides) for n, sides in zip(grid, voxel, strict=True)]
     if side > max(voxels):
         raise ValueError(
             f"local_voxels={side}: expected at most {max(voxels)}, as the grid has {voxels} voxels of {voxel}"
         )
-    places = np.stack(np.unravel_index(order, grid), -1) // np.array(voxel)
+    return voxel
+
+
+def _voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> Near:
+    voxel = check_voxels(side, grid, patches)
+    places = np.stack(np.unravel_index(patch_order(grid, patches), grid), -1) // np.array(voxel)
+    voxels = places.max(0) + 1
     number = np.ravel_multi_index(tuple(places.T), voxels)
     tokens_of = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
 
     def near(members: slice) -> np.ndarray:
-        low, high = places[members].min(0), places[members].max(0)
-        low, high = _widened(low, high, side // 2, np.array(voxels) - 1)
+        low, high = _widened(places[members].min(0), places[members].max(0), side // 2, voxels - 1)
         boxed = np.ix_(*(range(a, b + 1) for a, b in zip(low, high, strict=True)))
         return np.concatenate([tokens_of[n] for n in np.ravel_multi_index(boxed, voxels).ravel()])
 

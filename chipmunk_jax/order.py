@@ -22,10 +22,20 @@ def patch_order(grid: Sequence[int], patches: Sequence[int | Sequence[int]] = (8
     Raises:
         ValueError: a patch of another number of axes.
     """
+    sides = patch_sides(grid, patches)
+    return _visit(np.arange(math.prod(grid), dtype=np.int32).reshape(grid), sides)
+
+
+def patch_sides(grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
+    """Sides of every patch on all axes of a grid.
+
+    Raises:
+        ValueError: a patch of another number of axes.
+    """
     sides = [(patch,) * len(grid) if isinstance(patch, int) else tuple(patch) for patch in patches]
     if wrong := [side for side in sides if len(side) != len(grid)]:
         raise ValueError(f"patch {wrong[0]}: expected {len(grid)} sides for the grid {tuple(grid)}")
-    return _visit(np.arange(math.prod(grid), dtype=np.int32).reshape(grid), sides)
+    return sides
 
 
 def _visit(ids: np.ndarray, sides: list[tuple[int, ...]]) -> np.ndarray:

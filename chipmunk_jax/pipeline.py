@@ -1,6 +1,7 @@
 """From a checkpoint and prompts to pixels."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chipmunk_jax.common_keys import check_voxels
 from chipmunk_jax.convert import load
 from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.families import FAMILIES, Family
+from chipmunk_jax.order import patch_sides
 from chipmunk_jax.sampling import Callback, Condition, check_room, sample
 from chipmunk_jax.schedule import check_schedules
-from chipmunk_jax.solvers import flux_timesteps
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 
-PATCH = 2  # pixels on a side of a token
 GLUE = frozenset(("a", "an", "and", "at", "in", "of", "on", "the", "with"))  # words of a prompt that say nothing
 TEXT_ROWS = 16  # of the small models' text: one for each attribute, then zeros
 
@@ -43,7 +45,7 @@ class WordTable:
         describe(folder)
         if not (folder / "words.json").is_file():
             raise ValueError(
-                f"{folder}: no words.json; prompts need a checkpoint with a word table, there is no text encoder yet"
+                f"{folder}: no words.json; prompts need a checkpoint with a word table, there is no text encoder and no VAE yet"
             )
         try:
             content = json.loads((folder / "words.json").read_text())
@@ -84,12 +86,26 @@ class WordTable:
         return ids
 
 
+def family_of(folder: str | Path) -> Family:
+    """How a converted checkpoint turns tokens into pixels.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such checkpoint, or it is of a model without such a small one.
+    """
+    if (found := describe(folder)).model not in FAMILIES:
+        raise ValueError(
+            f"{folder}: a {found.model} model, whose text encoders and VAE are not here yet; prompts need them"
+        )
+    return FAMILIES[found.model]
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A model in pixel space and its word table."""
 
     model: nnx.Module
     words: WordTable
+    family: Family
 
     @classmethod
     def load(cls, folder: str | Path, dtype: str | None = None) -> "Pipeline":
@@ -102,94 +118,103 @@ class Pipeline:
         Raises:
             FileNotFoundError, ValueError: no such checkpoint, half a one, one of another model, or without a word table.
         """
-        if (found := describe(folder)).model != "flux":
-            raise ValueError(f"{folder}: a {found.model} model; from prompts to pixels goes flux alone so far")
-        words = WordTable.load(folder)
+        family, words = family_of(folder), WordTable.load(folder)
         model = load(folder, dtype or ("float32" if jax.default_backend() == "cpu" else None))
-        return cls(model, words)
+        return cls(model, words, family)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """What the network takes of WordTable.encode."""
+        encoded = self.words.encode(prompts)
+        return {name: encoded[name] for name in self.family.conditions}
 
     def __call__(
         self,
         prompts: Sequence[str],
         *,
-        height: int = 64,
-        width: int = 64,
-        steps: int = 28,
-        guidance: float | None = 2.0,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
         seed: int = 0,
         sparsity: Sparsity | None = None,
         progress: bool = False,
         callback: Callback | None = None,
         implementation: Implementation | None = None,
     ) -> np.ndarray:
-        """Images f32 [B, height, width, 3] with values in [0, 1].
+        """Images [B, height, width, 3] or videos [B, frames, height, width, 3], f32, with values in [0, 1].
 
         Args:
             prompts: B sentences.
-            height, width: pixels, multiples of 2.
-            steps: of Euler, with FLUX's shift for the size.
-            guidance: scale of true guidance against no words; None for none.
-            seed: of the noise, 0 to 2^32 - B; image i draws from seed + i, so it comes out the same in any batch.
+            frames: of a video.
+            height, width: pixels, multiples of a token's: 2 in FLUX, 4 in Wan.
+            steps: of the family's solver.
+            guidance: scale of true guidance against no words; 1 is none and takes half as long.
+            seed: of the noise, 0 to 2^32 - B; sample i draws from seed + i, so it comes out the same in any batch.
             sparsity: None samples densely.
             progress, callback, implementation: see chipmunk_jax.sample.
+
+        Where frames, height, width, steps or guidance is None, it is the family's (see FAMILIES).
 
         Raises:
             ValueError: a prompt, size or setting that does not fit, before anything is compiled.
         """
-        settings = dict(height=height, width=width, steps=steps, guidance=guidance, seed=seed, sparsity=sparsity)
-        check_request(self.words, prompts, **settings)
-        grid = (height // PATCH, width // PATCH)
-        shape = (grid[0] * grid[1], 3 * PATCH * PATCH)
-        cond = self.words.encode(prompts)
+        family = self.family
+        settings = family.complete(frames=frames, height=height, width=width, steps=steps, guidance=guidance)
+        check_request(family, self.words, prompts, **settings, seed=seed, sparsity=sparsity)
+        grid = family.grid(settings)
+        shape = (math.prod(grid), family.channels)
+        cond = self.encode(prompts)
+        scale = None if settings["guidance"] == 1 else settings["guidance"]
         # Before the noise is drawn, which for an absurd size has no room either.
-        options = dict(steps=steps, sparsity=sparsity, guidance=guidance, implementation=implementation)
+        options = dict(steps=settings["steps"], sparsity=sparsity, guidance=scale, implementation=implementation)
         check_room(self.model, jax.ShapeDtypeStruct((len(prompts), *shape), jnp.float32), cond, **options)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed + i), shape) for i in range(len(prompts))])
         tokens = sample(
             self.model,
             noise,
             cond,
-            timesteps=flux_timesteps(steps, shape[0]),
+            timesteps=family.timesteps(settings["steps"], shape[0]),
             grid=grid,
-            sparsity=sparsity,  # its chance columns have a seed of their own, as an image must not depend on the batch's
-            guidance=guidance,
+            sparsity=sparsity,  # its chance columns have a seed of their own, as a sample must not depend on the batch's
+            guidance=scale,
+            solver=family.solver,
             progress=progress,
             callback=callback,
             implementation=implementation,
         )
-        return to_pixels(tokens, grid)
+        return family.to_pixels(tokens, grid)
 
 
 def check_request(
+    family: Family,
     words: WordTable,
     prompts: Sequence[str],
     *,
-    height: int,
-    width: int,
-    steps: int,
-    guidance: float | None,
     seed: int,
     sparsity: Sparsity | None,
+    **settings: int | float | None,
 ) -> None:
-    """Raises ValueError unless Pipeline(model, words) can be called with these, so that none is loaded in vain."""
+    """Raises ValueError unless Pipeline(model, words, family) can be called with these, so that none is loaded in vain."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts={prompts!r}: expected a list of sentences")
     if not prompts:
         raise ValueError("no prompts: expected at least one")
     words.encode(prompts)
-    for name, size in (("height", height), ("width", width)):
-        if size < PATCH or size % PATCH:
-            raise ValueError(f"{name}={size}: expected a positive multiple of {PATCH} pixels")
-    flux_timesteps(steps, height * width // PATCH**2)
-    if guidance is not None and not np.isfinite(guidance):
-        raise ValueError(f"guidance={guidance}: expected a finite number")
+    settings = family.complete(**settings)
+    grid = family.grid(settings)
+    family.timesteps(settings["steps"], math.prod(grid))
+    if not np.isfinite(settings["guidance"]):
+        raise ValueError(f"guidance={settings['guidance']}: expected a finite number")
     if not 0 <= seed <= 2**32 - len(prompts):  # JAX takes a seed modulo 2^32
         raise ValueError(f"seed={seed}: expected 0 to {2**32 - len(prompts)}")
     if sparsity:
-        check_schedules(sparsity, steps)
+        check_schedules(sparsity, settings["steps"])
+        check_grid(sparsity, grid)
 
 
-def to_pixels(tokens: jax.typing.ArrayLike, grid: tuple[int, int]) -> np.ndarray:
-    """Images f32 [B, H, W, 3] in [0, 1] from tokens [B, N, 12] in raster order, each (channel, row, column) in [-1, 1]."""
-    patches = np.asarray(tokens).reshape(-1, *grid, 3, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
-    return np.clip((patches.reshape(-1, grid[0] * PATCH, grid[1] * PATCH, 3) + 1) / 2, 0, 1)
+def check_grid(sparsity: Sparsity, grid: tuple[int, ...]) -> None:
+    """Raises ValueError where patches have other axes than the grid, or a neighbourhood is larger than it."""
+    patch_sides(grid, sparsity.patches)
+    if sparsity.attention and sparsity.attention.local_voxels:
+        check_voxels(sparsity.attention.local_voxels, grid, sparsity.patches)

@@ -10,7 +10,8 @@ from test_safetensors import write_safetensors
 
 from chipmunk_jax import MlpSparsity, Sparsity
 from chipmunk_jax.convert.safetensors import read_weights
-from chipmunk_jax.pipeline import Pipeline, WordTable, to_pixels
+from chipmunk_jax.families import FAMILIES
+from chipmunk_jax.pipeline import Pipeline, WordTable
 
 PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
 SIZE = dict(height=20, width=12, steps=3)  # a grid of 10 x 6 tokens, ragged in patches and in groups
@@ -119,9 +120,11 @@ def test_pixels_undo_patches():
                         for x in range(2):
                             value = 2 * images[b, 2 * row + y, 2 * column + x, c] - 1
                             tokens[b, row * 3 + column, c * 4 + y * 2 + x] = value
-    np.testing.assert_allclose(to_pixels(tokens, grid), images, rtol=0, atol=1e-7)  # scaled and back in float32
-    assert to_pixels(np.full((1, 15, 12), 1.5, np.float32), grid).max() == 1
-    assert to_pixels(np.full((1, 15, 12), -1.5, np.float32), grid).min() == 0
+    np.testing.assert_allclose(
+        FAMILIES["flux"].to_pixels(tokens, grid), images, rtol=0, atol=1e-7
+    )  # scaled and back in float32
+    assert FAMILIES["flux"].to_pixels(np.full((1, 15, 12), 1.5, np.float32), grid).max() == 1
+    assert FAMILIES["flux"].to_pixels(np.full((1, 15, 12), -1.5, np.float32), grid).min() == 0
 
 
 @pytest.mark.parametrize("sparsity", [None, SPARSITY], ids=["dense", "sparse"])
@@ -162,4 +165,4 @@ def test_seed_prompt_and_guidance_each_change_the_image(pipeline):
 )
 def test_a_bad_request_is_one_error_before_the_model_is_called(words, change, expected):
     request = dict(prompts=PROMPTS) | SIZE | change
-    fails(lambda: Pipeline(None, words)(request.pop("prompts"), **request), *expected)
+    fails(lambda: Pipeline(None, words, FAMILIES["flux"])(request.pop("prompts"), **request), *expected)

@@ -151,7 +151,7 @@ def _check(args: argparse.Namespace, *counts: str) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.output:
-        check_writable(args.output, suffix=None)
+        check_writable(args.output, suffixes=())
     if args.compare:
         records.read(args.compare)
     if getattr(args, "plot", None):

@@ -1,26 +1,28 @@
 """PNG files that say how they were made."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 
-def check_writable(path: str | Path, suffix: str | None = ".png") -> Path:
+def check_writable(path: str | Path, suffixes: Sequence[str] = (".png",)) -> Path:
     """The path, if a file can be written there; called before long work.
 
     Args:
         path: of the file.
-        suffix: that its name needs; None for any.
+        suffixes: of which its name needs one; () for any.
 
     Raises:
         ValueError: another suffix, no such folder, or one that cannot be written.
     """
     path = Path(path)
-    if suffix and path.suffix.lower() != suffix:
-        raise ValueError(f"{path}: expected a name that ends in {suffix}")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: no folder {path.parent}")
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
@@ -34,13 +36,20 @@ def check_writable(path: str | Path, suffix: str | None = ".png") -> Path:
 
 
 def write_png(path: Path, image: np.ndarray, text: Mapping[str, object]) -> None:
-    """Writes an image [H, W, 3] with values in [0, 1], and what to keep in its metadata, whole or not at all."""
+    """Writes an image [H, W, 3] with values in [0, 1], and what to keep in its metadata, words or JSON, whole or not at all."""
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    with whole(path) as partial:
+        Image.fromarray(to_bytes(image)).save(partial, format="PNG", pnginfo=info)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end, and is gone after an error."""
     partial = _partial(path)
     try:
-        Image.fromarray(to_bytes(image)).save(partial, format="PNG", pnginfo=info)
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,46 +1,53 @@
-"""chipmunk sample: pictures from prompts."""
+"""chipmunk sample: images and videos from prompts."""
 
 import argparse
-import json
 import time
+from typing import Any
 
 from chipmunk_jax.cli.device import keep_compilations
-from chipmunk_jax.cli.images import check_writable, write_png
+from chipmunk_jax.cli.images import write_png
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.pipeline import Pipeline, WordTable, check_request
+from chipmunk_jax.cli.videos import check_fps, check_output, write_video
+from chipmunk_jax.families import FAMILIES, Family
+from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
 from chipmunk_jax.sparsity import to_dict
 
 DESCRIPTION = """\
-Sample pictures from a folder written by `chipmunk convert`. The same seed gives the same picture, alone or in a batch; a
-sparse one is nearly the dense one (see `chipmunk verify`). Prompts of the small models are sentences with one word each of
+Sample images (FLUX) or videos (Wan) from a folder written by `chipmunk convert`. The same seed gives the same sample, alone
+or in a batch; a sparse one is nearly the dense one (see `chipmunk verify`). Prompts of the small models are sentences with
+one word each of
   shape       disc square triangle star ring cross hexagon heart
   colour      red orange yellow green teal blue purple white
   texture     plain striped checkered marbled
   background  sky night desert meadow
-Each PNG holds its prompt, seed and settings as text."""
+Images are .png; videos .mp4 (needs PyAV: pip install 'av>=14'), animated .webp, or a .png of all frames in rows. Each file
+holds its prompt, seed and settings."""
 
 EXAMPLES = """\
 examples:
   chipmunk sample mini --prompt "red striped heart on meadow" --sparsity flux -o heart.png
   chipmunk sample mini --prompt "blue plain ring on night" --batch 4 --dense -o ring.png        ring-1.png .. ring-4.png
-  chipmunk sample mini --prompt "teal marbled star on sky" --sparsity flux --sparsity.attention.top-keys 0.1 -o star.png"""
+  chipmunk sample mini --prompt "teal marbled star on sky" --sparsity flux --sparsity.attention.top-keys 0.1 -o star.png
+  chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity mini-wan --fps 12 -o heart.webp"""
 
 
 def add_parser(subparsers) -> None:
     """Adds `chipmunk sample` to the subparsers of an ArgumentParser."""
     parser = subparsers.add_parser(
         "sample",
-        usage="chipmunk sample CKPT --prompt PROMPT [-o OUT.png] [options]",
+        usage="chipmunk sample CKPT --prompt PROMPT [-o OUT] [options]",
         allow_abbrev=False,
-        help="sample pictures from prompts",
+        help="sample images and videos from prompts",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
     parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
-    parser.add_argument("--batch", type=int, default=1, help="pictures of each prompt (default: 1)")
-    parser.add_argument("-o", "--output", default="out.png", help="PNG to write, numbered where there are several")
+    parser.add_argument("--batch", type=int, default=1, help="samples of each prompt (default: 1)")
+    parser.add_argument(
+        "-o", "--output", help="file to write, numbered where there are several (default: out.png, out.webp)"
+    )
     add_sampling_flags(parser)
     parser.add_argument("--dense", action="store_true", help="recompute everything, whatever --sparsity says")
     add_sparsity_flags(parser, None)
@@ -49,32 +56,55 @@ def add_parser(subparsers) -> None:
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the size, steps, seed, guidance and dtype of a sample to the parser."""
-    parser.add_argument("--height", type=int, default=64, help="pixels (default: 64)")
-    parser.add_argument("--width", type=int, default=64, help="pixels (default: 64)")
-    parser.add_argument("--steps", type=int, default=28, help="of the sampler (default: 28)")
+    parser.add_argument("--frames", type=int, help=f"of a video ({_default('frames')})")
+    parser.add_argument("--height", type=int, help=f"pixels ({_default('height')})")
+    parser.add_argument("--width", type=int, help=f"pixels ({_default('width')})")
+    parser.add_argument("--steps", type=int, help=f"of the sampler ({_default('steps')})")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="scale of true guidance (default: 2)")
+    parser.add_argument(
+        "--guidance", type=float, help=f"scale of true guidance; 1 is none, in half the time ({_default('guidance')})"
+    )
+    parser.add_argument("--fps", type=float, help=f"frames a second that a video is shown at ({_default('fps')})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else as saved")
+
+
+def _default(name: str) -> str:
+    found = {family: {"fps": kind.fps, **kind.defaults}.get(name) for family, kind in FAMILIES.items()}
+    if len(set(found.values())) == 1:
+        return f"default: {next(iter(found.values()))}"
+    return "default: " + ", ".join(f"{value:g} for {family}" for family, value in found.items() if value is not None)
+
+
+def read_settings(args: argparse.Namespace, family: Family) -> dict[str, Any]:
+    """What the flags of a sample say, the family's where they say nothing."""
+    given = {name: getattr(args, name) for name in ("frames", "height", "width", "steps", "guidance")}
+    return family.complete(**given) | {"seed": args.seed}
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk sample`."""
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: expected at least 1")
-    output = check_writable(args.output)
+    family = family_of(args.checkpoint)
+    output = check_output(args.output or ("out.webp" if family.video else "out.png"), family)
+    fps, settings = check_fps(args.fps, family), read_settings(args, family)
     sparsity = None if args.dense else read_sparsity(args)
     prompts = [prompt for prompt in args.prompt for _ in range(args.batch)]
-    settings = {name: getattr(args, name) for name in ("height", "width", "steps", "guidance", "seed")}
-    check_request(WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
+    check_request(family, WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
     keep_compilations()
     pipeline = Pipeline.load(args.checkpoint, args.dtype)
     start = time.perf_counter()
-    images = pipeline(prompts, **settings, sparsity=sparsity, progress=True)
+    samples = pipeline(prompts, **settings, sparsity=sparsity, progress=True)
     seconds = time.perf_counter() - start
-    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{i + 1}")
+    for i, (prompt, pixels) in enumerate(zip(prompts, samples, strict=True)):
+        path = output if len(samples) == 1 else output.with_stem(f"{output.stem}-{i + 1}")
         described = settings | {"seed": args.seed + i, "sparsity": sparsity and to_dict(sparsity)}
-        write_png(path, image, {"prompt": prompt, "seed": args.seed + i, "settings": json.dumps(described)})
+        text = {"prompt": prompt, "seed": args.seed + i, "settings": described}
+        if family.video:
+            write_video(path, pixels, fps, text)
+        else:
+            write_png(path, pixels, text)
         print(path)
-    print(f"{len(images)} image{'s' * (len(images) > 1)} in {seconds:.1f} s, compilation included")
+    kind = "video" if family.video else "image"
+    print(f"{len(samples)} {kind}{'s' * (len(samples) > 1)} in {seconds:.1f} s, compilation included")
     return 0
