@@ -11,6 +11,7 @@ from flax import nnx
 
 from chipmunk_jax.convert import save
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.models.wan import Wan, WanConfig
 
 WORDS = {
     "shape": ["disc", "ring", "heart"],
@@ -63,8 +64,6 @@ def cuda_target():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A converted checkpoint: a tiny random FLUX in pixel space and a table of 14 words. Not to be written to."""
-    from test_safetensors import write_safetensors  # only then does pytest explain its asserts
-
     config = FluxConfig(
         in_channels=12,
         vec_in_dim=64,
@@ -76,10 +75,25 @@ def checkpoint(tmp_path_factory) -> Path:
         axes_dim=(4, 6, 6),
         guidance_embed=False,
     )
+    return save_with_words(Flux(config, dtype=jax.numpy.float32, rngs=nnx.Rngs(0)), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def video_checkpoint(tmp_path_factory) -> Path:
+    """A converted checkpoint: a tiny random Wan in pixel space and the same words. Not to be written to."""
+    config = WanConfig(
+        dim=32, ffn_dim=128, in_dim=3, out_dim=3, text_dim=64, num_heads=2, num_layers=3, patch_size=(1, 4, 4)
+    )
+    return save_with_words(Wan(config, dtype=jax.numpy.float32, rngs=nnx.Rngs(0)), tmp_path_factory)
+
+
+def save_with_words(model: nnx.Module, tmp_path_factory) -> Path:
+    """A folder with the model and a table of WORDS."""
+    from test_safetensors import write_safetensors  # only then does pytest explain its asserts
+
     folder = tmp_path_factory.mktemp("converted")
     (folder / "words.json").write_text(json.dumps({"attributes": list(WORDS), "words": list(WORDS.values())}))
     embeddings = np.random.default_rng(0).standard_normal((sum(map(len, WORDS.values())), 64)).astype(np.float32)
     write_safetensors(folder / "word_embeddings.safetensors", {"embeddings": embeddings})
-    extras = (folder / "words.json", folder / "word_embeddings.safetensors")
-    save(Flux(config, dtype=jax.numpy.float32, rngs=nnx.Rngs(0)), folder / "tiny", extras)
+    save(model, folder / "tiny", (folder / "words.json", folder / "word_embeddings.safetensors"))
     return folder / "tiny"

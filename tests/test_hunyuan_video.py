@@ -20,6 +20,7 @@ from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.layers import run_layers
 from chipmunk_jax.models import hunyuan_video
+from chipmunk_jax.pipeline import Pipeline
 
 GOLDEN = Path(__file__).parent / "golden/hunyuan_video"
 GRID = (3, 3, 4)
@@ -320,3 +321,11 @@ def test_a_mask_that_is_not_of_bools_is_refused():
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         hunyuan_video.HunyuanVideoConfig(**SIZES | sizes)
+
+
+def test_prompts_are_refused(tmp_path):
+    convert(GOLDEN / "transformer", tmp_path / "hunyuan")
+    with pytest.raises(
+        ValueError, match="hunyuan: a hunyuan_video model, whose text encoders and VAE are not here yet"
+    ):
+        Pipeline.load(tmp_path / "hunyuan")

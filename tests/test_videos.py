@@ -1,0 +1,315 @@
+"""From words to videos and to files, of a tiny random Wan; what images share with them is in test_pipeline.py and test_cli.py."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, UniPC, load_sparsity, sample, wan_timesteps
+from chipmunk_jax.cli import videos
+from chipmunk_jax.cli.comparison import compare_frames, compare_images, compare_videos
+from chipmunk_jax.cli.main import main
+from chipmunk_jax.families import FAMILIES
+from chipmunk_jax.pipeline import Pipeline, WordTable
+from chipmunk_jax.quality import psnr
+from chipmunk_jax.sparsity import to_dict
+
+PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
+SIZE = dict(frames=5, height=20, width=12)  # a grid of 5 x 5 x 3 tokens, ragged in voxels and in groups
+SMALL = [*("--frames", "5", "--height", "20", "--width", "12", "--steps", "3")]
+SPARSITY = Sparsity(
+    attention=AttentionSparsity(first_n_dense_layers=0, group=64),
+    mlp=MlpSparsity(first_n_dense_layers=0, random_keys=0.2),
+    patches=((4, 4, 2),),
+)
+WAN = FAMILIES["wan"]
+needs_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV")
+SUFFIXES = [pytest.param(".mp4", marks=needs_av), ".webp", ".png"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(video_checkpoint):
+    return Pipeline.load(video_checkpoint)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def unpacked(tokens, frames, rows, columns):
+    """Videos of tokens [B, N, 48] in raster order, pixel by pixel."""
+    clips = np.zeros((len(tokens), frames, 4 * rows, 4 * columns, 3), np.float32)
+    for n, (t, row, column) in enumerate(np.ndindex(frames, rows, columns)):
+        for y, x, c in np.ndindex(4, 4, 3):
+            clips[:, t, 4 * row + y, 4 * column + x, c] = tokens[:, n, (4 * y + x) * 3 + c]
+    return np.clip((clips + 1) / 2, 0, 1)
+
+
+# From words to pixels.
+
+
+def test_pixels_undo_patches():
+    tokens = np.random.default_rng(0).normal(size=(2, 2 * 3 * 5, 48)).astype(np.float32)
+    np.testing.assert_array_equal(WAN.to_pixels(tokens, (2, 3, 5)), unpacked(tokens, 2, 3, 5))
+
+
+def test_a_clip_is_a_sample_by_unipc_at_wans_times_with_guidance_against_no_words(pipeline):
+    prompts, shape = list(PROMPTS[:2]), (75, 48)
+    text = pipeline.words.encode(prompts)["text"]
+    noise = jnp.stack([jax.random.normal(jax.random.key(7 + i), shape) for i in range(2)])
+    times, solver = wan_timesteps(3, shift=3.0), UniPC()
+    for guidance, expected in ((3.0, 3.0), (None, 3.0), (1.0, None)):
+        tokens = sample(
+            pipeline.model,
+            noise,
+            {"text": text},
+            timesteps=times,
+            grid=(5, 5, 3),
+            solver=solver,
+            guidance=expected,
+            progress=True,
+        )
+        clips = pipeline(prompts, **SIZE, steps=3, seed=7, guidance=guidance, progress=True)
+        np.testing.assert_array_equal(clips, unpacked(np.asarray(tokens), 5, 5, 3))
+
+
+@pytest.mark.parametrize("sparsity", [None, SPARSITY], ids=["dense", "sparse"])
+def test_a_clip_is_the_same_alone_and_in_any_batch(pipeline, sparsity):
+    """Alone to 1e-5: a CPU sums some hundred float32 terms in another order for another batch (seen: 8e-7)."""
+    settings = SIZE | dict(steps=3, sparsity=sparsity, progress=True)
+    batch = pipeline(PROMPTS, **settings, seed=5)
+    assert batch.shape == (3, 5, 20, 12, 3) and batch.dtype == np.float32
+    assert batch.min() >= 0 and batch.max() <= 1 and batch.std() > 0.1
+    np.testing.assert_array_equal(pipeline(PROMPTS, **settings, seed=5), batch)
+    for i in (0, 2):
+        alone = pipeline(PROMPTS[i : i + 1], **settings, seed=5 + i)
+        np.testing.assert_allclose(alone[0], batch[i], rtol=0, atol=1e-5)
+
+
+def test_what_is_not_given_is_the_familys():
+    assert WAN.complete() == dict(frames=16, height=64, width=64, steps=30, guidance=3.0)
+    assert WAN.complete(frames=4, steps=None) == WAN.complete() | {"frames": 4}
+    assert FAMILIES["flux"].complete(frames=None, width=32) == dict(height=64, width=32, steps=28, guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (dict(prompts=[]), "no prompts"),
+        (dict(frames=0), "frames=0: expected at least 1"),
+        (dict(height=22), "height=22: expected a positive multiple of 4 pixels"),
+        (dict(width=0), "width=0: expected a positive multiple of 4 pixels"),
+        (dict(steps=0), "steps=0: expected at least 1"),
+        (dict(guidance=float("inf")), "guidance=inf: expected a finite number"),
+        (dict(seed=-1), "seed=-1: expected 0 to"),
+        (dict(sparsity=load_sparsity("wan-14b")), "local_voxels=5: expected at most 2, as the grid has"),
+        (dict(sparsity=load_sparsity("wan-14b", {"patches": []})), "local_voxels=5 with tokens in rows"),
+        (dict(sparsity=load_sparsity("flux", {"patches": [[8, 4]]})), r"patch \(8, 4\): expected 3 sides for the grid"),
+        (dict(sparsity=load_sparsity("flux", {"mlp.full_step_schedule": [0, 30]})), "step 30"),
+        (dict(family=FAMILIES["flux"]), "frames=5: expected none, as this model makes images"),
+        (
+            dict(family=FAMILIES["flux"], frames=None, sparsity=load_sparsity("wan-14b")),
+            "expected 2 sides for the grid",
+        ),
+    ],
+)
+def test_a_bad_request_is_one_error_before_the_model_is_called(video_checkpoint, change, expected):
+    request = dict(prompts=PROMPTS) | SIZE | change
+    pipeline = Pipeline(None, WordTable.load(video_checkpoint), request.pop("family", WAN))
+    with pytest.raises(ValueError, match=expected):
+        pipeline(request.pop("prompts"), **request)
+
+
+# Files.
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """7 smooth frames of 24 x 40 pixels, none like another, in 8 bits."""
+    t, y, x = np.indices((7, 24, 40))
+    waves = [np.sin(0.1 * x + 0.5 * t), np.cos(0.15 * y - 0.4 * t), np.sin(0.05 * (x + y) + 0.3 * t)]
+    return np.round(255 * (np.stack(waves, -1) + 1) / 2) / 255
+
+
+TEXT = {"prompt": "red – heart", "seed": 3, "settings": {"steps": 30, "sparsity": None}}
+
+
+@pytest.mark.parametrize("fps", [8, 12.5, 30])
+def test_a_webp_has_all_frames_unchanged_at_their_rate_and_says_how_it_was_made(tmp_path, clip, fps):
+    videos.write_video(tmp_path / "a.webp", clip, fps, TEXT)
+    with Image.open(tmp_path / "a.webp") as image:
+        assert (image.n_frames, image.size, image.info["loop"]) == (7, (40, 24), 0)
+        assert json.loads(image.getexif()[videos.IMAGE_DESCRIPTION]) == TEXT
+        milliseconds = 0
+        for i, frame in enumerate(clip):
+            image.seek(i)
+            image.load()
+            milliseconds += image.info["duration"]
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.round(255 * frame))
+    assert abs(milliseconds - 7000 / fps) <= 1
+
+
+@needs_av
+@pytest.mark.parametrize("fps", [8, 12.5, 30])
+def test_an_mp4_has_all_frames_at_their_rate_and_says_how_it_was_made(tmp_path, clip, fps):
+    import av
+
+    videos.write_video(tmp_path / "a.mp4", clip, fps, TEXT)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        (stream,) = container.streams
+        assert (stream.codec_context.name, stream.average_rate, stream.frames) == ("h264", fps, 7)
+        assert json.loads(container.metadata["comment"]) == TEXT
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert np.shape(frames) == clip.shape
+    # H.264 loses a little, a quarter of the colours' resolution first; a swapped channel or frame would give below 15 dB.
+    assert psnr(np.divide(frames, 255), clip) > 30
+
+
+def test_a_png_is_a_contact_sheet(tmp_path):
+    clip = np.arange(1, 11)[:, None, None, None] / 20 * np.ones((10, 4, 6, 3))
+    videos.write_video(tmp_path / "a.png", clip, 8, TEXT)
+    with Image.open(tmp_path / "a.png") as image:
+        sheet, text = np.asarray(image) / 255, image.text
+    assert sheet.shape == (4 + 2 + 4, 8 * 6 + 7 * 2, 3)  # two rows of up to eight, two pixels apart
+    for i in range(10):
+        top, left = 6 * (i // 8), 8 * (i % 8)
+        np.testing.assert_allclose(sheet[top : top + 4, left : left + 6], (i + 1) / 20, atol=1 / 255)
+    assert np.all(sheet[6:, 2 * 8 :] == 1) and np.all(sheet[4:6] == 1) and np.all(sheet[:, 6:8] == 1)
+    assert (text["prompt"], text["seed"], json.loads(text["settings"])) == (TEXT["prompt"], "3", TEXT["settings"])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, clip, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        videos.write_video(path, clip, 8, {"prompt": object()})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_text() == "old"
+
+
+# The commands.
+
+
+def run(command, checkpoint, *flags):
+    """Exit status of a small sample or verification."""
+    given = list(map(str, flags))
+    prompt = [] if "--prompt" in given else ["--prompt", PROMPTS[0]]
+    return main([command, str(checkpoint), *prompt, *SMALL, *given])
+
+
+@pytest.mark.parametrize("command", ["sample", "verify"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-o", "clip.gif"], ["clip.gif", "ends in .mp4 or .webp or .png"]),
+        (["-o", "none/clip.webp"], ["no folder none"]),
+        (["--fps", 0], ["--fps 0", "above 0 and up to 1000"]),
+        (["--fps", "nan"], ["--fps nan", "above 0"]),
+        (["--fps", 1001], ["--fps 1001", "up to 1000"]),
+        (["--frames", 0], ["frames=0", "at least 1"]),
+        (["--height", 22], ["height=22", "multiple of 4"]),
+        (["--sparsity", "wan-14b"], ["local_voxels=5", "at most 2"]),
+    ],
+)
+def test_bad_input_is_one_sentence_before_a_model_is_loaded(
+    command, flags, words, video_checkpoint, folder, monkeypatch, capsys
+):
+    monkeypatch.setattr("chipmunk_jax.pipeline.load", None)
+    assert run(command, video_checkpoint, *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("chipmunk: ") and captured.err.count("\n") == 1
+    assert all(word in captured.err for word in words), captured.err
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sample", "verify"])
+def test_an_mp4_without_pyav_says_what_to_install(command, video_checkpoint, folder, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("chipmunk_jax.pipeline.load", None)
+    assert run(command, video_checkpoint, "-o", "clip.mp4") == 2
+    assert capsys.readouterr().err.startswith("chipmunk: clip.mp4: an .mp4 needs PyAV")
+
+
+@pytest.mark.parametrize("command", ["sample", "verify"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-o", "clip.webp"], ["clip.webp", "ends in .png"]),
+        (["--frames", 4], ["frames=4", "makes images"]),
+        (["--fps", 8], ["--fps 8", "makes images"]),
+    ],
+)
+def test_what_is_of_videos_is_refused_for_images(command, flags, words, checkpoint, folder, monkeypatch, capsys):
+    monkeypatch.setattr("chipmunk_jax.pipeline.load", None)
+    assert main([command, str(checkpoint), "--prompt", PROMPTS[0], *map(str, flags)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_sample_writes_a_clip_at_its_familys_rate_that_says_how_it_was_made(video_checkpoint, pipeline, folder, capsys):
+    assert run("sample", video_checkpoint, "--batch", 2, "--seed", 3) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["out-1.webp", "out-2.webp"]
+    assert "out-1.webp\n" in capsys.readouterr().out
+    clips = pipeline([PROMPTS[0]] * 2, **SIZE, steps=3, seed=3, progress=True)
+    for i, clip in enumerate(clips):
+        with Image.open(f"out-{i + 1}.webp") as image:
+            assert (image.n_frames, image.size) == (5, (12, 20))
+            text = json.loads(image.getexif()[videos.IMAGE_DESCRIPTION])
+            image.seek(4)
+            image.load()
+            assert image.info["duration"] == 125
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.round(255 * clip[4]))
+        settings = SIZE | dict(steps=3, guidance=3.0, seed=3 + i, sparsity=None)
+        assert text == {"prompt": PROMPTS[0], "seed": 3 + i, "settings": settings}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_sample_writes_what_the_suffix_says(suffix, video_checkpoint, folder):
+    assert run("sample", video_checkpoint, "-o", f"clip{suffix}", "--fps", 12) == 0
+    assert [file.name for file in folder.iterdir()] == [f"clip{suffix}"]
+
+
+def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, folder, capsys):
+    sparse = ["--sparsity.patches", "[[4,4,2]]", "--sparsity.attention.first-n-dense-layers", 0]
+    prompts = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[2]]
+    outputs = ["-o", "a.webp", "-o", "a.png", "--json", "a.json"]
+    assert run("verify", video_checkpoint, *prompts, *sparse, *outputs) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["a.json", "a.png", "a.webp"]
+    assert "a.webp\na.png\n" in capsys.readouterr().out
+    report = json.loads((folder / "a.json").read_text())
+    sparsity = load_sparsity("flux", {"patches": [[4, 4, 2]], "attention.first_n_dense_layers": 0})
+    assert report["sparsity"] == to_dict(sparsity) and report["frames"] == 5
+    settings = SIZE | dict(steps=3, callback=lambda *_: None)  # with one as verify has, so that it is the same program
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    dense, sparse = pipeline(prompts, **settings), pipeline(prompts, **settings, sparsity=sparsity)
+    assert report["psnr"] == pytest.approx([psnr(a, b) for a, b in zip(sparse, dense, strict=True)])
+    frames = [[psnr(sparse[b, t], dense[b, t]) for t in range(5)] for b in range(2)]
+    np.testing.assert_allclose(report["psnr_of_frames"], frames)
+    with Image.open("a.webp") as image:
+        assert image.n_frames == 5 and image.width > 3 * 3 * 12 and image.height > 2 * 3 * 20
+        assert json.loads(image.getexif()[videos.IMAGE_DESCRIPTION])["settings"] == report
+    with Image.open("a.png") as image:
+        assert json.loads(image.text["settings"]) == report
+        assert image.width > 5 * 3 * 12 and image.height > 2 * 3 * 3 * 20  # all of five frames, three rows a clip
+
+
+def test_comparisons_show_every_frame_as_an_image_and_some_on_a_sheet():
+    dense, sparse = np.random.default_rng(0).random((2, 2, 9, 8, 4, 3))
+    captions = ["one", "two"]
+    film = compare_videos(captions, dense, sparse)
+    assert len(film) == 9
+    np.testing.assert_array_equal(film[7], compare_images(captions, dense[:, 7], sparse[:, 7]))
+    sheet = compare_frames(captions, dense, sparse)
+    assert sheet.shape == (6 * (3 * 8 + 24) + 24, 6 * (3 * 4 + 8) + 8, 3)  # six frames, three rows a clip
+    zoomed = np.repeat(np.repeat(np.round(255 * sparse[1, 8]) / 255, 3, 0), 3, 1)
+    top, left = 24 + 4 * 48, 8 + 5 * 20  # the last shown frame of the second clip
+    np.testing.assert_array_equal(sheet[top : top + 24, left : left + 12], zoomed)
