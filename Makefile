@@ -1,15 +1,24 @@
-# make demo   a trained FLUX, dense and sparse, side by side in demo/compare.png
-# make test   ruff and all tests
+# make demo         a trained FLUX, dense and sparse, side by side in demo/compare.png
+# make demo-video   a trained Wan likewise: demo/video.webp, its frames in demo/video.png
+# make test         ruff and all tests
 
 PYTHON ?= python3
 BIN := .venv/bin
+# One, as a clip takes minutes on a CPU.
+VIDEO_PROMPT ?= red striped heart on meadow
 
-.PHONY: demo test clean
+.PHONY: demo demo-video test clean
 
 demo: .venv/installed
-	@rm -rf demo && mkdir demo
-	$(BIN)/chipmunk convert examples/mini-flux demo/mini-flux
+	@mkdir -p demo
+	$(BIN)/chipmunk convert --overwrite examples/mini-flux demo/mini-flux
 	$(BIN)/chipmunk verify demo/mini-flux --sparsity mini-flux -o demo/compare.png --json demo/compare.json
+
+demo-video: .venv/installed
+	@mkdir -p demo
+	$(BIN)/chipmunk convert --overwrite examples/mini-wan demo/mini-wan
+	$(BIN)/chipmunk verify demo/mini-wan --sparsity mini-wan --prompt "$(VIDEO_PROMPT)" \
+		-o demo/video.webp -o demo/video.png --json demo/video.json
 
 test: .venv/tested
 	$(BIN)/ruff check .

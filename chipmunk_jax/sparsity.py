@@ -300,4 +300,8 @@ PRESETS: dict[str, Sparsity] = {
     "mini-flux": Sparsity(
         attention=AttentionSparsity(group=64, full_step_every=5), mlp=MlpSparsity(group=64, full_step_every=5)
     ),
+    # The small video model at 4,096 tokens and 30 steps, likewise, but that keys are chosen at each full step.
+    "mini-wan": Sparsity(
+        attention=AttentionSparsity(group=64, full_step_every=5, recompute_mask=True), mlp=None, patches=((4, 4, 4),)
+    ),
 }

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from chipmunk_jax.sparsity import PRESETS, to_dict
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -56,6 +58,18 @@ def test_numbers_of_the_fidelity_table_are_the_committed_records():
     assert f"({demo['dense_seconds'] / demo['sparse_seconds']:.2f} x dense in the demo)" in README
     right = record("examples/mini-flux/judge.json")["accuracy"]["guidance 2"]["all"]
     assert right >= 0.6 and f"right in {100 * right:.1f} % of" in README
+
+
+def test_numbers_of_the_video_are_the_committed_record():
+    entry = record("benchmarks/results/mini-wan-demo-cpu.json")
+    assert (entry["sparsity"], entry["frames"]) == (to_dict(PRESETS["mini-wan"]), 16)
+    assert f"{100 * entry['density']['attention']:.1f} % of the keys and all neurons" in README
+    assert entry["density"]["mlp"] == 1
+    frames = entry["psnr_of_frames"][0]
+    found = f"{entry['median_psnr']:.1f} dB, its frames {min(frames):.1f} to {max(frames):.1f} dB"
+    assert found in README
+    right = record("examples/mini-wan/judge.json")["accuracy"]["guidance 3"]["all"]
+    assert f"right in {100 * right:.1f} % of the frames" in README
 
 
 def test_files_that_the_readme_names_exist():

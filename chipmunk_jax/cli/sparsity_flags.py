@@ -12,7 +12,8 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None, oth
     """Adds --sparsity and one flag for each field of a Sparsity to the parser; `otherwise` says what no default means."""
     group = parser.add_argument_group(
         "sparsity",
-        f"What is recomputed at each step: {', '.join(PRESETS)}, or a YAML or JSON file such as\n"
+        f"What is recomputed at each step: {', '.join(PRESETS)},\n"
+        "or a YAML or JSON file such as\n"
         "  attention: {top_keys: 0.2, full_step_every: 10}\n"
         "  mlp: null\n"
         "A flag wins over it; its VALUE is a number, true, false, null, a word, or a list as 0,1,10 or [8].",

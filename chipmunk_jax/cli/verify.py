@@ -133,8 +133,9 @@ def _draw(path: Path, captions: list[str], dense: np.ndarray, sparse: np.ndarray
 
 def _print(report: dict, decibels: list[float], outputs: list[Path]) -> None:
     density, ratio = report["density"], report["dense_seconds"] / report["sparse_seconds"]
-    levels, kind = " ".join(f"{level:.1f}" for level in decibels), "videos" if "frames" in report else "images"
-    print(f"dense   {report['dense_seconds']:7.1f} s for {len(report['prompts'])} {kind}, {report['steps']} steps")
+    levels, kind = " ".join(f"{level:.1f}" for level in decibels), "video" if "frames" in report else "image"
+    count = f"{len(decibels)} {kind}{'s' * (len(decibels) > 1)}"
+    print(f"dense   {report['dense_seconds']:7.1f} s for {count}, {report['steps']} steps")
     print(f"sparse  {report['sparse_seconds']:7.1f} s, {ratio:.2f} x as fast, on {report['device']}")
     if report["device"] == "cpu":
         print("        (a CPU runs the plain references of the kernels: exact, not fast)")

@@ -83,7 +83,7 @@ def _write_webp(path: Path, frames: np.ndarray, fps: float, text: Mapping[str, o
     exif[IMAGE_DESCRIPTION] = json.dumps(text)
     ends = np.round(np.arange(len(frames) + 1) * 1000 / fps)  # in whole milliseconds, so that their sum is right
     first, *others = map(Image.fromarray, frames)
-    options = dict(duration=np.diff(ends).astype(int).tolist(), loop=0, lossless=True, exif=exif)
+    options = dict(duration=np.diff(ends).astype(int).tolist(), loop=0, lossless=True, minimize_size=True, exif=exif)
     with whole(path) as partial:
         first.save(partial, format="WEBP", save_all=True, append_images=others, **options)
 
