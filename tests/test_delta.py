@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from chipmunk_jax import cache as caches
+from chipmunk_jax import delta
 from chipmunk_jax.cache import Stack
 from chipmunk_jax.common_keys import common_keys
 from chipmunk_jax.delta import MlpWeights, attend, feed_forward
@@ -105,9 +106,13 @@ def test_attention_equals_a_naive_one_through_every_phase(recompute_mask):
     assert not np.asarray(cache.attention.residual[0]).any()  # other layers' entries are untouched
 
 
+@pytest.mark.parametrize("portions", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
-def test_common_keys_and_padding_through_every_phase(packed, monkeypatch):
+def test_common_keys_and_padding_through_every_phase(packed, portions, monkeypatch):
     """Text behind, of which one of the batch has less; a window along the order; queries of the text see all."""
+    if portions > 1:
+        monkeypatch.setattr(delta, "SCORES", 1)
+        assert delta.head_portions(B, H, 3, N, jnp.float32) == H == portions
     if packed:
         monkeypatch.setattr(caches, "PACKED", range(N, N + 1))
         monkeypatch.setattr(importlib.import_module("pallas_kernels.column_attention"), "WRAP", 128)

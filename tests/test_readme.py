@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from chipmunk_jax.sparsity import PRESETS, to_dict
+from chipmunk_jax.sparsity import PRESETS, load_sparsity
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -62,7 +62,7 @@ def test_numbers_of_the_fidelity_table_are_the_committed_records():
 
 def test_numbers_of_the_video_are_the_committed_record():
     entry = record("benchmarks/results/mini-wan-demo-cpu.json")
-    assert (entry["sparsity"], entry["frames"]) == (to_dict(PRESETS["mini-wan"]), 16)
+    assert (load_sparsity(entry["sparsity"]), entry["frames"]) == (PRESETS["mini-wan"], 16)
     assert f"{100 * entry['density']['attention']:.1f} % of the keys and all neurons" in README
     assert entry["density"]["mlp"] == 1
     frames = entry["psnr_of_frames"][0]
