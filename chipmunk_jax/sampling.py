@@ -133,7 +133,7 @@ def sample(
         guidance=None if guidance is None else np.float32(guidance),
         positions=model.positions(grid)[order],
         order=order,
-        table=table.replace(key=jax.random.key(seed), sample_key=jax.random.key(seed), implementation=implementation),
+        table=table.replace(key=jax.random.key(seed), implementation=implementation),
     )
     cache = caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None
     with _Reporter(steps, progress, callback) as reporter:

@@ -69,7 +69,7 @@ class Step:
         """Row `index` of a plan, with a key of its own."""
         row = lambda share: share and share.replace(phase=jnp.asarray(share.phase)[index])
         key = None if self.key is None else jax.random.fold_in(self.key, index)
-        return self.replace(attention=row(self.attention), mlp=row(self.mlp), key=key)
+        return self.replace(attention=row(self.attention), mlp=row(self.mlp), key=key, sample_key=self.key)
 
     def runs(self, first: int, layers: int) -> list[tuple[int, int, "Step"]]:
         """Runs of alike layers of a stack whose first stands at depth `first` of the model: (start, stop, their step)."""

@@ -59,9 +59,8 @@ class UniPC:
     """
 
     def times(self, timesteps: np.ndarray) -> np.ndarray:
-        thousandths = np.floor(
-            1000 * np.asarray(timesteps[:-1], np.float64) + 1e-4
-        )  # 0.7 in float32 is 699.99999 of them
+        # 0.7 in float32 is 699.99999 thousandths.
+        thousandths = np.floor(1000 * np.asarray(timesteps[:-1], np.float64) + 1e-4)
         return (thousandths / 1000).astype(np.float32)
 
     def init(self, x: jax.Array) -> UniPCState:

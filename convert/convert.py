@@ -13,6 +13,7 @@ from chipmunk_jax.convert.checkpoint import replacing, write
 from chipmunk_jax.convert.networks import abstract, leaves_of, nest, parse_dtype, with_arrays
 from chipmunk_jax.convert.rules import Match, fill
 from chipmunk_jax.convert.source import Source, open_source
+from chipmunk_jax.memory import nbytes
 
 # The small trained models take prompts from a table of words instead of a text encoder.
 WORD_TABLE = ("words.json", "word_embeddings.safetensors")
@@ -67,8 +68,7 @@ def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: 
 
 def bytes_of(source: Source, dtype: jax.numpy.dtype) -> int:
     """Size of all weights after conversion."""
-    leaves = leaves_of(abstract(source.layout.model, source.config, dtype))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
+    return nbytes(leaves_of(abstract(source.layout.model, source.config, dtype)))
 
 
 def word_table(path: Path) -> list[Path]:

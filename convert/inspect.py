@@ -8,6 +8,7 @@ from typing import Any
 from chipmunk_jax.convert.checkpoint import compare, describe, is_checkpoint
 from chipmunk_jax.convert.networks import abstract, leaves_of
 from chipmunk_jax.convert.source import open_source
+from chipmunk_jax.memory import nbytes
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ def inspect_converted(path: Path) -> Inspection:
     description = describe(path)
     model = abstract(description.model, description.config, description.dtype)
     missing, unknown, misshapen = compare(path, model)
-    leaves = leaves_of(model).values()
+    leaves = list(leaves_of(model).values())
     return Inspection(
         path=path,
         model=description.model,
         layout="converted",
         parameters=sum(leaf.size for leaf in leaves),
         dtype=description.dtype,
-        nbytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        nbytes=nbytes(leaves),
         config=asdict(description.config),
         missing=missing,
         unknown=unknown,

@@ -137,14 +137,12 @@ def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, part, group, scale, stride):
     features = jnp.arange(width)[None, :]
     keys = pl.program_id(0) * KEYS + jnp.arange(KEYS)
     here = keys < keys_total
-    k = plgpu.load(
-        k_ref.at[b, keys[:, None], h, features], mask=jnp.broadcast_to(here[:, None], (KEYS, width)), other=0
-    )
+    known_keys = jnp.broadcast_to(here[:, None], (KEYS, width))
+    k = plgpu.load(k_ref.at[b, keys[:, None], h, features], mask=known_keys, other=0)
     member, place = jnp.arange(QUERIES) // part, jnp.arange(QUERIES) % part
 
-    def mass(
-        first, start
-    ):  # of this program's keys, over sampled queries [start, start + part) of groups from first on
+    def mass(first, start):
+        """Of this program's keys, over sampled queries [start, start + part) of groups from first on."""
         run = start + place
         rows = (first + member) * group + run * stride + run % stride
         inside = rows < rows_total

@@ -51,9 +51,8 @@ def topk_columns(
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     if implementation == "reference":
         order = lax.top_k(scores, capacity)[1]  # stable: equal scores in ascending order of their ids
-        return jnp.sort(jnp.where(jnp.arange(capacity) < counts[..., None], order, width), axis=-1).astype(
-            jnp.int32
-        ), counts
+        chosen = jnp.where(jnp.arange(capacity) < counts[..., None], order, width)
+        return jnp.sort(chosen, axis=-1).astype(jnp.int32), counts
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
     short = width <= ON_CHIP
     programs = counts.size if short else min(counts.size, RESIDENT * MULTIPROCESSORS)

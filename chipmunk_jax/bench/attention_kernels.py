@@ -10,7 +10,8 @@ import numpy as np
 from chipmunk_jax.bench import draw, references, torch_baselines
 from chipmunk_jax.bench.measure import Candidate
 from chipmunk_jax.bench.references import one_head, some
-from chipmunk_jax.bench.timing import input_sets, nbytes
+from chipmunk_jax.bench.timing import input_sets
+from chipmunk_jax.memory import nbytes
 from pallas_kernels import Implementation, column_attention, column_sums, dense_attention
 from pallas_kernels.groups import group_count
 

@@ -9,7 +9,8 @@ import numpy as np
 from chipmunk_jax.bench import draw, references, torch_baselines
 from chipmunk_jax.bench.measure import Candidate
 from chipmunk_jax.bench.references import host, some
-from chipmunk_jax.bench.timing import input_sets, nbytes
+from chipmunk_jax.bench.timing import input_sets
+from chipmunk_jax.memory import nbytes
 from pallas_kernels import Implementation, column_fc1, column_fc2, move_column_fc2
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 from pallas_kernels.groups import group_count

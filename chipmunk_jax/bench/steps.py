@@ -163,5 +163,4 @@ def _table(plan: Step) -> Step:
         attention=plan.attention and plan.attention.replace(phase=attention),
         mlp=plan.mlp and plan.mlp.replace(phase=mlp),
         key=jax.random.key(0),
-        sample_key=jax.random.key(0),
     )

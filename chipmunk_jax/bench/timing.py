@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from chipmunk_jax.memory import nbytes
+
 PROGRAM_SECONDS = 5e-4  # of device work in one program: several times what its dispatch takes
 REPEAT_SECONDS = 0.02  # of a timed run: a thousand times the wait at its end
 MOST_DISPATCHES = 1000  # of a timed run, whatever a clock says
@@ -145,8 +147,3 @@ def input_sets(
     sets = [draw(key)]
     count = max(least, min(most, int(SETS_BYTES / nbytes(sets[0]))))
     return sets + [draw(jax.random.fold_in(key, i)) for i in range(1, count)]
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays of a pytree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -9,7 +9,8 @@ from jax import lax
 from chipmunk_jax.bench import draw, references
 from chipmunk_jax.bench.measure import EXACT, Candidate
 from chipmunk_jax.bench.references import some
-from chipmunk_jax.bench.timing import input_sets, nbytes
+from chipmunk_jax.bench.timing import input_sets
+from chipmunk_jax.memory import nbytes
 from pallas_kernels import Implementation, topk_columns
 
 CHECKED_ROWS = 16
