@@ -54,11 +54,11 @@ def test_timing_fills_repeats_drops_the_warm_up_and_takes_turns():
     clock, log, waits = Clock(), [], []
     timed = {
         "slow": Timed(clock.work(0.5, log, "slow"), calls=1, wait=waits.append),
-        "fast": Timed(clock.work(0.008, log, "fast"), calls=4, wait=waits.append),
+        "fast": Timed(clock.work(0.12, log, "fast"), calls=4, wait=waits.append),
     }
     seconds = time_in_turn(timed, 3, clock=clock)
-    assert seconds == {"slow": pytest.approx([0.5] * 3), "fast": pytest.approx([0.002] * 3)}  # a call, not a dispatch
-    # Each once to measure, then in turn; the fast one three times, to fill 20 ms, and such a run is dropped, too.
+    assert seconds == {"slow": pytest.approx([0.5] * 3), "fast": pytest.approx([0.03] * 3)}  # a call, not a dispatch
+    # Each once to measure, then in turn; the fast one three times, to fill 0.3 s, and such a run is dropped, too.
     assert log == ["slow"] + ["fast"] * 4 + (["slow"] + ["fast"] * 3) * 3
     assert waits == ["slow"] + ["fast"] * 2 + ["slow", "fast"] * 3  # one wait a run
 

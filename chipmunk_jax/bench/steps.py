@@ -1,6 +1,7 @@
 """One step of each kind: dense, and with caches full, selecting and delta."""
 
 import math
+import time
 from functools import partial
 from itertools import cycle
 
@@ -14,7 +15,7 @@ from chipmunk_jax.bench.measure import judge
 from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
-from chipmunk_jax.bench.timing import Timed, time_in_turn
+from chipmunk_jax.bench.timing import REPEAT_SECONDS, Timed, time_in_turn
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.order import patch_order
 from chipmunk_jax.sampling import modulations_of, plan_stacks
@@ -82,7 +83,7 @@ def bench_step(
         errors = steps.check(TOLERANCES[dtype], bar)
         bar.set_postfix_str("timing")
         right = {kind: Timed(partial(steps.run, kind)) for kind in kinds if errors[kind][0] is None}
-        seconds = time_in_turn(right, repeats, report=lambda _: bar.update())
+        seconds = time_in_turn(right, repeats, warm=steps.last < REPEAT_SECONDS, report=lambda _: bar.update())
         profiles = {kind: kernel_times(timed.dispatch) for kind, timed in right.items()} if kernels else {}
     shape = sizes | {"batch": batch, "layers": entry.layers, "text": entry.text}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
@@ -120,6 +121,7 @@ class _Steps:
             for (x, cond), t in zip(inputs, times, strict=True)
         ]
         self.turn = cycle(self.inputs)
+        self.last = 0.0  # seconds of the last step that was checked: the shortest, with everything compiled
 
     def run(self, kind: str, inputs=None) -> jax.Array:
         """The velocity of one step; the caches move on."""
@@ -139,7 +141,9 @@ class _Steps:
         for kind in ("first", "select"):  # the one measures what the other selects by
             self.run(kind, inputs)
         for kind in self.kinds[1:]:
+            start = time.perf_counter()
             errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
+            self.last = time.perf_counter() - start
             bar.update()
         return errors
 
