@@ -97,9 +97,10 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
 
 
 def _no_columns(lists: tuple[int, ...], capacity: int, packed: bool = False) -> Columns:
-    none = jnp.zeros(lists, jnp.int32)
+    # Arrays of their own, each: sample() donates them.
+    none = lambda shape: jnp.zeros(shape, jnp.int32)
     words = (capacity + 1) // 2 if packed else capacity
-    return Columns(jnp.zeros((*lists, words), jnp.int32), none, none if packed else None)
+    return Columns(none((*lists, words)), none(lists), none(lists) if packed else None)
 
 
 def nbytes(stacks: dict[str, Stack], sparsity: Sparsity | None, batch: int, dtype: jnp.dtype) -> dict[str, int]:

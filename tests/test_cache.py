@@ -92,3 +92,9 @@ def test_a_dense_part_has_no_cache():
     assert shapes(mlp_only) | shapes(attention_only) == both
     assert cache.nbytes(STACKS, Sparsity(attention=None, mlp=None), BATCH, jnp.bfloat16) == {}
     assert cache.nbytes(STACKS, None, BATCH, jnp.bfloat16) == {}
+
+
+def test_no_array_is_there_twice_as_sample_donates_them(monkeypatch):
+    monkeypatch.setattr(cache, "PACKED", range(1000))
+    leaves = jax.tree.leaves(cache.zeros(STACKS, SPARSITY, BATCH, jnp.bfloat16))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
