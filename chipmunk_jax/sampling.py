@@ -19,7 +19,7 @@ from chipmunk_jax import memory
 from chipmunk_jax.cache import LayerCache, Stack
 from chipmunk_jax.common_keys import common_keys
 from chipmunk_jax.order import patch_order
-from chipmunk_jax.schedule import Step, by_kind, plan
+from chipmunk_jax.schedule import Step, by_kind, plan, unless_skipped
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
@@ -46,7 +46,22 @@ class Model(Protocol):
         step: Step | None,
         modulations: Any,
     ) -> tuple[jax.Array, Any]:
-        """velocity [B, N, C], f32, at x [B, N, C] and t [B]; and the caches."""
+        """velocity(hidden(..)), and the caches."""
+
+    def hidden(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: Condition,
+        positions: jax.Array,
+        cache: Any,
+        step: Step | None,
+        modulations: Any,
+    ) -> tuple[jax.Array, Any]:
+        """The tokens behind the last block, [B, N, D] in the model's dtype, at x [B, N, C] and t [B]; and the caches."""
+
+    def velocity(self, hidden: jax.Array, modulations: Any) -> jax.Array:
+        """[B, N, C], f32: what the final layer makes of the tokens behind the last block."""
 
     def modulations(self, t: jax.Array, cond: Condition) -> Any:
         """What depends on the times t [steps, B] and the conditions alone, the steps in front: computed before the loop."""
@@ -68,6 +83,7 @@ class SampleState:
     x: jax.Array  # f32 [B, N, C], in the order of the plan
     solver: Any  # state of the solver
     cache: dict[str, LayerCache] | None  # of every stack of layers; None for dense sampling
+    hidden: jax.Array | None  # [B, N, D], tokens behind the last block, for steps that run none; None: all do
 
 
 def sample(
@@ -154,8 +170,10 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
         t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
         step = arrays["table"].at_step(index)
         x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
-        network = lambda step, x, cache: model(x, t, arrays["cond"], arrays["positions"], cache, step, mods)
-        velocity, cache = by_kind(step, network, x, state.cache)
+        network = lambda step, x, cache: model.hidden(x, t, arrays["cond"], arrays["positions"], cache, step, mods)
+        compute = lambda x, hidden, cache: by_kind(step, network, x, cache)
+        hidden, cache = unless_skipped(step, compute, x, state.hidden, state.cache)
+        velocity = model.velocity(hidden, mods)
         if guidance is not None:
             conditional, unconditional = jnp.split(velocity, 2)
             velocity = unconditional + guidance * (conditional - unconditional)
@@ -163,12 +181,20 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
         if report:
             seen = (x[:, back],) if report == "samples" else ()
             io_callback(_report, None, run, index, timesteps[index + 1], *seen, ordered=True)
-        return SampleState(x, solver_state, None if state.cache is None else cache), None
+        cache, hidden = (None if old is None else new for old, new in ((state.cache, cache), (state.hidden, hidden)))
+        return SampleState(x, solver_state, cache, hidden), None
 
     x = arrays["noise"][:, order].astype(jnp.float32)
-    state = SampleState(x, solver.init(x), cache)
+    stacks = model.stacks(x.shape[1], arrays["cond"])
+    hidden = hidden_zeros(model, stacks, batch, x.shape[1]) if arrays["table"].skip is not None else None
+    state = SampleState(x, solver.init(x), cache, hidden)
     state, _ = lax.scan(body, state, jnp.arange(len(timesteps) - 1))
     return state.x[:, back], state.cache
+
+
+def hidden_zeros(model: Model, stacks: dict[str, Stack], batch: int, tokens: int) -> jax.Array:
+    """What stands for the tokens behind the last block before there are any, [B, N, D]."""
+    return jnp.zeros((batch, tokens, next(iter(stacks.values())).width), model.dtype)
 
 
 @jax.jit
@@ -223,6 +249,7 @@ def plan_memory(
     times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((sides * a.shape[0], *a.shape[1:]), a.dtype), cond)
     x = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
+    hidden = jax.eval_shape(lambda: hidden_zeros(model, stacks, batch, tokens))
     state = jax.eval_shape((solver or Euler()).init, x)
     return {
         "weights": memory.nbytes(model),
@@ -231,6 +258,7 @@ def plan_memory(
         "latents of the solver": 3 * memory.nbytes(x) + memory.nbytes(state),
         "modulations of all steps": memory.nbytes(modulations_of.eval_shape(model, times, rows)),
         **caches.nbytes(stacks, sparsity, batch, model.dtype),
+        **({"tokens for skipped steps": memory.nbytes(hidden)} if sparsity and sparsity.step_cache else {}),
         **memory.of_layers(stacks, sparsity, batch, model.dtype, implementation),
     }
 

@@ -60,6 +60,7 @@ class Step:
 
     attention: Share | None = None
     mlp: Share | None = None
+    skip: jax.Array | None = None  # bool, whether no layer runs (of plan(): [steps]); None: all of them do
     key: jax.Array | None = None  # PRNG key of this step and layer
     sample_key: jax.Array | None = None  # PRNG key of the whole sample
     layer: jax.Array | int = 0  # i32, the layer's place in its stack
@@ -69,7 +70,8 @@ class Step:
         """Row `index` of a plan, with a key of its own."""
         row = lambda share: share and share.replace(phase=jnp.asarray(share.phase)[index])
         key = None if self.key is None else jax.random.fold_in(self.key, index)
-        return self.replace(attention=row(self.attention), mlp=row(self.mlp), key=key, sample_key=self.key)
+        skip = None if self.skip is None else jnp.asarray(self.skip)[index]
+        return self.replace(attention=row(self.attention), mlp=row(self.mlp), skip=skip, key=key, sample_key=self.key)
 
     def runs(self, first: int, layers: int) -> list[tuple[int, int, "Step"]]:
         """Runs of alike layers of a stack whose first stands at depth `first` of the model: (start, stop, their step)."""
@@ -124,6 +126,13 @@ def by_kind(step: Step, run: Callable, *operands):
     return lax.switch(place, branches, *operands)
 
 
+def unless_skipped(step: Step, run: Callable, x: jax.Array, *kept):
+    """run(x, *kept) -> kept, or in a step that runs no layer what was kept before."""
+    if step.skip is None:
+        return run(x, *kept)
+    return lax.cond(step.skip, lambda x, *kept: kept, run, x, *kept)
+
+
 def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, common: Common | None = None) -> Step:
     """A Step whose phases are arrays i32[steps]: the table that the step loop scans over.
 
@@ -146,15 +155,24 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, common:
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
+        skip=sparsity.step_cache and np.isin(np.arange(steps), sparsity.step_cache.skip_steps),
     )
 
 
 def check_schedules(sparsity: Sparsity, steps: int) -> None:
-    """Raises ValueError where a schedule names a step that the sampler does not reach."""
-    for name, config in (("attention", sparsity.attention), ("mlp", sparsity.mlp)):
-        if config and config.full_step_schedule and max(config.full_step_schedule) >= steps:
-            schedule = f"{name}.full_step_schedule names step {max(config.full_step_schedule)}"
-            raise ValueError(f"{schedule}, but there are {steps} steps (0 to {steps - 1})")
+    """Raises ValueError where a schedule names a step that the sampler does not reach, or skips a full one."""
+    skipped = sparsity.step_cache.skip_steps if sparsity.step_cache else ()
+    parts = {"attention": sparsity.attention, "mlp": sparsity.mlp}
+    schedules = {f"{name}.full_step_schedule": part.full_step_schedule or () for name, part in parts.items() if part}
+    for name, numbers in (schedules | {"step_cache.skip_steps": skipped}).items():
+        if max(numbers, default=0) >= steps:
+            raise ValueError(f"{name} names step {max(numbers)}, but there are {steps} steps (0 to {steps - 1})")
+    for name, config in parts.items():
+        full = np.flatnonzero(_filling(config, steps)) if config else ()
+        if both := sorted(set(map(int, full)) & set(skipped)):
+            raise ValueError(
+                f"step_cache.skip_steps names step {both[0]}: expected none that the {name} computes in full"
+            )
 
 
 def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns: int) -> Share:
@@ -169,22 +187,24 @@ def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns:
 
 
 def density(table: Step, layers: int) -> dict[str, float]:
-    """Mean share of columns computed over all steps and layers, {"attention": .., "mlp": ..}; 1 is dense.
+    """Mean share of columns computed over all steps and layers, {"attention": .., "mlp": ..}; 1 is dense, 0 skipped.
 
     Args:
         table: of plan().
         layers: of the whole model.
     """
     shares = {"attention": (table.attention, AttentionPhase.DELTA), "mlp": (table.mlp, MlpPhase.SELECT_DELTA)}
+    run = 1.0 if table.skip is None else ~np.asarray(table.skip)
     return {
-        name: _density(share, first_delta, layers) if share else 1.0 for name, (share, first_delta) in shares.items()
+        name: _density(share, first_delta, layers, run) if share else float(np.mean(run))
+        for name, (share, first_delta) in shares.items()
     }
 
 
-def _density(share: Share, first_delta: IntEnum, layers: int) -> float:
+def _density(share: Share, first_delta: IntEnum, layers: int, run: np.ndarray | float) -> float:
     sparse_layers = max(0, layers - share.dense_layers) / layers
-    sparse_steps = float(np.mean(np.asarray(share.phase) >= first_delta))
-    return 1 - sparse_layers * sparse_steps * (1 - _kept(share) / share.columns)
+    sparse_steps = np.asarray(share.phase) >= first_delta
+    return float(np.mean(run * (1 - sparse_layers * sparse_steps * (1 - _kept(share) / share.columns))))
 
 
 def _kept(share: Share) -> float:
@@ -200,6 +220,13 @@ def full_steps(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarra
     if config.full_step_schedule:
         return np.isin(np.arange(steps), config.full_step_schedule)
     return np.arange(steps) % config.full_step_every == 0
+
+
+def _filling(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
+    """bool[steps]: full steps, and attention's second, which chooses its keys."""
+    if isinstance(config, AttentionSparsity):
+        return attention_phases(config, steps) != AttentionPhase.DELTA
+    return full_steps(config, steps)
 
 
 def attention_phases(config: AttentionSparsity, steps: int) -> np.ndarray:

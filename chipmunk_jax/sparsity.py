@@ -132,15 +132,34 @@ class MlpSparsity(_ColumnSparsity):
             )  # fmt: skip
 
 
-PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity}
+@dataclass(frozen=True, kw_only=True)
+class StepCache:
+    """Steps that run no layer: the last tokens of the step before go through the final one, which knows the new time.
+
+    Default: the original's fixed schedule for 50 steps, every second one in the mean, none at the start and the end.
+    """
+
+    skip_steps: tuple[int, ...] = _option(
+        (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43),
+        "steps that run no layer, by number; no full ones",
+    )
+
+    def __post_init__(self):
+        _check_types(self)
+        object.__setattr__(self, "skip_steps", tuple(sorted(set(self.skip_steps))))
+        _require(min(self.skip_steps, default=0) > 0, "skip_steps", self.skip_steps, "at least one, none before step 1")
+
+
+PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity, "step_cache": StepCache}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """A whole configuration. None in place of a part leaves it dense."""
+    """A whole configuration. None in place of a part leaves it dense, in place of step_cache runs every step."""
 
     attention: AttentionSparsity | None = dataclasses.field(default_factory=AttentionSparsity)
     mlp: MlpSparsity | None = dataclasses.field(default_factory=MlpSparsity)
+    step_cache: StepCache | None = None
     patches: tuple[int | tuple[int, ...], ...] = _option(
         (8, 4), "sides of the nested patches that tokens are ordered by, as [8,4] or the voxel [[4,4,8]]; [] for rows"
     )
@@ -215,7 +234,7 @@ def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(kind: type, tree: dict[str, Any], where: str):
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = _names(kind)
     if unknown := [str(key) for key in tree if key not in known]:
         raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     values = dict(tree)
@@ -224,11 +243,17 @@ def _build(kind: type, tree: dict[str, Any], where: str):
         if isinstance(value, dict):
             values[name] = _build(part, value, f"{where}.{name}")
         elif value is not None:
-            raise ValueError(f"{where}.{name}={value!r}: expected keys such as top_keys, or null for dense")
+            raise ValueError(
+                f"{where}.{name}={value!r}: expected keys such as {next(iter(_names(part)))}, or null for none"
+            )
     try:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from error
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _check_types(config: Any) -> None:
@@ -304,4 +329,9 @@ PRESETS: dict[str, Sparsity] = {
     "mini-wan": Sparsity(
         attention=AttentionSparsity(group=64, full_step_every=5, recompute_mask=True), mlp=None, patches=((4, 4, 4),)
     ),
+}
+# The paper stacks both: half of the steps run no layer.
+PRESETS |= {
+    f"{name}-step-cache": dataclasses.replace(PRESETS[name], step_cache=StepCache())
+    for name in ("flux", "hunyuan-video", "wan-14b", "wan-1.3b")
 }

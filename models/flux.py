@@ -5,6 +5,7 @@ Config fields are named as in the original. Positions are an input, so the order
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,26 @@ class FluxConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
 
-class Flux(nnx.Module):
+class Network(nnx.Module):
+    """A network of blocks and a final layer."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: dict[str, jax.Array],
+        positions: jax.Array,
+        cache: dict[str, LayerCache] | None = None,
+        step: Step | None = None,
+        modulations: Any = None,
+    ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
+        """velocity [B, N, C], f32, and the caches; modulations are those of self.modulations(t, cond), the rest as in hidden()."""
+        modulations = modulations or self.modulations(t, cond)
+        hidden, cache = self.hidden(x, t, cond, positions, cache, step, modulations)
+        return self.velocity(hidden, modulations), cache
+
+
+class Flux(Network):
     """Velocity of a noisy image, given text: dx/dt at time t, where t = 1 is noise and t = 0 the image."""
 
     prompted, on_grid = ("text", "pooled"), ()  # see chipmunk_jax.sampling.Model
@@ -72,17 +92,17 @@ class Flux(nnx.Module):
         self.final = Modulation(c.hidden_size, 2, dtype, rngs)
         self.img_out = nnx.Linear(c.hidden_size, c.in_channels, **kw)
 
-    def __call__(
+    def hidden(
         self,
         img: jax.Array,
         t: jax.Array,
         cond: dict[str, jax.Array],
         positions: jax.Array,
-        cache: dict[str, LayerCache] | None = None,
-        step: Step | None = None,
-        modulations: Modulations | None = None,
-    ) -> tuple[jax.Array, dict[str, LayerCache] | None]:
-        """velocity [B, N, in_channels], f32, and the caches.
+        cache: dict[str, LayerCache] | None,
+        step: Step | None,
+        mods: Modulations,
+    ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
+        """The image's tokens behind the last block, [B, N, D], and the caches.
 
         Args:
             img: [B, N, in_channels], tokens in any order.
@@ -91,18 +111,20 @@ class Flux(nnx.Module):
             positions: [N, 3], f32 or i32: (index, row, column) of every image token; text stands at (0, 0, 0).
             cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
             step: what this step computes; None for the dense network.
-            modulations: of self.modulations(t, cond), where these are known already.
+            mods: of self.modulations(t, cond).
         """
         cache = cache or {"double": None, "single": None}
-        mods = modulations or self.modulations(t, cond)
         img, txt = self.img_in(img.astype(self.dtype)), self.txt_in(cond["text"].astype(self.dtype))
         args = self.rotations(positions, txt.shape[1]), None  # all of the text is valid
         run = partial(run_layers, step=step, unroll=self.unroll)
         (img, txt), double = run(self.double_blocks, (img, txt), cache["double"], *args, per_layer=mods["double"])
         x, first = jnp.concatenate([txt, img], axis=1), self.config.depth
         x, single = run(self.single_blocks, x, cache["single"], *args, per_layer=mods["single"], first=first)
-        out = self.img_out(modulate(x[:, txt.shape[1] :], *jnp.split(mods["final"][0], 2, axis=-1)))
-        return out.astype(jnp.float32), {"double": double, "single": single}
+        return x[:, txt.shape[1] :], {"double": double, "single": single}
+
+    def velocity(self, hidden: jax.Array, mods: Modulations) -> jax.Array:
+        """[B, N, in_channels], f32, of the tokens behind the last block."""
+        return self.img_out(modulate(hidden, *jnp.split(mods["final"][0], 2, axis=-1))).astype(jnp.float32)
 
     def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> Modulations:
         """Shifts, scales and gates of all layers: all that the time t [.., B] has a say in, f32 [.., L, B, 1, 6 or 3 D].

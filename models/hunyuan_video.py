@@ -21,13 +21,13 @@ from chipmunk_jax.models.flux import (
     Flux,
     Modulation,
     Modulations,
+    Network,
     SingleBlock,
     add_gated,
     check_conditions,
     grid_positions,
     layer_norm,
     merge_heads,
-    modulate,
     rotary_table,
     time_embedding,
 )
@@ -82,7 +82,7 @@ class HunyuanVideoConfig:
         return self.in_channels * math.prod(self.patch_size)
 
 
-class HunyuanVideo(nnx.Module):
+class HunyuanVideo(Network):
     """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
 
     prompted, on_grid = ("text", "mask", "pooled"), ()  # see chipmunk_jax.sampling.Model
@@ -100,17 +100,17 @@ class HunyuanVideo(nnx.Module):
         self.final = Modulation(c.hidden_size, 2, dtype, rngs)
         self.img_out = nnx.Linear(c.hidden_size, c.token_channels, **kw)
 
-    def __call__(
+    def hidden(
         self,
         x: jax.Array,
         t: jax.Array,
         cond: dict[str, jax.Array],
         positions: jax.Array,
-        cache: dict[str, LayerCache] | None = None,
-        step: Step | None = None,
-        modulations: Modulations | None = None,
+        cache: dict[str, LayerCache] | None,
+        step: Step | None,
+        mods: Modulations,
     ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
-        """velocity [B, N, token_channels], f32, and the caches.
+        """The video's tokens behind the last block, [B, N, D], and the caches.
 
         Args:
             x: [B, N, token_channels], tokens in any order that positions follow.
@@ -120,10 +120,9 @@ class HunyuanVideo(nnx.Module):
             positions: [N, 3], f32 or i32: (frame, row, column) of every token.
             cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
             step: what this step computes; None for the dense network.
-            modulations: of self.modulations(t, cond), where these are known already.
+            mods: of self.modulations(t, cond).
         """
         cache, tokens = cache or {"double": None, "single": None}, x.shape[1]
-        mods = modulations or self.modulations(t, cond)
         text = self.txt_in(cond["text"], cond["mask"], t, step)
         x = self.img_in(x.astype(self.dtype))
         args = self.rotations(positions, text.shape[1]), tokens + cond["mask"].sum(-1, dtype=jnp.int32)
@@ -131,11 +130,10 @@ class HunyuanVideo(nnx.Module):
         (x, text), double = run(self.double_blocks, (x, text), cache["double"], *args, per_layer=mods["double"])
         x, first = jnp.concatenate([x, text], axis=1), self.config.depth
         x, single = run(self.single_blocks, x, cache["single"], *args, per_layer=mods["single"], first=first)
-        out = self.img_out(modulate(x[:, :tokens], *jnp.split(mods["final"][0], 2, axis=-1)))
-        return out.astype(jnp.float32), {"double": double, "single": single}
+        return x[:, :tokens], {"double": double, "single": single}
 
     # Both networks have these layers, under these names; the text's own layers are far too few to gain from it.
-    modulations = Flux.modulations
+    modulations, velocity = Flux.modulations, Flux.velocity
 
     def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
         """Sizes of the two stacks of layers for so many video tokens, for the caches."""

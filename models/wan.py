@@ -18,6 +18,7 @@ from chipmunk_jax.delta import attend
 from chipmunk_jax.layers import Linear, Mlp, run_layers, stack_layers
 from chipmunk_jax.models.flux import (
     Embedder,
+    Network,
     add_gated,
     check_conditions,
     grid_positions,
@@ -70,7 +71,7 @@ class WanConfig:
         return self.head_dim - 2 * side, side, side
 
 
-class Wan(nnx.Module):
+class Wan(Network):
     """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
 
     prompted, on_grid = ("text",), ("latents",)  # see chipmunk_jax.sampling.Model
@@ -90,17 +91,17 @@ class Wan(nnx.Module):
         self.final = nnx.Param(jnp.zeros((2, c.dim)))  # f32: shift, scale
         self.head = nnx.Linear(c.dim, c.patch * c.out_dim, **kw)
 
-    def __call__(
+    def hidden(
         self,
         x: jax.Array,
         t: jax.Array,
         cond: dict[str, jax.Array],
         positions: jax.Array,
-        cache: dict[str, LayerCache] | None = None,
-        step: Step | None = None,
-        modulations: dict[str, jax.Array] | None = None,
+        cache: dict[str, LayerCache] | None,
+        step: Step | None,
+        mods: dict[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
-        """velocity [B, N, patch out_dim], f32, and the caches.
+        """The tokens behind the last block, [B, N, D], and the caches.
 
         Args:
             x: [B, N, patch out_dim], tokens in any order that positions follow.
@@ -111,9 +112,8 @@ class Wan(nnx.Module):
             positions: [N, 3], f32 or i32: (frame, row, column) of every token.
             cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
             step: what this step computes; None for the dense network.
-            modulations: of self.modulations(t, cond), where these are known already.
+            mods: of self.modulations(t, cond).
         """
-        mods = modulations or self.modulations(t, cond)
         if "latents" in cond:
             parts = (a.reshape(*a.shape[:2], self.config.patch, -1) for a in (x, cond["latents"]))
             x = jnp.concatenate(list(parts), axis=-1).reshape(*x.shape[:2], -1)
@@ -122,8 +122,12 @@ class Wan(nnx.Module):
         x = self.patch_in(x.astype(self.dtype))
         args = (mods["blocks"], text, image, self.rotations(positions))
         x, blocks = run_layers(self.blocks, x, cache and cache["blocks"], *args, step=step, unroll=self.unroll)
+        return x, {"blocks": blocks}
+
+    def velocity(self, hidden: jax.Array, mods: dict[str, jax.Array]) -> jax.Array:
+        """[B, N, patch out_dim], f32, of the tokens behind the last block."""
         shift, scale = jnp.split(self.final[...] + mods["final"], 2, axis=-2)
-        return self.head(modulate(x, shift, scale)).astype(jnp.float32), {"blocks": blocks}
+        return self.head(modulate(hidden, shift, scale)).astype(jnp.float32)
 
     def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What every block and the last layer add to their shifts, scales and gates, f32: [.., B, 6, D] and [.., B, 1, D]."""

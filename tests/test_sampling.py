@@ -16,7 +16,17 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, flux_timesteps, memory, sample, sampling, schedule
+from chipmunk_jax import (
+    AttentionSparsity,
+    MlpSparsity,
+    Sparsity,
+    StepCache,
+    flux_timesteps,
+    memory,
+    sample,
+    sampling,
+    schedule,
+)
 from chipmunk_jax.convert import read
 from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
@@ -38,6 +48,7 @@ SPARSE = Sparsity(
     attention=AttentionSparsity(first_n_dense_layers=0, full_step_every=4, group=64),
     mlp=MlpSparsity(first_n_dense_layers=0, full_step_every=4, group=64),
 )
+SKIPPING = dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=(3, 5)))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +108,34 @@ def test_a_schedule_of_full_steps_equals_dense(model):
     noise, cond = inputs()
     full = Sparsity(attention=AttentionSparsity(full_step_every=1), mlp=MlpSparsity(full_step_every=1))
     np.testing.assert_allclose(draw(model, noise, cond, sparsity=full), plain_euler(model, noise, cond), **CLOSE)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_a_skipped_step_shows_the_final_layer_the_tokens_of_the_last_one_that_ran(model, guidance):
+    noise, cond = inputs()
+    skip, x = (2, 3, 5), noise
+    hidden = jax.jit(lambda x, cond, mods: model.hidden(x, None, cond, model.positions(GRID), None, None, mods)[0])
+    sides = [cond] if guidance is None else [cond, jax.tree.map(jnp.zeros_like, cond)]
+    for i, (t, t_next) in enumerate(itertools.pairwise(flux_timesteps(STEPS, TOKENS))):
+        mods = [model.modulations(jnp.full(len(x), t), side) for side in sides]
+        if i not in skip:
+            tokens = [hidden(x, *side) for side in zip(sides, mods, strict=True)]
+        v, *u = map(model.velocity, tokens, mods)
+        x = x + (t_next - t) * (v if guidance is None else u[0] + guidance * (v - u[0]))
+    caching = Sparsity(attention=None, mlp=None, step_cache=StepCache(skip_steps=skip))
+    np.testing.assert_allclose(draw(model, noise, cond, sparsity=caching, guidance=guidance), x, **CLOSE)
+
+
+def test_a_skipped_step_leaves_the_caches_alone(model):
+    """With everything kept a later step is dense again, whatever was skipped between."""
+    noise, cond = inputs()
+    everything = AttentionSparsity(top_keys=1.0, first_n_dense_layers=0, group=64)
+    caching = StepCache(skip_steps=(2, 4))
+    sparse, dense = (
+        draw(model, noise, cond, sparsity=Sparsity(attention=attention, mlp=None, step_cache=caching))
+        for attention in (everything, None)
+    )
+    np.testing.assert_allclose(sparse, dense, **CLOSE)
 
 
 def test_sparse_sampling_runs_every_body_of_the_kernels_to_the_same_result(model):
@@ -200,7 +239,8 @@ def test_compiled_kernels_sample_what_the_references_do(half, cache):
 
 
 @pytest.mark.gpu
-def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch):
+@pytest.mark.parametrize("sparsity", [SPARSE, SKIPPING], ids=["sparse", "skipping"])
+def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch, sparsity):
     """A copy of a stacked cache at every layer costs more than the delta step saves."""
     texts, run = [], sampling._run
 
@@ -209,7 +249,7 @@ def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch):
         return run(*args, **options)
 
     monkeypatch.setattr(sampling, "_run", spy)
-    draw(half, *inputs(), sparsity=SPARSE)
+    draw(half, *inputs(), sparsity=sparsity)
     copies = re.findall(r"= (\w+\[[\d,]+\])\S* copy\(", texts[0])
     caches_in = {f"s32[{layers}," for layers in (1, 2)} | {f"bf16[{layers}," for layers in (1, 2)}
     assert not [copy for copy in copies if copy.count(",") >= 3 and copy.startswith(tuple(caches_in))]
@@ -228,6 +268,8 @@ def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch):
         ({"cond": {"text": jnp.zeros((2, 5, 10)), "pooled": jnp.zeros((1, 8))}}, "pooled"),
         ({"noise": jnp.zeros((2, TOKENS, 7))}, "channels"),
         ({"sparsity": Sparsity(attention=AttentionSparsity(full_step_schedule=(0, 1, 9)))}, "step 9"),
+        ({"sparsity": Sparsity(step_cache=StepCache(skip_steps=(3, 6)))}, "step 6, but there are 6 steps"),
+        ({"sparsity": Sparsity(step_cache=StepCache(skip_steps=(1,)))}, "step 1: expected none that the attention"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_compiled(model, change, message):

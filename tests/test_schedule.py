@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, attention_phases, density, mlp_phases, plan
+from chipmunk_jax.sparsity import PRESETS
 
 # Letters of the tables below.
 ATTENTION = {
@@ -88,6 +89,27 @@ def test_a_schedule_beyond_the_steps_is_one_error(sparsity):
     plan(sparsity, 29, tokens=100, mlp_width=100)
 
 
+def test_a_plan_skips_the_steps_that_are_named_and_no_others():
+    caching = StepCache(skip_steps=(7, 5, 5))
+    table = plan(Sparsity(step_cache=caching), 9, tokens=100, mlp_width=100)
+    assert np.flatnonzero(table.skip).tolist() == [5, 7] and table.at_step(5).skip and not table.at_step(6).skip
+    assert plan(Sparsity(), 9, tokens=100, mlp_width=100).skip is None
+
+
+@pytest.mark.parametrize(("part", "step"), [("attention", 1), ("attention", 10), ("mlp", 20)])
+def test_a_full_step_cannot_be_skipped(part, step):
+    dense = {"attention": None, "mlp": None}
+    parts = dense | {part: AttentionSparsity() if part == "attention" else MlpSparsity()}
+    with pytest.raises(ValueError, match=rf"^step_cache.skip_steps names step {step}: expected none that the {part}"):
+        plan(Sparsity(**parts, step_cache=StepCache(skip_steps=(3, step))), 28, tokens=100, mlp_width=100)
+
+
+def test_the_presets_skip_every_second_of_fifty_steps_and_no_full_one():
+    for name in ("flux", "hunyuan-video", "wan-14b", "wan-1.3b"):
+        table = plan(PRESETS[f"{name}-step-cache"], 50, tokens=10_000, mlp_width=12_288)
+        assert table.skip.sum() == 25
+
+
 def test_a_plan_holds_what_the_config_says():
     sparsity = Sparsity(attention=AttentionSparsity(top_keys=0.5, first_n_dense_layers=3, group=64), mlp=None)
     table = plan(sparsity, 12, tokens=1000, mlp_width=7)
@@ -113,6 +135,12 @@ def test_density_is_the_mean_over_layers_and_steps(layers, steps, cache):
     for name, shares in expected.items():
         # The sums differ by the rounding of float64.
         assert found[name] == pytest.approx(np.mean(shares), rel=1e-12), name
+
+
+def test_a_skipped_step_computes_nothing():
+    sparsity = Sparsity(mlp=None, step_cache=StepCache(skip_steps=(3, 4)))
+    table = plan(sparsity, 6, tokens=1111, mlp_width=100)
+    assert density(table, 4) == {"attention": pytest.approx((2 + 2 * (2 + 2 * 192 / 1111) / 4) / 6), "mlp": 4 / 6}
 
 
 def test_density_of_a_dense_part_is_one():

@@ -6,7 +6,7 @@ import math
 import pytest
 import yaml
 
-from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, load_sparsity
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache, load_sparsity
 from chipmunk_jax.sparsity import PRESETS, to_dict
 
 PARTS = [AttentionSparsity, MlpSparsity]
@@ -23,6 +23,7 @@ OTHER = Sparsity(
         recompute_mask=True,
     ),
     mlp=MlpSparsity(top_keys=1.0, random_keys=0.0, full_step_schedule=(0, 5), select_every=3, cache="residual"),
+    step_cache=StepCache(skip_steps=(3, 4)),
     patches=(6, 3, 1),
 )
 
@@ -83,7 +84,7 @@ def test_overrides_by_dotted_names_win():
 @pytest.mark.parametrize(
     ("source", "overrides", "words"),
     [
-        ({"atention": {}}, {}, ["sparsity: unknown key atention", "attention, mlp, patches"]),
+        ({"atention": {}}, {}, ["sparsity: unknown key atention", "attention, mlp, step_cache, patches"]),
         ({"attention": {"topkeys": 1}}, {}, ["sparsity.attention: unknown key topkeys", "top_keys", "recompute_mask"]),
         ({"mlp": {"recompute_mask": True, 7: 7}}, {}, ["sparsity.mlp: unknown key recompute_mask, 7", "select_every"]),
         ("flux", {"mlp.keys": 1}, ["sparsity.mlp: unknown key keys", "top_keys"]),
@@ -159,10 +160,22 @@ def test_values_out_of_range_are_one_error_in_code_and_in_files(kind, name, valu
         (lambda: Sparsity(patches=4), ["patches=4", "list of whole numbers"]),
         (lambda: Sparsity(attention={"top_keys": 0.2}), ["attention=", "AttentionSparsity or None"]),
         (lambda: Sparsity(mlp=AttentionSparsity()), ["mlp=", "MlpSparsity or None"]),
+        (lambda: Sparsity(step_cache=(3, 4)), ["step_cache=(3, 4)", "StepCache or None"]),
+        (lambda: StepCache(skip_steps=()), ["skip_steps=()", "at least one"]),
+        (lambda: StepCache(skip_steps=(0, 2)), ["skip_steps=(0, 2)", "none before step 1"]),
+        (lambda: StepCache(skip_steps=3), ["skip_steps=3", "list of whole numbers"]),
+        (lambda: load_sparsity({"step_cache": [3]}), ["sparsity.step_cache=[3]", "skip_steps"]),
     ],
 )
 def test_values_of_one_part_are_checked_too(make, words):
     fails(make, *words)
+
+
+def test_step_caching_is_off_until_it_is_asked_for():
+    assert Sparsity().step_cache is None
+    assert load_sparsity({"step_cache": {}}).step_cache == StepCache() == PRESETS["flux-step-cache"].step_cache
+    assert load_sparsity("flux", {"step_cache.skip_steps": [5, 3, 5]}).step_cache.skip_steps == (3, 5)
+    assert load_sparsity("flux-step-cache", {"step_cache": None}) == PRESETS["flux"]
 
 
 def test_room_below_the_kept_share_is_refused():
