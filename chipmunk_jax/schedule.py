@@ -130,7 +130,8 @@ def unless_skipped(step: Step, run: Callable, x: jax.Array, *kept):
     """run(x, *kept) -> kept, or in a step that runs no layer what was kept before."""
     if step.skip is None:
         return run(x, *kept)
-    return lax.cond(step.skip, lambda x, *kept: kept, run, x, *kept)
+    # A loop of one or no turn: through a conditional XLA copies every cache.
+    return lax.fori_loop(0, 1 - step.skip.astype(jnp.int32), lambda _, kept: run(x, *kept), kept)
 
 
 def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, common: Common | None = None) -> Step:
