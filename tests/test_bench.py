@@ -13,6 +13,7 @@ from chipmunk_jax.bench import draw, kernels, measure, records, references
 from chipmunk_jax.bench.compare import compare
 from chipmunk_jax.bench.models import MODELS
 from chipmunk_jax.bench.profile import kernel_table, kernel_times
+from chipmunk_jax.bench.schedule import by_schedule
 from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.sparsity import PRESETS, Sparsity, to_dict
@@ -288,13 +289,55 @@ TINY = ["--model", "flux-tiny", "--height", "32", "--width", "32", *REPEATS, "-o
 def test_bench_step_times_each_kind(folder, capsys):
     assert main(["bench", "step", *TINY, "--layers", "4", "--sparsity.mlp.top-keys", "0.2"]) == 0
     entries = read(folder / "a.jsonl")
-    assert [entry["variant"] for entry in entries] == ["dense", "full", "select", "select neurons", "delta"]
+    assert [entry["variant"] for entry in entries] == ["dense", "full", "select", "select neurons", "delta", "skipped"]
     assert all(entry.keys() == KEYS for entry in entries)
     for entry in entries:
         assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "layers": 4, "text": 16}
         assert entry["ms"] > 0 and entry["sparsity"]["mlp"]["top_keys"] == 0.2 and entry["model"] == "flux-tiny"
-    assert entries[0]["rel_err"] == 0 and all(entry["rel_err"] > 0 for entry in entries[2:])  # a full step may be exact
+    assert entries[0]["rel_err"] == 0 and all(
+        entry["rel_err"] > 0 for entry in entries[2:5]
+    )  # a full step may be exact
     assert "delta" in capsys.readouterr().out
+
+
+def steps_of(**ms):
+    shape, common = {"height": 32}, {"model": "flux-dev", "peak_bytes": None, "benchmark": "step"}
+    return [
+        common | {"variant": kind.replace("_", " "), "ms": value, "shape": shape, "sparsity": to_dict(Sparsity())}
+        for kind, value in ms.items()
+    ]
+
+
+def test_a_sample_takes_what_its_steps_take():
+    steps = steps_of(dense=100.0, full=120.0, select=110.0, select_neurons=50.0, delta=40.0, skipped=1.0)
+    dense, sparse = by_schedule(steps, 50)
+    # FLUX.1: full at 0, 10, 20, 30, 40; keys are chosen at 1; neurons at 2 to 9, and then at every second.
+    assert sparse["counts"] == {"full": 5, "select": 1, "select neurons": 8 + 16, "delta": 20}
+    assert dense["ms"] == 5000 and sparse["ms"] == 5 * 120 + 110 + 24 * 50 + 20 * 40
+    assert sparse["speedup"] == pytest.approx(5000 / 2710) and sparse["shape"] == {"height": 32, "steps": 50}
+    _, skipping = by_schedule(steps, 50, PRESETS["flux-step-cache"])
+    assert skipping["counts"]["skipped"] == 25 and sum(skipping["counts"].values()) == 50
+    _, video = by_schedule(steps, 50, PRESETS["hunyuan-video"])
+    assert video["counts"] == {"full": 1, "select": 3, "delta": 46}
+
+
+def test_steps_without_a_time_or_of_two_models_make_no_sample():
+    with pytest.raises(ValueError, match="no time of a step of kind skipped"):
+        by_schedule(
+            steps_of(dense=1.0, full=1.0, select=1.0, select_neurons=1.0, delta=1.0), 50, PRESETS["flux-step-cache"]
+        )
+    with pytest.raises(ValueError, match="steps of 2 models and sizes: expected those of one"):
+        by_schedule([*steps_of(dense=1.0), *({**step, "model": "wan-14b"} for step in steps_of(dense=1.0))], 50)
+    with pytest.raises(ValueError, match="but there are 30 steps"):
+        by_schedule(steps_of(dense=1.0), 30, PRESETS["hunyuan-video"])
+
+
+def test_bench_schedule_reads_the_steps_that_were_timed(folder, capsys):
+    assert main(["bench", "step", *TINY, "--layers", "2"]) == 0
+    assert main(["bench", "schedule", "a.jsonl", "--sparsity", "flux-step-cache", "-o", "b.jsonl"]) == 0
+    dense, sparse = read(folder / "b.jsonl")
+    assert (dense["benchmark"], dense["speedup"], sparse["counts"]["skipped"]) == ("sample", 1, 25)
+    assert "sparse, by its steps: 5 full" in capsys.readouterr().out
 
 
 def test_a_wrong_step_has_no_time(folder, monkeypatch):
@@ -304,7 +347,7 @@ def test_a_wrong_step_has_no_time(folder, monkeypatch):
     monkeypatch.setattr(delta, "column_attention", zeros)
     jax.clear_caches()
     assert main(["bench", "step", *TINY, "--layers", "2", "--sparsity.attention.first-n-dense-layers", "0"]) == 1
-    assert [entry["ms"] is None for entry in read(folder / "a.jsonl")] == [False, False, False, True, True]
+    assert [entry["ms"] is None for entry in read(folder / "a.jsonl")] == [False, False, False, True, True, False]
     jax.clear_caches()
 
 
@@ -325,7 +368,13 @@ def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
     given += ["--sparsity.attention.local-voxels", "1", "--dtype", "float32"]  # the preset's 5 are more than there are
     assert main(["bench", "step", *given]) == 0
     entries = read(folder / "a.jsonl")
-    assert [entry["variant"] for entry in entries] == ["dense", "full", "select", "delta"]  # no neurons are chosen
+    assert [entry["variant"] for entry in entries] == [
+        "dense",
+        "full",
+        "select",
+        "delta",
+        "skipped",
+    ]  # no neurons are chosen
     preset = to_dict(PRESETS[MODELS[model].preset])
     preset["attention"]["local_voxels"] = 1
     for entry in entries:

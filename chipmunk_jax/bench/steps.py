@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
+from chipmunk_jax.bench import draw
 from chipmunk_jax.bench.measure import judge
 from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
 from chipmunk_jax.bench.profile import kernel_times
@@ -32,7 +33,7 @@ PHASES = {
     "select neurons": (AttentionPhase.DELTA, MlpPhase.SELECT_DELTA),
     "delta": (AttentionPhase.DELTA, MlpPhase.DELTA),
 }
-KINDS = ("dense", "full", "select", "select neurons", "delta")
+KINDS = ("dense", "full", "select", "select neurons", "delta", "skipped")
 
 # On the input of the last full step every kind gives the dense velocity, but for bf16: a residual is rounded once more than the
 # dense output, 2e-3 of it in every layer, and over 57 layers of a narrow FLUX that adds up to 1e-2. Columns of another layer give
@@ -112,7 +113,7 @@ class _Steps:
         inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
         self.model = random_model(entry, dtype)
         stacks = self.model.stacks(tokens, inputs[0][1])
-        self.table = _table(plan_stacks(stacks, sparsity, MOST_STEPS, grid))
+        self.table = _table(plan_stacks(stacks, sparsity, MOST_STEPS, grid), sparsity)
         self.cache = caches.zeros(stacks, sparsity, batch, dtype)
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
         times = jnp.broadcast_to(jnp.linspace(0.9, 0.5, INPUTS)[:, None], (INPUTS, batch))
@@ -120,6 +121,7 @@ class _Steps:
             (x, t, cond, positions, modulations_of(self.model, t, cond))  # as sample() has them, before its steps
             for (x, cond), t in zip(inputs, times, strict=True)
         ]
+        self.hidden = draw.normal(jax.random.key(0), (batch, tokens, entry.width), dtype)
         self.turn = cycle(self.inputs)
         self.last = 0.0  # seconds of the last step that was checked: the shortest, with everything compiled
 
@@ -128,6 +130,8 @@ class _Steps:
         inputs = inputs or next(self.turn)
         if kind == "dense":
             return _dense_step(self.model, *inputs)
+        if kind == "skipped":
+            return _final_layer(self.model, self.hidden, inputs[-1])
         velocity, self.cache = _cached_step(self.model, self.cache, *inputs, self.table, list(PHASES).index(kind))
         return velocity
 
@@ -136,11 +140,12 @@ class _Steps:
         bar.set_postfix_str("compiling")
         inputs = self.inputs[0]
         dense = np.asarray(self.run("dense", inputs))
-        errors = {"dense": judge([dense], [dense], tolerance)}
-        bar.update()
+        errors = {"dense": judge([dense], [dense], tolerance), "skipped": (None, None)}  # its tokens are another step's
+        self.run("skipped", inputs)
+        bar.update(2)
         for kind in ("first", "select"):  # the one measures what the other selects by
             self.run(kind, inputs)
-        for kind in self.kinds[1:]:
+        for kind in self.kinds[1:-1]:
             start = time.perf_counter()
             errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
             self.last = time.perf_counter() - start
@@ -153,6 +158,11 @@ def _dense_step(model, x, t, cond, positions, modulations):
     return model(x, t, cond, positions, None, None, modulations)[0]
 
 
+@partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+def _final_layer(model, hidden, modulations):
+    return model.velocity(hidden, modulations)
+
+
 # Which step it is, is data, as in sample(): one program serves all kinds.
 @partial(jax.jit, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _cached_step(model, cache, x, t, cond, positions, modulations, table: Step, index):
@@ -160,11 +170,15 @@ def _cached_step(model, cache, x, t, cond, positions, modulations, table: Step, 
     return by_kind(table.at_step(index), network, cache)
 
 
-def _table(plan: Step) -> Step:
-    """The plan with PHASES for its steps."""
-    attention, mlp = (np.array(phases, np.int32) for phases in zip(*PHASES.values(), strict=True))
+def _table(plan: Step, sparsity: Sparsity) -> Step:
+    """The plan with PHASES for its steps, all of which run."""
+    # Where keys are chosen at each full step, that of the MLP is one, too.
+    again = sparsity.attention and sparsity.attention.recompute_mask
+    phases = PHASES | ({"select": (AttentionPhase.SELECT, MlpPhase.FULL)} if again else {})
+    attention, mlp = (np.array(phases, np.int32) for phases in zip(*phases.values(), strict=True))
     return plan.replace(
         attention=plan.attention and plan.attention.replace(phase=attention),
         mlp=plan.mlp and plan.mlp.replace(phase=mlp),
+        skip=None,
         key=jax.random.key(0),
     )

@@ -14,6 +14,7 @@ from chipmunk_jax.bench.plot import PLOTTED, check_plotting, plot
 from chipmunk_jax.bench.profile import kernel_table
 from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.samples import bench_sample
+from chipmunk_jax.bench.schedule import by_schedule
 from chipmunk_jax.bench.steps import bench_step
 from chipmunk_jax.cli.device import keep_compilations
 from chipmunk_jax.cli.images import check_writable
@@ -33,6 +34,7 @@ examples:
   chipmunk bench step --model flux-dev --kernels                         and its kernels, the longest first
   chipmunk bench step --model hunyuan-video --layers 6 --frames 33       of a video
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
+  chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample would take, from the steps of `bench step`
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
 
@@ -68,6 +70,13 @@ def add_parser(subparsers) -> None:
     _add_common(sample, repeats=3)
     add_sparsity_flags(sample, None, "the model's preset")
     sample.set_defaults(run=run_sample)
+
+    schedule = commands.add_parser("schedule", help="a whole sample from the steps that were timed", **layout)
+    schedule.add_argument("records", metavar="RECORDS", help="file that `chipmunk bench step -o` wrote")
+    schedule.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
+    schedule.add_argument("-o", "--output", help="JSON lines file to append the records to")
+    add_sparsity_flags(schedule, None, "that of the steps")
+    schedule.set_defaults(run=run_schedule)
 
     drawing = commands.add_parser("plot", help="draw speed-up against sparsity from records", **layout)
     drawing.add_argument("records", nargs="+", metavar="RECORDS", help="files of JSON lines written by -o")
@@ -132,6 +141,19 @@ def run_sample(args: argparse.Namespace) -> int:
     return _report(args, lambda: [bench_sample(args.model, **options)])
 
 
+def run_schedule(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench schedule`."""
+    _check(args, "steps")
+    entries = records.read(args.records)
+    samples = by_schedule(entries, args.steps, read_sparsity(args))
+    if args.output:
+        records.append(args.output, samples)
+    print(records.table(samples))
+    for entry in samples:
+        print(f"{entry['variant']}: " + ", ".join(f"{count} {kind}" for kind, count in entry["counts"].items()))
+    return 0
+
+
 def run_plot(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench plot`."""
     check_plotting()
@@ -152,7 +174,7 @@ def _check(args: argparse.Namespace, *counts: str) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.output:
         check_writable(args.output, suffixes=())
-    if args.compare:
+    if getattr(args, "compare", None):
         records.read(args.compare)
     if getattr(args, "plot", None):
         check_plotting()
