@@ -38,6 +38,18 @@ def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
     assert len(found) == 10 and set(found) <= times
 
 
+def test_numbers_of_the_table_of_videos_are_the_committed_records():
+    digits = lambda ms: f"{ms / 1e3:.0f}" if ms >= 1e5 else f"{ms / 1e3:#.3g}"
+    rows = re.findall(r"^\| [^|]+\(\[records\]\(([^)]+)\)\) \| (.+) \|$", README, re.MULTILINE)
+    for path, cells in rows:
+        entries = {e["variant"]: e for e in map(json.loads, (ROOT / path).read_text().splitlines())}
+        kinds = ("dense", "full", "select", "delta", "dense, by its steps", "sparse, by its steps")
+        times = [digits(entries[kind]["ms"]) for kind in kinds]
+        assert cells.replace("*", "") == " | ".join([*times, f"{entries[kinds[-1]]['speedup']:.2f} x"]), path
+        assert f"{entries['delta']['peak_bytes'] / 1e9:.1f}" in README
+    assert len(rows) == 3
+
+
 def test_numbers_of_the_table_of_a_delta_step_are_the_committed_record():
     lines = (ROOT / "benchmarks/results/flux-dev-step-1280x768-h100.jsonl").read_text().splitlines()
     (kernels,) = (entry["kernels"] for entry in map(json.loads, lines) if entry["variant"] == "delta")
