@@ -77,15 +77,17 @@ def _lists_body(mask_ref, indices_ref, counts_ref):
         words = plgpu.load(mask_ref.at[row, places], mask=places < total, other=0)
         bits = lax.population_count(words)
 
-        def one_bit(bit, slots):
-            here = (words >> bit) & 1
-            live = (here == 1) & (slots < capacity)
+        def lowest_bit(_, carry):
+            words, slots = carry
+            lowest = words & -words
+            live = (words != 0) & (slots < capacity)
             # Masked lanes point behind the list: the interpreter scatters them too, and must not meet a written slot.
             apart = jnp.where(live, slots, capacity + places)
-            plgpu.store(indices_ref.at[row, apart], places * BITS + bit, mask=live)
-            return slots + here
+            plgpu.store(indices_ref.at[row, apart], places * BITS + lax.population_count(lowest - 1), mask=live)
+            return words ^ lowest, slots + 1
 
-        lax.fori_loop(0, BITS, one_bit, written + jnp.cumsum(bits) - bits)
+        # As many turns as the fullest word has bits: a store takes its time whether its lanes have one or not.
+        lax.fori_loop(0, jnp.max(bits), lowest_bit, (words, written + jnp.cumsum(bits) - bits))
         return written + jnp.sum(bits)
 
     counts_ref[row] = lax.fori_loop(0, group_count(total, WORDS), some_words, 0)
