@@ -17,8 +17,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.groups import check_group, group_count, split_groups
 
 LOG2E = math.log2(math.e)
-# exp of more than this is cut: logits that drifted far above an old log-sum-exp still give finite sums of up to 2^20 terms.
-LARGEST_EXPONENT = 70.0
+# Sums are cut at this, the largest power of two in bf16 and f32: logits may drift far above an old log-sum-exp.
+LARGEST_SUM = 2.0**127
 KEYS, QUERIES = 128, 128  # of a tile of column sums
 
 
@@ -126,8 +126,8 @@ def _sums_reference(q, k, lse, group, scale, stride):
     chosen = jnp.arange(q.shape[1])
     chosen = chosen % stride == chosen // stride % stride
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-    mass = jnp.exp(jnp.minimum(logits - lse[..., None], LARGEST_EXPONENT))
-    return split_groups(jnp.where(chosen[:, None], mass, 0), group).sum(-2).astype(q.dtype)
+    mass = jnp.where(chosen[:, None], jnp.exp(logits - lse[..., None]), 0)
+    return jnp.minimum(split_groups(mass, group).sum(-2), LARGEST_SUM).astype(q.dtype)
 
 
 def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, part, group, scale, stride):
@@ -150,9 +150,9 @@ def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, part, group, scale, stride):
             q_ref.at[b, rows[:, None], h, features], mask=jnp.broadcast_to(inside[:, None], (QUERIES, width)), other=0
         )
         # A row that is not there weighs exp(-inf) = 0.
-        lse = plgpu.load(lse_ref.at[b, h, rows], mask=inside, other=jnp.inf)
-        exponent = plgpu.dot(k, q.T) * scale - lse[None, :]
-        weights = jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT) * LOG2E)
+        shift = LOG2E * plgpu.load(lse_ref.at[b, h, rows], mask=inside, other=jnp.inf)
+        # A fused multiply-add, an exponential and an addition each, no more: there are as many as in dense attention.
+        weights = jnp.exp2(plgpu.dot(k, q.T) * (scale * LOG2E) - shift[None, :])
         # Apart, as Triton would spread a middle axis of one over the threads.
         return weights.sum(axis=1)[:, None] if together == 1 else weights.reshape(KEYS, together, part).sum(axis=2)
 
@@ -162,7 +162,8 @@ def _sums_body(q_ref, k_ref, lse_ref, sums_ref, *, part, group, scale, stride):
             total += mass(i * together, start)
         groups = i * together + jnp.arange(together)
         known = here[:, None] & (groups < groups_total)[None, :]
-        plgpu.store(sums_ref.at[b, h, groups[None, :], keys[:, None]], total.astype(sums_ref.dtype), mask=known)
+        total = jnp.minimum(total, LARGEST_SUM).astype(sums_ref.dtype)
+        plgpu.store(sums_ref.at[b, h, groups[None, :], keys[:, None]], total, mask=known)
         return carry
 
     lax.fori_loop(0, group_count(groups_total, together), some_groups, 0)
