@@ -17,8 +17,8 @@ from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.families import FAMILIES, Family
 from chipmunk_jax.order import patch_sides
-from chipmunk_jax.sampling import Callback, Condition, check_room, sample
-from chipmunk_jax.schedule import check_schedules
+from chipmunk_jax.sampling import Callback, Condition, check_room, plan_stacks, sample
+from chipmunk_jax.schedule import check_schedules, density
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 
@@ -126,6 +126,14 @@ class Pipeline:
         """What the network takes of WordTable.encode."""
         encoded = self.words.encode(prompts)
         return {name: encoded[name] for name in self.family.conditions}
+
+    def density(self, sparsity: Sparsity, **settings: int | float | None) -> dict[str, float]:
+        """Mean share of columns that a sample of such a size and so many steps computes, {"attention": .., "mlp": ..}."""
+        settings = self.family.complete(**settings)
+        grid = self.family.grid(settings)
+        prompt = self.words.encode([" ".join(choice[0] for choice in self.words.words)])
+        stacks = self.model.stacks(math.prod(grid), prompt)
+        return density(plan_stacks(stacks, sparsity, settings["steps"], grid), sum(s.layers for s in stacks.values()))
 
     def __call__(
         self,

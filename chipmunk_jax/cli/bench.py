@@ -12,6 +12,7 @@ from chipmunk_jax.bench.kernels import CANDIDATES, SIZES, bench_kernels
 from chipmunk_jax.bench.models import MODELS
 from chipmunk_jax.bench.plot import PLOTTED, check_plotting, plot
 from chipmunk_jax.bench.profile import kernel_table
+from chipmunk_jax.bench.quality import Samples, bench_quality, quality_table, read_variants
 from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.schedule import by_schedule
@@ -35,6 +36,7 @@ examples:
   chipmunk bench step --model hunyuan-video --layers 6 --frames 33       of a video
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample would take, from the steps of `bench step`
+  chipmunk bench quality mini-wan variants.yaml                          PSNR of several configurations of a trained model
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
 
@@ -77,6 +79,23 @@ def add_parser(subparsers) -> None:
     schedule.add_argument("-o", "--output", help="JSON lines file to append the records to")
     add_sparsity_flags(schedule, None, "that of the steps")
     schedule.set_defaults(run=run_schedule)
+
+    quality = commands.add_parser(
+        "quality", help="how near sparse samples of a trained model come to dense ones", **layout
+    )
+    quality.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
+    quality.add_argument(
+        "variants", metavar="YAML", help="configurations by name, as in benchmarks/quality-mini-wan.yaml"
+    )
+    quality.add_argument("--prompts", type=int, default=16, help="drawn by chance (default: 16)")
+    quality.add_argument("--batch", type=int, default=16, help="samples at once (default: 16)")
+    for name, kind in (("frames", int), ("height", int), ("width", int), ("steps", int), ("guidance", float)):
+        quality.add_argument(f"--{name}", type=kind, help="default: the model's")
+    quality.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
+    quality.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else as saved")
+    quality.add_argument("--commit", help="what to record as the commit where git is not there")
+    quality.add_argument("-o", "--output", help="JSON lines file to append the records to")
+    quality.set_defaults(run=run_quality)
 
     drawing = commands.add_parser("plot", help="draw speed-up against sparsity from records", **layout)
     drawing.add_argument("records", nargs="+", metavar="RECORDS", help="files of JSON lines written by -o")
@@ -151,6 +170,22 @@ def run_schedule(args: argparse.Namespace) -> int:
     print(records.table(samples))
     for entry in samples:
         print(f"{entry['variant']}: " + ", ".join(f"{count} {kind}" for kind, count in entry["counts"].items()))
+    return 0
+
+
+def run_quality(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench quality`."""
+    _check(args, "prompts", "batch")
+    variants = read_variants(args.variants)
+    settings = _options(args, "frames", "height", "width", "steps", "guidance")
+    given = dict(count=args.prompts, at_once=args.batch, seed=args.seed, dtype=args.dtype)
+    keep_compilations()
+    entries = []
+    for entry in bench_quality(Samples(checkpoint=args.checkpoint, settings=settings, **given), variants):
+        entries.append(entry | ({"commit": args.commit} if args.commit else {}))
+        if args.output:
+            records.append(args.output, entries[-1:])
+    print(quality_table(entries))
     return 0
 
 

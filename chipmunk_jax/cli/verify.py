@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.cli.videos import check_fps, check_output, write_video
 from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
 from chipmunk_jax.quality import psnr
-from chipmunk_jax.sampling import plan_stacks
-from chipmunk_jax.schedule import density
 from chipmunk_jax.sparsity import Sparsity, to_dict
 
 DESCRIPTION = """\
@@ -86,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": list(prompts),
         **settings,
         "sparsity": to_dict(sparsity),
-        "density": _density(pipeline, prompts, settings, sparsity),
+        "density": pipeline.density(sparsity, **settings),
         "dense_seconds": dense_seconds,
         "sparse_seconds": sparse_seconds,
         "psnr": [min(level, SAME) for level in decibels],
@@ -113,13 +110,6 @@ def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> 
         prompts, **settings, sparsity=sparsity, progress=True, callback=lambda *_: ends.append(time.perf_counter())
     )
     return samples, ends[-1] - ends[0]
-
-
-def _density(pipeline: Pipeline, prompts, settings, sparsity: Sparsity) -> dict[str, float]:
-    grid = pipeline.family.grid(settings)
-    stacks = pipeline.model.stacks(math.prod(grid), pipeline.encode(prompts[:1]))
-    planned = plan_stacks(stacks, sparsity, settings["steps"], grid)
-    return density(planned, sum(stack.layers for stack in stacks.values()))
 
 
 def _draw(path: Path, captions: list[str], dense: np.ndarray, sparse: np.ndarray, fps: float | None, text) -> None:
