@@ -35,7 +35,7 @@ examples:
   chipmunk bench step --model flux-dev --kernels                         and its kernels, the longest first
   chipmunk bench step --model hunyuan-video --layers 6 --frames 33       of a video
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
-  chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample would take, from the steps of `bench step`
+  chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample of those steps would take
   chipmunk bench quality mini-wan variants.yaml                          PSNR of several configurations of a trained model
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 

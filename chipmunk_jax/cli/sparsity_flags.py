@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import textwrap
 from collections.abc import Iterator
 
 from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
@@ -12,7 +13,7 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None, oth
     """Adds --sparsity and one flag for each field of a Sparsity to the parser; `otherwise` says what no default means."""
     group = parser.add_argument_group(
         "sparsity",
-        f"What is recomputed at each step: {', '.join(PRESETS)},\n"
+        textwrap.fill(f"What is recomputed at each step: {', '.join(PRESETS)},", 96, break_on_hyphens=False) + "\n"
         "or a YAML or JSON file such as\n"
         "  attention: {top_keys: 0.2, full_step_every: 10}\n"
         "  mlp: null\n"

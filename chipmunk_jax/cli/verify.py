@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": list(prompts),
         **settings,
         "sparsity": to_dict(sparsity),
-        "density": pipeline.density(sparsity, **settings),
+        "density": pipeline.density(sparsity, **{name: settings[name] for name in family.defaults}),
         "dense_seconds": dense_seconds,
         "sparse_seconds": sparse_seconds,
         "psnr": [min(level, SAME) for level in decibels],
