@@ -30,23 +30,11 @@ Callback = Callable[[int, float, np.ndarray], None]
 
 
 class Model(Protocol):
-    """What sample() needs of a network: a pytree of weights that is called for a velocity."""
+    """What sample() needs of a network: a pytree of weights, in blocks and a final layer."""
 
     dtype: jnp.dtype
     prompted: tuple[str, ...]  # conditions that a prompt makes: zeros are no prompt
     on_grid: tuple[str, ...]  # conditions of the tokens, each [B, N, ..]
-
-    def __call__(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        cond: Condition,
-        positions: jax.Array,
-        cache: Any,
-        step: Step | None,
-        modulations: Any,
-    ) -> tuple[jax.Array, Any]:
-        """velocity(hidden(..)), and the caches."""
 
     def hidden(
         self,

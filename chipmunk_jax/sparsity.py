@@ -243,9 +243,7 @@ def _build(kind: type, tree: dict[str, Any], where: str):
         if isinstance(value, dict):
             values[name] = _build(part, value, f"{where}.{name}")
         elif value is not None:
-            raise ValueError(
-                f"{where}.{name}={value!r}: expected keys such as {next(iter(_names(part)))}, or null for none"
-            )
+            raise ValueError(f"{where}.{name}={value!r}: expected keys such as {_names(part)[0]}, or null for none")
     try:
         return kind(**values)
     except ValueError as error:
