@@ -2,8 +2,9 @@
 
     q = rotate(norm(x_q + b_q) * weight_q),   k likewise,   v = x_v + b_v
 
-Left to XLA this is a kernel for each norm, float32 arrays between them and the rotation, and copies that split q, k and v and join
-text and image: on an H100, 140 to 170 us a layer at FLUX's size, where one pass over the bytes takes 60.
+The norm is over each head apart or over all heads together, as the shape of its weight says. Left to XLA this is a kernel for each
+norm, float32 arrays between them and the rotation, and copies that split q, k and v and join text and image: on an H100, 140 to
+170 us a layer at FLUX's size, where one pass over the bytes takes 60.
 """
 
 import functools
@@ -20,7 +21,21 @@ from pallas_kernels import dispatch
 from pallas_kernels.groups import group_count
 
 EPSILON = 1e-6
-ROWS = 16  # of a tile: with 4 warps, 16 values a thread
+# With 8 values of a row a thread, in loads and stores of 16 bytes, no layout goes through shared memory; two rows share a load of
+# bias, norms and index. At 40 heads of 128 that is 159 registers, at 12 121, and 72 with a norm a head; four rows spill at 40.
+ROWS = 2
+COLUMNS = 1024  # of four warps
+
+
+class Tile(NamedTuple):
+    """What a program reads of q, of k and of v: all columns that a norm needs, in pieces, as only powers of two are loaded.
+
+    They stay in registers from the norm's sum to its product, so that memory is read once.
+    """
+
+    columns: int  # of a piece: of several heads, or a part of them
+    pieces: int
+    warps: int
 
 
 class Projection(NamedTuple):
@@ -28,8 +43,8 @@ class Projection(NamedTuple):
 
     x: jax.Array  # [B, N, 3 H d]: q of all heads, then k, then v; without bias
     bias: jax.Array  # [L, 3 H d], of all layers: their slices would be copied, two microseconds each
-    query_norm: jax.Array  # [L, d]
-    key_norm: jax.Array  # [L, d]
+    query_norm: jax.Array  # [L, d]: of each head; or [L, H d]: of all heads together
+    key_norm: jax.Array  # as query_norm
 
 
 def rotary_qkv(
@@ -40,7 +55,7 @@ def rotary_qkv(
     *,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k, v, [B, N, H, d] each, of the parts' tokens one after the other; q and k normalised a head and rotated.
+    """q, k, v, [B, N, H, d] each, of the parts' tokens one after the other; q and k normalised and rotated.
 
     Computed in float32, rounded once. Differentiable, backward through the reference.
 
@@ -63,9 +78,9 @@ def rotary_qkv(
 
 
 def _check(parts, cos, sin) -> None:
-    if len({(part.x.shape[0], part.x.shape[-1], part.x.dtype) for part in parts}) != 1:
-        found = ", ".join(f"{part.x.dtype.name} {part.x.shape}" for part in parts)
-        raise ValueError(f"parts [{found}]: expected at least one, of equal batch, width and dtype")
+    if len({(part.x.shape[0], part.x.shape[-1], part.x.dtype, part.query_norm.shape[-1]) for part in parts}) != 1:
+        found = ", ".join(f"{part.x.dtype.name} {part.x.shape}, norms {part.query_norm.shape}" for part in parts)
+        raise ValueError(f"parts [{found}]: expected at least one, of equal batch, width, dtype and norms")
     tokens, width = sum(part.x.shape[1] for part in parts), cos.shape[-1]
     if cos.shape != (tokens, width) or sin.shape != cos.shape:
         raise ValueError(f"cos {cos.shape}, sin {sin.shape}: expected [N, d] with N = {tokens} tokens")
@@ -74,9 +89,12 @@ def _check(parts, cos, sin) -> None:
             raise ValueError(f"x {part.x.shape}: expected [B, N, 3 H d] with d = {width}")
         layers = part.bias.shape[0]
         norms = {part.query_norm.shape, part.key_norm.shape}
-        if part.bias.shape != (layers, part.x.shape[-1]) or norms != {(layers, width)}:
+        fitting = [{(layers, n)} for n in (width, part.x.shape[-1] // 3)]
+        if part.bias.shape != (layers, part.x.shape[-1]) or norms not in fitting:
             shapes = f"bias {part.bias.shape}, norms {part.query_norm.shape} {part.key_norm.shape}"
-            raise ValueError(f"{shapes}: expected [L, 3 H d] and [L, d] to fit x {part.x.shape}, d = {width}")
+            raise ValueError(
+                f"{shapes}: expected [L, 3 H d] and [L, d] or [L, H d] to fit x {part.x.shape}, d = {width}"
+            )
 
 
 def _reference(parts, cos, sin, layer):
@@ -85,8 +103,10 @@ def _reference(parts, cos, sin, layer):
 
     def normed(part: Projection):
         x = part.x.astype(jnp.float32) + part.bias[layer].astype(jnp.float32)
-        q, k, v = (a.reshape(*a.shape[:2], -1, width) for a in jnp.split(x, 3, axis=-1))
-        return rms_norm(q, part.query_norm[layer]), rms_norm(k, part.key_norm[layer]), v
+        q, k, v = jnp.split(x, 3, axis=-1)
+        norms = part.query_norm[layer], part.key_norm[layer]
+        q, k = (rms_norm(a.reshape(*a.shape[:2], -1, len(w)), w) for a, w in zip((q, k), norms, strict=True))
+        return tuple(a.reshape(*x.shape[:2], -1, width) for a in (q, k, v))
 
     q, k, v = (jnp.concatenate(side, axis=1) for side in zip(*map(normed, parts), strict=True))
     return tuple(a.astype(dtype) for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
@@ -113,27 +133,34 @@ def _compiled(implementation):
 
 def _pallas(parts, cos, sin, layer, *, implementation):
     batch, _, width = parts[0].x.shape
-    rows, head_dim = cos.shape
-    heads = width // (3 * head_dim)
-    together = next(n for n in (8, 6, 4, 3, 2, 1) if heads % n == 0)  # heads that share a load of cos and sin
-    out = jax.ShapeDtypeStruct((batch, rows, heads, head_dim), parts[0].x.dtype)
-    return pl.pallas_call(
-        functools.partial(_body, heads=heads, together=together),
-        grid=(group_count(rows, ROWS), heads // together, batch),
+    tokens, head_dim = cos.shape
+    normed = parts[0].query_norm.shape[1]
+    tile = _tile(width // 3, normed, head_dim)
+    out = jax.ShapeDtypeStruct((batch, tokens, width // 3), parts[0].x.dtype)
+    qkv = pl.pallas_call(
+        functools.partial(_body, tile=tile, normed=normed),
+        grid=(group_count(tokens, ROWS), width // (3 * tile.pieces * tile.columns), batch),
         name="rotary_qkv",
         out_shape=(out, out, out),
         interpret=implementation == "interpret",
-        compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
+        compiler_params=dispatch.compiler_params(num_warps=tile.warps, num_stages=1),
     )(*(array for part in parts for array in part), cos, sin, layer[None])
+    return tuple(a.reshape(batch, tokens, -1, head_dim) for a in qkv)
 
 
-def _body(*refs, heads, together):
+def _tile(features: int, normed: int, head_dim: int) -> Tile:
+    """The tile for norms over `normed` of so many features."""
+    columns = min(features & -features, max(COLUMNS, head_dim))  # the largest power of two that divides them
+    return Tile(columns, max(1, normed // columns), warps=max(1, columns // 256))
+
+
+def _body(*refs, tile, normed):
     *refs, cos_ref, sin_ref, layer_ref, q_ref, k_ref, v_ref = refs
     parts = [Projection(*refs[i : i + 4]) for i in range(0, len(refs), 4)]
-    i, first_head, b = pl.program_id(0), pl.program_id(1) * together, pl.program_id(2)
+    i, first, b = pl.program_id(0), pl.program_id(1) * tile.pieces * tile.columns, pl.program_id(2)
     layer = layer_ref[0]
-    width = cos_ref.shape[1]
-    features = jnp.arange(width)
+    columns = jnp.arange(tile.columns)
+    pieces = [first + n * tile.columns + columns for n in range(tile.pieces)]
     rows = i * ROWS + jnp.arange(ROWS)
     start = 0
     for part in parts:
@@ -142,29 +169,39 @@ def _body(*refs, heads, together):
         # A tile that lies in one part alone, as almost all do, reads nothing of the others.
         @pl.when((i * ROWS < start + size) & ((i + 1) * ROWS > start))
         def _(part=part, start=start, size=size):
-            inside = jnp.broadcast_to(((rows >= start) & (rows < start + size))[:, None], (ROWS, width))
-            tables = (
-                plgpu.load(ref.at[rows[:, None], features[None, :]], mask=inside, other=0) for ref in (cos_ref, sin_ref)
+            inside = jnp.broadcast_to(((rows >= start) & (rows < start + size))[:, None], (ROWS, tile.columns))
+            cos, sin = (
+                plgpu.load(ref.at[rows[:, None], lax.rem(columns, ref.shape[1])[None, :]], mask=inside, other=0)
+                for ref in (cos_ref, sin_ref)
             )
-            cos, sin = tables
-            query_norm, key_norm = part.query_norm[layer, :], part.key_norm[layer, :]
 
-            def one_head(n, carry):
-                h = first_head + n
+            def load(side):  # q, k, v: 0, 1, 2
+                for piece in pieces:
+                    place = side * q_ref.shape[2] + piece
+                    x = plgpu.load(part.x.at[b, (rows - start)[:, None], place[None, :]], mask=inside, other=0)
+                    yield x.astype(jnp.float32) + part.bias[layer, place].astype(jnp.float32)
 
-                def load(side):  # q, k, v: 0, 1, 2
-                    columns = (side * heads + h) * width + features
-                    x = plgpu.load(part.x.at[b, (rows - start)[:, None], columns[None, :]], mask=inside, other=0)
-                    return x.astype(jnp.float32) + part.bias[layer, columns].astype(jnp.float32)
+            def store(ref, values):
+                for piece, value in zip(pieces, values, strict=True):
+                    at = ref.at[b, rows[:, None], piece[None, :]]
+                    plgpu.store(at, value.astype(ref.dtype), mask=inside)
 
-                q, k = _turn(rms_norm(load(0), query_norm), cos, sin), _turn(rms_norm(load(1), key_norm), cos, sin)
-                for ref, value in ((q_ref, q), (k_ref, k), (v_ref, load(2))):
-                    plgpu.store(ref.at[b, rows[:, None], h, features[None, :]], value.astype(ref.dtype), mask=inside)
-                return carry
-
-            lax.fori_loop(0, together, one_head, 0)
+            for side, ref, norm in ((0, q_ref, part.query_norm), (1, k_ref, part.key_norm)):
+                weights = (norm[layer, lax.rem(piece, normed)] for piece in pieces)
+                store(ref, (_turn(x, cos, sin) for x in _normed(list(load(side)), weights, normed)))
+            store(v_ref, load(2))
 
         start += size
+
+
+def _normed(pieces, weights, normed):
+    """rms_norm over every `normed` columns of the pieces side by side."""
+    rows, columns = pieces[0].shape
+    apart = (rows, columns // normed, normed) if columns > normed else (rows, columns)
+    squares = sum(x * x for x in pieces).reshape(apart).sum(-1, keepdims=True)
+    scale = lax.rsqrt(squares / normed + EPSILON)
+    scaled = ((x.reshape(apart) * scale).reshape(x.shape) for x in pieces)
+    return [x * weight.astype(jnp.float32) for x, weight in zip(scaled, weights, strict=True)]
 
 
 def _turn(x, cos, sin):
