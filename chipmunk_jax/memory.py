@@ -65,8 +65,8 @@ def working_set(stack: Stack, sparsity: Sparsity | None, batch: int, dtype: jnp.
     phases = {
         # Their product, and they.
         "making queries, keys and values": (3 + 3 + 2) * array,
-        # Its input or output, and the attention's output before and after its projection.
-        "in the MLP": hidden + (2 + 2) * array,
+        # Its neurons and its output.
+        "in the MLP": hidden + (1 + 2) * array,
     }
     if sparsity and (config := sparsity.attention):
         groups = group_count(stack.tokens, config.group)

@@ -47,9 +47,10 @@ def table(names: dict[str, str], qkv: dict[str, tuple[str, ...]], image_norms: d
             for ours, theirs in qkv.items()
             for rule in linear(tuple(f"blocks.*.{x}" for x in theirs), f"blocks.{ours}")
         ),
+        *(Rule((f"blocks.*.{n[ours]}.weight",), (f"blocks.qkv.{ours}",)) for ours in ("query_norm", "key_norm")),
         *(
             Rule((f"blocks.*.{n[ours]}.weight",), (f"blocks.{ours}",))
-            for ours in ("query_norm", "key_norm", "cross_norm", "cross_query_norm", "cross_key_norm", "image_key_norm")
+            for ours in ("cross_norm", "cross_query_norm", "cross_key_norm", "image_key_norm")
         ),
         Rule((f"blocks.*.{n['cross_norm']}.bias",), ("blocks.cross_norm_bias",)),
         *mlp(f"blocks.*.{n['fc1']}", f"blocks.*.{n['fc2']}", "blocks.mlp"),
@@ -61,7 +62,7 @@ def attentions(
 ) -> dict[str, tuple[str, ...]]:
     """Linear layers of both attentions: ours -> theirs, several beside one another as one."""
     return {
-        "qkv": (f"{own}.{q}", f"{own}.{k}", f"{own}.{v}"),
+        "qkv.linear": (f"{own}.{q}", f"{own}.{k}", f"{own}.{v}"),
         "proj": (f"{own}.{out}",),
         "cross_q": (f"{cross}.{q}",),
         "cross_kv": (f"{cross}.{k}", f"{cross}.{v}"),

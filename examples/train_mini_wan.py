@@ -266,12 +266,12 @@ def diffusers_tensors(params: nnx.State, config: WanConfig) -> dict[str, np.ndar
 
 
 def block_tensors(block: dict) -> dict[str, np.ndarray]:
-    mlp = block["mlp"]
-    tensors = linears(("attn1.to_q", "attn1.to_k", "attn1.to_v"), block["qkv"])
+    qkv, mlp = block["qkv"], block["mlp"]
+    tensors = linears(("attn1.to_q", "attn1.to_k", "attn1.to_v"), qkv["linear"])
     tensors |= linear("attn1.to_out.0", block["proj"])
     tensors |= linear("attn2.to_q", block["cross_q"]) | linears(("attn2.to_k", "attn2.to_v"), block["cross_kv"])
     tensors |= linear("attn2.to_out.0", block["cross_proj"])
-    tensors |= {"attn1.norm_q.weight": block["query_norm"], "attn1.norm_k.weight": block["key_norm"]}
+    tensors |= {"attn1.norm_q.weight": qkv["query_norm"], "attn1.norm_k.weight": qkv["key_norm"]}
     tensors |= {"attn2.norm_q.weight": block["cross_query_norm"], "attn2.norm_k.weight": block["cross_key_norm"]}
     tensors |= {"norm2.weight": block["cross_norm"], "norm2.bias": block["cross_norm_bias"]}
     tensors |= {"ffn.net.0.proj.weight": mlp["fc1"], "ffn.net.0.proj.bias": mlp["b1"]}

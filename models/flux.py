@@ -203,7 +203,7 @@ class SingleBlock(nnx.Module):
     def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         c = config
         self.modulation = Modulation(c.hidden_size, 3, dtype, rngs)
-        self.qkv = Qkv(c, dtype, rngs)
+        self.qkv = Qkv(c.hidden_size, sum(c.axes_dim), dtype, rngs)
         # linear2's one bias is the MLP's b2.
         self.proj = Linear(c.hidden_size, c.hidden_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
@@ -224,20 +224,19 @@ class Stream(nnx.Module):
     def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         c = config
         self.modulation = Modulation(c.hidden_size, 6, dtype, rngs)
-        self.attention = Qkv(c, dtype, rngs)
+        self.attention = Qkv(c.hidden_size, sum(c.axes_dim), dtype, rngs)
         self.proj = Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(c.hidden_size, c.mlp_width, dtype=dtype, rngs=rngs)
 
 
 class Qkv(nnx.Module):
-    """Queries, keys and values of all heads, and their norms a head, as `rotary_qkv` finishes them."""
+    """Queries, keys and values of all heads, and their norms over so many features, as `rotary_qkv` finishes them."""
 
-    def __init__(self, config: FluxConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        c, head_dim = config, sum(config.axes_dim)
-        self.linear = Linear(c.hidden_size, 3 * c.hidden_size, dtype=dtype, rngs=rngs)
-        self.linear.bias = Stacked(jnp.zeros(3 * c.hidden_size, dtype))
-        self.query_norm = Stacked(jnp.ones(head_dim, dtype))
-        self.key_norm = Stacked(jnp.ones(head_dim, dtype))
+    def __init__(self, width: int, normed: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.linear = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.linear.bias = Stacked(jnp.zeros(3 * width, dtype))
+        self.query_norm = Stacked(jnp.ones(normed, dtype))
+        self.key_norm = Stacked(jnp.ones(normed, dtype))
 
     def __call__(self, x: jax.Array) -> Projection:
         linear = self.linear

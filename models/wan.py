@@ -19,6 +19,7 @@ from chipmunk_jax.layers import Linear, Mlp, run_layers, stack_layers
 from chipmunk_jax.models.flux import (
     Embedder,
     Network,
+    Qkv,
     add_gated,
     check_conditions,
     grid_positions,
@@ -29,8 +30,8 @@ from chipmunk_jax.models.flux import (
     sinusoids,
 )
 from chipmunk_jax.schedule import Step
-from pallas_kernels import dense_attention
-from pallas_kernels.rotary_qkv import rms_norm, rotate
+from pallas_kernels import dense_attention, rotary_qkv
+from pallas_kernels.rotary_qkv import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +136,8 @@ class Wan(Network):
         return {"blocks": self.time_projection(jax.nn.silu(e)).reshape(*e.shape[:-1], 6, -1), "final": e[..., None, :]}
 
     def rotations(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """cos and +-sin of the rotary angles, f32 [N, 1, d] each."""
-        cos, sin = rotary_table(positions, self.config.axes_dim, self.config.theta)
-        return cos[:, None], sin[:, None]  # the same for all heads
+        """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [N, d] each."""
+        return rotary_table(positions, self.config.axes_dim, self.config.theta)
 
     def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
@@ -169,8 +169,7 @@ class Block(nnx.Module):
         ones = lambda: nnx.Param(jnp.ones(c.dim, dtype))
         self.heads = c.num_heads
         self.modulation = nnx.Param(jnp.zeros((6, c.dim)))  # f32: shift, scale, gate of attention, then of the MLP
-        self.qkv, self.proj = linear(c.dim, 3 * c.dim), linear(c.dim, c.dim)
-        self.query_norm, self.key_norm = ones(), ones()
+        self.qkv, self.proj = Qkv(c.dim, c.dim, dtype, rngs), linear(c.dim, c.dim)
         self.cross_norm, self.cross_norm_bias = nnx.Param(jnp.ones(c.dim)), nnx.Param(jnp.zeros(c.dim))  # f32
         self.cross_q, self.cross_kv, self.cross_proj = (
             linear(c.dim, c.dim),
@@ -185,9 +184,9 @@ class Block(nnx.Module):
     @jax.named_scope("block")
     def __call__(self, x, e, text, image, rope, cache, step):
         mods = jnp.split(self.modulation[...] + e, 6, axis=-2)  # [B, 1, D] each
-        q, k, v = jnp.split(self.qkv(modulate(x, *mods[:2])), 3, axis=-1)
-        q, k = (rotated(self.split(normed(a, w)), *rope) for a, w in ((q, self.query_norm), (k, self.key_norm)))
-        out, cache = attend(q, k, self.split(v), cache, step)
+        h = modulate(x, *mods[:2])
+        qkv = rotary_qkv([self.qkv(h)], *rope, step.layer, implementation=step.implementation)
+        out, cache = attend(*qkv, cache, step)
         x = add_gated(x, mods[2], self.proj(merge_heads(out)))
         h = layer_norm(x, scale=self.cross_norm[...], shift=self.cross_norm_bias[...])
         q = self.split(normed(self.cross_q(h), self.cross_query_norm))
@@ -228,8 +227,3 @@ def normed(x: jax.Array, weight: nnx.Param) -> jax.Array:
     """x / rms(x) * weight over all heads, computed in float32, in the dtype of x [B, N, D]."""
     # Else XLA would hand on float32, twice the memory, to what comes next.
     return jax.lax.optimization_barrier(rms_norm(x.astype(jnp.float32), weight[...]).astype(x.dtype))
-
-
-def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [B, N, H, d] with every pair (2 i, 2 i + 1) turned by its angle, in float32, in the dtype of x."""
-    return rotate(x.astype(jnp.float32), cos, sin).astype(x.dtype)
