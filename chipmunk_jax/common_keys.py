@@ -1,16 +1,25 @@
 """Keys that every head of a group of queries attends to whatever their scores: a text, and what lies near the group."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from chipmunk_jax.order import patch_order, patch_sides
-from chipmunk_jax.sparsity import AttentionSparsity
+from chipmunk_jax.sparsity import AttentionSparsity, Sparsity
 from pallas_kernels import Common
 from pallas_kernels.groups import group_count
 
 Box = tuple[np.ndarray, np.ndarray]  # least and greatest place on every axis, both in it
+SETTINGS = (
+    "group",
+    "local_voxels",
+    "local_1d_window",
+    "text_keys",
+    "text_queries",
+)  # of an AttentionSparsity, that matter
 Near = Callable[[slice], np.ndarray]
 
 
@@ -20,7 +29,9 @@ def common_keys(
     patches: Sequence[int | Sequence[int]],
     text: tuple[int, int] = (0, 0),
 ) -> Common | None:
-    """The common keys of a sequence of the tokens of a grid and of a text, as NumPy arrays; None where there are none.
+    """The common keys of a sequence of the tokens of a grid and of a text; None where there are none.
+
+    NumPy arrays that nobody can write to: the same ones for the same arguments, as those of a long video take a second.
 
     Args:
         config: which keys.
@@ -31,6 +42,14 @@ def common_keys(
     Raises:
         ValueError: a neighbourhood of no voxels, or of more than the grid has.
     """
+    # Of the config what matters alone: a sweep over shares of keys makes them once.
+    chosen = dataclasses.replace(AttentionSparsity(), **{name: getattr(config, name) for name in SETTINGS})
+    grid, patches = tuple(map(int, grid)), tuple(p if isinstance(p, int) else tuple(p) for p in patches)
+    return _common_keys(chosen, grid, patches, tuple(map(int, text)))
+
+
+@functools.lru_cache(maxsize=4)  # 38 MB each for Wan 14B
+def _common_keys(config: AttentionSparsity, grid: tuple, patches: tuple, text: tuple[int, int]) -> Common | None:
     start, stop = text
     total = math.prod(grid) + stop - start
     groups = [
@@ -58,7 +77,17 @@ def common_keys(
 
     ids = [of_group(group) for group in groups]
     heavy = sum(group.stop > start for group in groups) if config.text_queries and stop == total > start else 0
-    return Common(np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]).astype(np.int32), heavy)
+    arrays = np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]).astype(np.int32)
+    for array in arrays:
+        array.flags.writeable = False
+    return Common(*arrays, heavy)
+
+
+def check_grid(sparsity: Sparsity, grid: Sequence[int]) -> None:
+    """Raises ValueError where patches have other axes than the grid, or a neighbourhood is larger than it."""
+    patch_sides(grid, sparsity.patches)
+    if sparsity.attention and sparsity.attention.local_voxels:
+        check_voxels(sparsity.attention.local_voxels, grid, sparsity.patches)
 
 
 def check_voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> tuple[int, ...]:

@@ -1,6 +1,9 @@
 """Keys that groups always keep, against neighbourhoods looked up token by token."""
 
+import dataclasses
+import inspect
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -84,6 +87,31 @@ def test_the_window_along_the_order_is_as_wide_for_all():
 def test_nothing_in_common_is_none(patches):
     assert common_keys(AttentionSparsity(), (4, 8, 8), patches, (256, 300)) is None
     assert common_keys(AttentionSparsity(text_keys=True, text_queries=True), (4, 8, 8), patches) is None
+
+
+def test_the_same_neighbourhood_is_made_once_and_nobody_can_change_it():
+    config = AttentionSparsity(local_voxels=3)
+    common = common_keys(config, (8, 16, 24), (VOXEL,))
+    assert common_keys(config, [8, 16, 24], [list(VOXEL)]) is common
+    assert common_keys(AttentionSparsity(local_voxels=3, top_keys=0.5), (8, 16, 24), (VOXEL,)) is common
+    assert common_keys(AttentionSparsity(local_voxels=1), (8, 16, 24), (VOXEL,)) is not common
+    for array in (common.ids, common.starts):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(AttentionSparsity), ids=lambda field: field.name)
+def test_neighbourhoods_that_differ_are_not_taken_for_each_other(field):
+    """Whatever field is added: one that is left out of SETTINGS must not change what is made."""
+    others = dict(group=64, local_voxels=1, local_1d_window=0.5, text_keys=True, text_queries=True)
+    if field.name not in others:
+        assert f"config.{field.name}" not in inspect.getsource(sys.modules[common_keys.__module__])
+        return
+    base = AttentionSparsity(local_voxels=3)
+    lists = [lists_of(common_keys(config, (8, 16, 24), (VOXEL,), (3072, 3100))) for config in (
+        base, dataclasses.replace(base, **{field.name: others[field.name]})
+    )]  # fmt: skip
+    assert lists[0] != lists[1]
 
 
 @pytest.mark.parametrize(
