@@ -84,7 +84,9 @@ def _common_keys(config: AttentionSparsity, grid: tuple, patches: tuple, text: t
 
 
 def check_grid(sparsity: Sparsity, grid: Sequence[int]) -> None:
-    """Raises ValueError where patches have other axes than the grid, or a neighbourhood is larger than it."""
+    """Raises ValueError where it is no Sparsity, its patches have other axes than the grid, or a neighbourhood is larger."""
+    if not isinstance(sparsity, Sparsity):
+        raise ValueError(f"sparsity={sparsity!r}: expected a Sparsity, as load_sparsity() makes, or None")
     patch_sides(grid, sparsity.patches)
     if sparsity.attention and sparsity.attention.local_voxels:
         check_voxels(sparsity.attention.local_voxels, grid, sparsity.patches)

@@ -146,8 +146,19 @@ def free_bytes() -> int | None:
 
 
 def share() -> float:
-    """The fraction of a device that JAX takes, as XLA_PYTHON_CLIENT_MEM_FRACTION has it."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", SHARE))
+    """The fraction of a device that JAX takes, as XLA_PYTHON_CLIENT_MEM_FRACTION has it.
+
+    Raises:
+        ValueError: that is no fraction.
+    """
+    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", str(SHARE))
+    try:
+        fraction = float(given)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={given}: expected a fraction above 0 and up to 1")
+    return fraction
 
 
 def capacity(device: str) -> int:

@@ -1,6 +1,7 @@
 """sample(): noise to sample in one compiled scan over the steps, whose carry holds the caches."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,9 @@ from tqdm import tqdm
 from chipmunk_jax import cache as caches
 from chipmunk_jax import memory
 from chipmunk_jax.cache import LayerCache, Stack
-from chipmunk_jax.common_keys import common_keys
+from chipmunk_jax.common_keys import check_grid, common_keys
 from chipmunk_jax.order import patch_order
-from chipmunk_jax.schedule import Step, by_kind, plan, unless_skipped
+from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan, unless_skipped
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
@@ -118,6 +119,9 @@ def sample(
     """
     steps = len(timesteps) - 1
     _check(model, noise, cond, timesteps, grid, guidance, uncond)
+    if sparsity is not None:
+        check_grid(sparsity, grid)
+        check_schedules(sparsity, steps)
     options = dict(steps=steps, sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
     check_room(model, noise, cond, **options)
     if guidance is not None:
@@ -192,10 +196,12 @@ def modulations_of(model: Model, t: jax.Array, cond: Condition) -> Any:
 
 
 def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond) -> None:
-    if noise.ndim != 3 or int(np.prod(grid)) != noise.shape[1]:
+    if noise.ndim != 3 or min(grid) < 1 or math.prod(grid) != noise.shape[1] or not noise.shape[0]:
         raise ValueError(f"noise {noise.shape}, grid {tuple(grid)}: expected [B, N, C] with N the product of the grid")
     if len(timesteps) < 2 or not np.all(np.diff(timesteps) < 0):
         raise ValueError(f"timesteps of length {len(timesteps)}: expected at least two, falling from 1 to 0")
+    if timesteps[0] > 1 or timesteps[-1] < 0:
+        raise ValueError(f"timesteps from {timesteps[0]:g} to {timesteps[-1]:g}: expected them within 1 and 0")
     if guidance is None and uncond is not None:
         raise ValueError("uncond without guidance: expected both, or neither")
     if guidance is not None and not np.isfinite(guidance):

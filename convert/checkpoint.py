@@ -103,7 +103,7 @@ def describe(folder: str | Path) -> Description:
         ValueError: it is not a checkpoint of this library, or is half-written.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not is_checkpoint(folder):
         if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():

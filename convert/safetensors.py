@@ -133,6 +133,9 @@ def read_header(file: Path) -> list[Tensor]:
     try:
         # Pairs, not dicts: a dict would drop the first of two equal names.
         entries = json.loads(text, object_pairs_hook=list)
+    except ValueError as error:
+        raise ValueError(f"{file}: bad safetensors header: it is no JSON") from error
+    try:
         tensors = [parse_entry(file, start, name, dict(entry)) for name, entry in entries if name != "__metadata__"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: bad safetensors header: {error}") from error

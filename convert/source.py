@@ -74,8 +74,26 @@ def read_any(path: Path) -> Weights:
     """The tensors under a path, whatever holds them; safetensors first."""
     pickles = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
     if len(pickles) == 1 and pickles[0].suffix in SUFFIXES and not list(path.glob("*.safetensors")):
-        return read_torch_pickle(pickles[0])
+        return check_unscaled(read_torch_pickle(pickles[0]))
     return read_weights(path)
+
+
+def check_unscaled(weights: Weights) -> Weights:
+    """The weights of a .pt or .pth file, none of which is float8.
+
+    HunyuanVideo's fp8 release is such a file: its scales are in another, *_map.pt, and without them the weights are wrong by
+    factors that no shape tells. The float8 .safetensors that people share are plain casts.
+
+    Raises:
+        ValueError: one is.
+    """
+    scaled = [tensor for tensor in weights.tensors.values() if tensor.dtype.name.startswith("float8")]
+    if scaled:
+        raise ValueError(
+            f"{weights.path}: {scaled[0].name} is {scaled[0].dtype.name}, one of {len(scaled)} such tensors whose scales are "
+            "not in the file (HunyuanVideo's are in its _map.pt): expected the checkpoint in bfloat16"
+        )
+    return weights
 
 
 def strip_prefix(weights: Weights) -> Weights:

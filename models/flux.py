@@ -53,6 +53,11 @@ class FluxConfig:
         """F."""
         return int(self.hidden_size * self.mlp_ratio)
 
+    @property
+    def text_rows(self) -> int:
+        """Rows of text that the published model of this kind was trained with, at most."""
+        return 512 if self.guidance_embed else 256
+
 
 class Network(nnx.Module):
     """A network of blocks and a final layer."""
@@ -145,7 +150,7 @@ class Flux(Network):
 
     def positions(self, grid: tuple[int, int]) -> np.ndarray:
         """(0, row, column) of every image token of a grid (rows, columns), in raster order, f32 [N, 3]."""
-        return np.pad(grid_positions(grid), ((0, 0), (1, 0)))
+        return np.pad(grid_positions(grid, axes=2), ((0, 0), (1, 0)))
 
     def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
         """Sizes of the two stacks of layers for so many image tokens, for the caches."""
@@ -166,6 +171,8 @@ class Flux(Network):
             raise ValueError(f"noise {noise.shape}: expected {c.in_channels} channels a token")
         shapes = {"text": (batch, "T", c.context_in_dim), "pooled": (batch, c.vec_in_dim)}
         check_conditions(cond, shapes | ({"guidance": (batch,)} if c.guidance_embed else {}))
+        check_text(cond["text"], most=c.text_rows)
+        check_guidance(cond)
 
 
 class DoubleBlock(nnx.Module):
@@ -279,8 +286,15 @@ def rotary_table(positions: jax.Array, axes_dim: tuple[int, ...], theta: float) 
     return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
 
 
-def grid_positions(grid: tuple[int, ...]) -> np.ndarray:
-    """Coordinates of every token of a grid, in raster order, f32 [N, axes]."""
+def grid_positions(grid: tuple[int, ...], axes: int) -> np.ndarray:
+    """Coordinates of every token of a grid, in raster order, f32 [N, axes].
+
+    Raises:
+        ValueError: a grid of another number of axes.
+    """
+    if len(grid) != axes:
+        names = ("frames", "rows", "columns")[-axes:]
+        raise ValueError(f"grid {tuple(grid)}: expected {axes} sides, {', '.join(names)}")
     axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
     return np.stack(axes, axis=-1).reshape(-1, len(grid))
 
@@ -332,3 +346,17 @@ def check_conditions(cond: dict[str, jax.Array], shapes: dict[str, tuple[int | s
         if len(found) != len(shape) or not all(map(fits, found, expected)):
             raise ValueError(f"condition {name} {found}: expected {expected}")
         known |= {n: m for m, n in zip(found, shape, strict=True) if isinstance(n, str)}
+
+
+def check_text(text: jax.Array, *, most: int | None, least: int = 1) -> None:
+    """Raises ValueError unless text [B, T, ..] has from `least` to `most` rows; None: any number."""
+    rows = text.shape[1]
+    if rows < least or (most is not None and rows > most):
+        expected = f"at least {least}" if most is None else f"{least} to {most}" if least < most else f"exactly {most}"
+        raise ValueError(f"condition text of {rows} rows: expected {expected}")
+
+
+def check_guidance(cond: dict[str, jax.Array]) -> None:
+    """Raises ValueError where a guidance that is a condition is not finite."""
+    if "guidance" in cond and not np.isfinite(scales := np.asarray(cond["guidance"], np.float32)).all():
+        raise ValueError(f"condition guidance {scales.tolist()}: expected finite numbers")

@@ -25,6 +25,8 @@ from chipmunk_jax.models.flux import (
     SingleBlock,
     add_gated,
     check_conditions,
+    check_guidance,
+    check_text,
     grid_positions,
     layer_norm,
     merge_heads,
@@ -75,6 +77,11 @@ class HunyuanVideoConfig:
     def mlp_width(self) -> int:
         """F."""
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of text that the published model was trained with, at most."""
+        return 256
 
     @property
     def token_channels(self) -> int:
@@ -147,10 +154,10 @@ class HunyuanVideo(Network):
 
     def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
-        return grid_positions(grid)
+        return grid_positions(grid, axes=3)
 
     def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:
-        """Raises ValueError unless noise [B, N, C] and the conditions fit; whether a mask is a prefix, no shape can tell."""
+        """Raises ValueError unless noise [B, N, C] and the conditions fit."""
         c, batch = self.config, noise.shape[0]
         if noise.shape[-1] != c.token_channels:
             raise ValueError(f"noise {noise.shape}: expected {c.token_channels} channels a token")
@@ -158,6 +165,13 @@ class HunyuanVideo(Network):
         check_conditions(cond, shapes | ({"guidance": (batch,)} if c.guidance_embed else {}))
         if cond["mask"].dtype != bool:
             raise ValueError(f"condition mask {cond['mask'].dtype}: expected bool")
+        check_text(cond["text"], most=c.text_rows)
+        check_guidance(cond)
+        mask = np.asarray(cond["mask"])
+        if (rows := np.flatnonzero(np.any(mask[:, 1:] & ~mask[:, :-1], axis=1))).size:
+            raise ValueError(
+                f"condition mask: row {rows[0]} has a valid token behind padding, expected all padding at its end"
+            )
 
 
 class TokenRefiner(nnx.Module):

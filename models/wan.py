@@ -22,6 +22,7 @@ from chipmunk_jax.models.flux import (
     Qkv,
     add_gated,
     check_conditions,
+    check_text,
     grid_positions,
     layer_norm,
     merge_heads,
@@ -32,6 +33,8 @@ from chipmunk_jax.models.flux import (
 from chipmunk_jax.schedule import Step
 from pallas_kernels import dense_attention, rotary_qkv
 from pallas_kernels.rotary_qkv import rms_norm
+
+UMT5_WIDTH = 4096  # of the text encoder of all published models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,11 @@ class WanConfig:
     def head_dim(self) -> int:
         """d."""
         return self.dim // self.num_heads
+
+    @property
+    def text_rows(self) -> int | None:
+        """Rows of text, zeros behind the prompt, in all published models; None: any number, in one without UMT5."""
+        return 512 if self.text_dim == UMT5_WIDTH else None
 
     @property
     def patch(self) -> int:
@@ -141,7 +149,7 @@ class Wan(Network):
 
     def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
-        return grid_positions(grid)
+        return grid_positions(grid, axes=3)
 
     def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
         """Sizes of the stack of layers for so many tokens, for the caches."""
@@ -159,6 +167,7 @@ class Wan(Network):
             latents = (batch, tokens, c.patch * (c.in_dim - c.out_dim))
             shapes |= {"image": (batch, "M", c.image_dim), "latents": latents}
         check_conditions(cond, shapes)
+        check_text(cond["text"], most=c.text_rows, least=c.text_rows or 1)  # zeros, too, are attended to
 
 
 class Block(nnx.Module):

@@ -310,6 +310,28 @@ def test_a_mask_that_is_not_of_bools_is_refused():
         model.check(jnp.zeros((1, 6, 12)), cond)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_mask_that_is_no_prefix_and_values_out_of_range_are_refused(guided):
+    config = hunyuan_video.HunyuanVideoConfig(**SIZES | {"guidance_embed": guided})
+    model = nnx.eval_shape(lambda: hunyuan_video.HunyuanVideo(config, rngs=nnx.Rngs(0)))
+    guidance = {"guidance": jnp.array([6.0, 6.0])} if guided else {}
+    cond = {"text": jnp.zeros((2, 5, 8)), "mask": jnp.ones((2, 5), bool), "pooled": jnp.zeros((2, 6))} | guidance
+    noise = jnp.zeros((2, 6, 12))
+    for valid in (0, 3, 5):
+        model.check(noise, cond | {"mask": jnp.broadcast_to(jnp.arange(5) < valid, (2, 5))})
+    holes = jnp.array([[True] * 5, [True, False, True, False, False]])
+    with pytest.raises(ValueError, match="condition mask: row 1 has a valid token behind padding"):
+        model.check(noise, cond | {"mask": holes})
+    longer = {"text": jnp.zeros((2, 257, 8)), "mask": jnp.ones((2, 257), bool)}
+    with pytest.raises(ValueError, match="condition text of 257 rows: expected 1 to 256"):
+        model.check(noise, cond | longer)
+    if guided:
+        with pytest.raises(ValueError, match=r"condition guidance \[6.0, nan\]: expected finite numbers"):
+            model.check(noise, cond | {"guidance": jnp.array([6.0, jnp.nan])})
+    with pytest.raises(ValueError, match=r"grid \(2, 3\): expected 3 sides, frames, rows, columns"):
+        model.positions((2, 3))
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

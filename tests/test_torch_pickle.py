@@ -94,6 +94,21 @@ def test_the_same_model_in_either_container_is_the_same_source(tmp_path):
             np.testing.assert_array_equal(source.weights.tensors[name].read(), array)
 
 
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_whose_scales_are_elsewhere_is_refused(tmp_path, kind):
+    """As HunyuanVideo's fp8 release, whose names are those of the other."""
+    reference = emit(("storage", b"ctorch\nUntypedStorage\n", "0", "cpu", 0)) + b"Q"
+    hooks = b"ccollections\nOrderedDict\n" + emit(()) + b"R"
+    arguments = (reference, 0, (2, 2), (2, 1), False, hooks, f"ctorch\n{kind}\n".encode())
+    weight = b"ctorch._utils\n_rebuild_tensor_v3\n" + emit(arguments) + b"R"
+    state = {"module": emit({"double_blocks.0.img_mlp.fc1.weight": weight})}
+    path = write_archive(tmp_path / "fp8.pt", b"\x80\x02" + emit(state) + b".", {"0": np.zeros(4, np.uint8)})
+    with pytest.raises(
+        ValueError, match=rf"double_blocks.0.img_mlp.fc1.weight is {kind}.*_map.pt.*expected .* bfloat16"
+    ):
+        open_source(path)
+
+
 class Call:
     """Pickles as a call of os.system."""
 

@@ -12,7 +12,8 @@ SOURCE is one of
                        which only tensors are read: a file that would run anything is refused
   a diffusers folder   transformer/ with its shards and index, or the folder above it
 Layout and sizes are found from the file itself. All names and shapes are checked before any data are read, and TARGET
-appears only when it is whole. fp8 weights are cast to the dtype asked for."""
+appears only when it is whole. fp8 weights of a .safetensors are cast to the dtype asked for; those of a .pt have their
+scales in another file and are refused."""
 
 EXAMPLES = """\
 examples:
