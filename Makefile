@@ -12,12 +12,12 @@ VIDEO_PROMPT ?= red striped heart on meadow
 demo: .venv/installed
 	@mkdir -p demo
 	$(BIN)/chipmunk convert --overwrite examples/mini-flux demo/mini-flux
-	$(BIN)/chipmunk verify demo/mini-flux --sparsity mini-flux -o demo/compare.png --json demo/compare.json
+	$(BIN)/chipmunk verify demo/mini-flux -o demo/compare.png --json demo/compare.json
 
 demo-video: .venv/installed
 	@mkdir -p demo
 	$(BIN)/chipmunk convert --overwrite examples/mini-wan demo/mini-wan
-	$(BIN)/chipmunk verify demo/mini-wan --sparsity mini-wan --prompt "$(VIDEO_PROMPT)" \
+	$(BIN)/chipmunk verify demo/mini-wan --prompt "$(VIDEO_PROMPT)" \
 		-o demo/video.webp -o demo/video.png --json demo/video.json
 
 test: .venv/tested

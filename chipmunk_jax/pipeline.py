@@ -11,19 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chipmunk_jax.common_keys import check_voxels
+from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.convert import load
 from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
-from chipmunk_jax.families import FAMILIES, Family
-from chipmunk_jax.order import patch_sides
+from chipmunk_jax.families import TEXT_ROWS, Family, defaults
 from chipmunk_jax.sampling import Callback, Condition, check_room, plan_stacks, sample
 from chipmunk_jax.schedule import check_schedules, density
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 
 GLUE = frozenset(("a", "an", "and", "at", "in", "of", "on", "the", "with"))  # words of a prompt that say nothing
-TEXT_ROWS = 16  # of the small models' text: one for each attribute, then zeros
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,12 @@ def family_of(folder: str | Path) -> Family:
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint, or it is of a model without such a small one.
     """
-    if (found := describe(folder)).model not in FAMILIES:
+    family = defaults((found := describe(folder)).config)
+    if not isinstance(family, Family):
         raise ValueError(
             f"{folder}: a {found.model} model, whose text encoders and VAE are not here yet; prompts need them"
         )
-    return FAMILIES[found.model]
+    return family
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class Pipeline:
             sparsity: None samples densely.
             progress, callback, implementation: see chipmunk_jax.sample.
 
-        Where frames, height, width, steps or guidance is None, it is the family's (see FAMILIES).
+        Where frames, height, width, steps or guidance is None, it is the family's.
 
         Raises:
             ValueError: a prompt, size or setting that does not fit, before anything is compiled.
@@ -172,11 +171,13 @@ class Pipeline:
         check_request(family, self.words, prompts, **settings, seed=seed, sparsity=sparsity)
         grid = family.grid(settings)
         shape = (math.prod(grid), family.channels)
-        cond = self.encode(prompts)
         scale = None if settings["guidance"] == 1 else settings["guidance"]
-        # Before the noise is drawn, which for an absurd size has no room either.
+        # Before the noise is drawn and prompts are encoded, which for an absurd size or batch have no room either.
         options = dict(steps=settings["steps"], sparsity=sparsity, guidance=scale, implementation=implementation)
-        check_room(self.model, jax.ShapeDtypeStruct((len(prompts), *shape), jnp.float32), cond, **options)
+        rows = lambda *row: jax.ShapeDtypeStruct((len(prompts), *row), jnp.float32)
+        cond = {name: rows(*x.shape[1:]) for name, x in self.encode(prompts[:1]).items()}
+        check_room(self.model, rows(*shape), cond, **options)
+        cond = self.encode(prompts)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed + i), shape) for i in range(len(prompts))])
         tokens = sample(
             self.model,
@@ -208,7 +209,9 @@ def check_request(
         raise ValueError(f"prompts={prompts!r}: expected a list of sentences")
     if not prompts:
         raise ValueError("no prompts: expected at least one")
-    words.encode(prompts)
+    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ValueError(f"prompt {wrong[0]!r}: expected a sentence")
+    words.encode(list(dict.fromkeys(prompts)))  # each of a batch once
     settings = family.complete(**settings)
     grid = family.grid(settings)
     family.timesteps(settings["steps"], math.prod(grid))
@@ -216,13 +219,6 @@ def check_request(
         raise ValueError(f"guidance={settings['guidance']}: expected a finite number")
     if not 0 <= seed <= 2**32 - len(prompts):  # JAX takes a seed modulo 2^32
         raise ValueError(f"seed={seed}: expected 0 to {2**32 - len(prompts)}")
-    if sparsity:
-        check_schedules(sparsity, settings["steps"])
+    if sparsity is not None:
         check_grid(sparsity, grid)
-
-
-def check_grid(sparsity: Sparsity, grid: tuple[int, ...]) -> None:
-    """Raises ValueError where patches have other axes than the grid, or a neighbourhood is larger than it."""
-    patch_sides(grid, sparsity.patches)
-    if sparsity.attention and sparsity.attention.local_voxels:
-        check_voxels(sparsity.attention.local_voxels, grid, sparsity.patches)
+        check_schedules(sparsity, settings["steps"])

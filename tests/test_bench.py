@@ -375,7 +375,7 @@ def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
         "delta",
         "skipped",
     ]  # no neurons are chosen
-    preset = to_dict(PRESETS[MODELS[model].preset])
+    preset = to_dict(PRESETS[MODELS[model].defaults.preset])
     preset["attention"]["local_voxels"] = 1
     for entry in entries:
         assert entry["shape"] | {"layers": 0} == dict(height=48, width=64, frames=17, batch=1, layers=0, text=16)
@@ -404,11 +404,11 @@ def test_sizes_that_are_not_given_are_the_usual_ones(model, given, expected):
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [
-        ("flux-dev", (None, None, 5), "--frames 5: expected none, as this model makes images"),
-        ("wan-14b", (None, None, 80), "--frames 80: expected a multiple of 4, and one"),
-        ("wan-14b", (None, None, 0), "--frames 0: expected"),
-        ("wan-14b", (100, None, 81), "--height 100: expected a positive multiple of 16"),
-        ("hunyuan-video", (720, 0, None), "--width 0: expected a positive multiple of 16"),
+        ("flux-dev", (None, None, 5), "frames=5: expected none, as this model makes images"),
+        ("wan-14b", (None, None, 80), "frames=80: expected a multiple of 4, and one"),
+        ("wan-14b", (None, None, 0), "frames=0: expected"),
+        ("wan-14b", (100, None, 81), "height=100: expected a positive multiple of 16"),
+        ("hunyuan-video", (720, 0, None), "width=0: expected a positive multiple of 16"),
     ],
 )
 def test_sizes_that_no_token_divides_are_refused(model, given, message):
@@ -500,7 +500,7 @@ BAD = [
     (["kernels", "--compare", "bad.jsonl"], ["bad.jsonl", "line 2 is no record"]),
     (["kernels", "--compare", "empty.jsonl"], ["empty.jsonl", "holds no record"]),
     (["kernels", "-o", "none/a.jsonl"], ["none/a.jsonl", "no folder none"]),
-    (["step", "--height", "50"], ["--height 50", "multiple of 16"]),
+    (["step", "--height", "50"], ["height=50", "multiple of 16"]),
     (["step", "--layers", "1"], ["--layers 1", "expected 2 to 57"]),
     (["step", "--layers", "58"], ["--layers 58", "expected 2 to 57"]),
     (["step", "--kernels"], ["--kernels", "expected a GPU"]),
@@ -509,9 +509,17 @@ BAD = [
     (["sample", "--batch", "1000000"], ["no room on"]),
     (["kernels", "--only", "topk", "--plot", "a.png"], ["--only topk", "column_attention or mlp"]),
     (["step", "--sparsity", "fluks"], ["'fluks'", "one of flux"]),
-    (["sample", "--width", "0"], ["--width 0", "positive multiple of 16"]),
+    (["sample", "--width", "0"], ["width=0", "positive multiple of 16"]),
     (["sample", "--steps", "0"], ["--steps 0", "at least 1"]),
     (["sample", "--steps", "3", "--sparsity.mlp.full-step-schedule", "0,7"], ["mlp.full_step_schedule", "step 7"]),
+    (["sample", "--steps", "1000000"], ["steps=1000000", "at most 100000"]),
+    (["sample", "--model", "wan-14b", "--frames", "80"], ["frames=80", "multiple of 4, and one"]),
+    (["sample", "--frames", "5"], ["frames=5", "expected none, as this model makes images"]),
+    (["sample", "--model", "hunyuan-tiny", "--steps", "9"], ["attention.full_step_schedule names step 40"]),
+    (["sample", "--model", "wan-tiny", "--height", "32"], ["local_voxels=5: expected at most 2"]),
+    (["step", "--model", "wan-tiny", "--height", "32"], ["local_voxels=5: expected at most 2"]),
+    (["step", "--sparsity", "wan-14b"], ["patch (4, 4, 8): expected 2 sides"]),
+    (["step", "--height", "-16"], ["height=-16", "positive multiple of 16"]),
     (["sample", "-o", "."], ["cannot be written"]),
 ]
 

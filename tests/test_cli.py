@@ -60,13 +60,18 @@ BAD = [
     (["--height", 21], ["height=21", "multiple of 2"]),
     (["--width", 7], ["width=7", "multiple of 2"]),
     (["--height", 0], ["height=0", "positive multiple of 2"]),
+    (["--height", -2], ["height=-2", "positive multiple of 2"]),
+    (["--frames", 4], ["frames=4", "expected none, as this model makes images"]),
+    (["--fps", 4], ["--fps 4", "expected none, as this model makes images"]),
     (["--steps", 0], ["steps=0", "at least 1"]),
+    (["--steps", 10**6], ["steps=1000000", "at most 100000"]),
     (["--steps", -3], ["steps=-3", "at least 1"]),
     (["--seed", -1], ["seed=-1", "expected 0 to"]),
     (["--seed", 10**30], ["seed=1000", "expected 0 to"]),
     (["--guidance", "nan"], ["guidance=nan", "finite"]),
     (["--prompt", "red striped dog on meadow"], ["'red striped dog on meadow'", "one shape of disc, ring, heart"]),
     (["--prompt", ""], ["''", "one shape"]),
+    (["--prompt", "red ring and blue ring plain on sky"], ["one colour of", "both red and blue"]),
     (["-o", "none/out.png"], ["none/out.png", "no folder none"]),
     (["-o", "out.jpg"], ["out.jpg", ".png"]),
     (["-o", "."], [".png"]),
@@ -78,6 +83,9 @@ BAD = [
     (["--sparsity.patches", "8,3"], ["patches=(8, 3)", "divide"]),
     (["--sparsity", "fluks"], ["'fluks'", "one of flux"]),
     (["--sparsity", "none.yaml"], ["none.yaml", "no such file"]),
+    (["--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides for the grid"]),
+    (["--sparsity.attention.local-voxels", 3, "--sparsity.patches", "[8]"], ["local_voxels=3", "at most 2"]),
+    (["--sparsity.attention.local-1d-window", 1.5], ["attention.local_1d_window=1.5", "from 0 to 1"]),
     (["--sparsity.mlp.full-step-schedule", "0,3"], ["mlp.full_step_schedule", "step 3", "3 steps (0 to 2)"]),
     (["--sparsity.attention.full-step-schedule", "0,1,40"], ["attention.full_step_schedule", "step 40"]),
 ]
@@ -100,6 +108,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
         ("verify", ["--json", "none/a.json"], ["none/a.json", "no folder none"]),
         ("verify", ["--json", "."], ["cannot be written"]),
         ("verify", ["--steps", 1], ["--steps 1", "at least 2"]),
+        ("verify", ["--min-psnr", "nan"], ["--min-psnr nan", "number of dB"]),
     ],
 )
 def test_bad_input_of_one_command_is_one_sentence_too(command, flags, words, checkpoint, folder, no_model, capsys):
@@ -144,6 +153,19 @@ def make_source(checkpoint):
     (checkpoint / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
 
 
+def make_file(checkpoint):
+    """As flux1-dev.safetensors in place of the folder that convert writes."""
+    shutil.rmtree(checkpoint)
+    checkpoint.write_text("")
+
+
+def make_latent(checkpoint):
+    """As FLUX.1 itself, whose prompts no word table knows."""
+    content = json.loads((checkpoint / "config.json").read_text())
+    content["config"]["in_channels"] = 64
+    (checkpoint / "config.json").write_text(json.dumps(content))
+
+
 def make_bare_source(checkpoint):
     make_source(checkpoint)
     remove_words(checkpoint)
@@ -161,6 +183,8 @@ DAMAGES = [
     (remove_config, "half-written"),
     (make_source, "not a converted checkpoint; make one with `chipmunk convert"),
     (make_bare_source, "not a converted checkpoint; make one with `chipmunk convert"),
+    (make_file, "not a converted checkpoint; make one with `chipmunk convert"),
+    (make_latent, "a flux model, whose text encoders and VAE are not here yet"),
     (remove_words, "no words.json"),
     (break_words, "bad word table"),
     (cut_weights, "damaged weights"),
@@ -253,6 +277,17 @@ def test_a_batch_is_numbered_files_with_seeds_of_their_own(checkpoint, folder):
         image.close()
 
 
+def test_a_batch_without_room_is_refused_before_its_prompts_are_encoded(checkpoint, folder, capsys):
+    assert run("sample", checkpoint, "--batch", 10**6) == 2
+    assert_one_sentence(capsys, "no room on", "a smaller batch")
+
+
+def test_a_file_that_is_there_is_replaced_whole(checkpoint, folder):
+    (folder / "a.png").write_text("old")
+    assert run("sample", checkpoint, "-o", "a.png") == 0
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG") and len(list(folder.iterdir())) == 1
+
+
 def test_dense_ignores_sparsity(checkpoint, folder):
     flags = ["--dense", "--sparsity", "flux", "--sparsity.mlp.top-keys", 0.1]
     assert run("sample", checkpoint, "-o", "a.png", *flags) == 0
@@ -262,16 +297,16 @@ def test_dense_ignores_sparsity(checkpoint, folder):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def parse(*flags, default=None):
+def parse(*flags, preset="flux", dense=False):
     """The Sparsity of a command line."""
     parser = argparse.ArgumentParser()
-    add_sparsity_flags(parser, default)
-    return read_sparsity(parser.parse_args(list(flags)))
+    add_sparsity_flags(parser)
+    return read_sparsity(parser.parse_args(list(flags)), preset, dense=dense)
 
 
 def test_sparsity_flags_reach_the_config(tmp_path):
-    assert parse() is None
-    assert parse(default="flux") == parse("--sparsity", "flux") == Sparsity()
+    assert parse(dense=True) is None
+    assert parse() == parse("--sparsity", "flux", dense=True) == Sparsity()
     assert parse("--sparsity.attention.top-keys", "0.2") == load_sparsity("flux", {"attention.top_keys": 0.2})
     found = parse(
         *("--sparsity.attention.recompute-mask", "true"),
@@ -287,6 +322,16 @@ def test_sparsity_flags_reach_the_config(tmp_path):
     found = parse("--sparsity", str(file), "--sparsity.attention.top-keys", "0.4")
     assert (found.attention.top_keys, found.attention.max_keys, found.mlp) == (0.4, 0.5, None)
     assert parse("--sparsity", str(file), "--sparsity.attention.max-keys", "null").attention.max_keys is None
+
+
+def test_sparsity_alone_and_single_flags_start_from_the_models_own_preset():
+    assert parse("--sparsity", preset="mini-wan") == parse(preset="mini-wan") == load_sparsity("mini-wan")
+    flag = ["--sparsity.attention.top-keys", "0.4"]
+    found = parse(*flag, preset="mini-wan", dense=True)
+    assert (
+        found == parse("--sparsity", *flag, preset="mini-wan") == load_sparsity("mini-wan", {"attention.top_keys": 0.4})
+    )
+    assert parse("--sparsity", "flux", preset="mini-wan") == Sparsity()
 
 
 def test_every_field_has_a_flag():
@@ -316,7 +361,7 @@ def test_verify_writes_its_sheet_and_numbers(checkpoint, folder, capsys):
     report = json.loads((folder / "numbers.json").read_text())
     assert report.keys() == VERIFIED
     assert report["prompts"] == [PROMPT, "blue plain ring on night"]
-    assert report["sparsity"] == to_dict(load_sparsity("flux", {"mlp.first_n_dense_layers": 0}))
+    assert report["sparsity"] == to_dict(load_sparsity("mini-flux", {"mlp.first_n_dense_layers": 0}))
     assert (report["steps"], report["jax"]) == (3, jax.__version__)
     assert len(report["psnr"]) == 2 and report["median_psnr"] == pytest.approx(np.mean(report["psnr"]))
     # Attention: 1 of 3 layers in 1 of 3 steps keeps 64 of 76 keys. MLP: 2 of 3 steps keep 64 of 128 neurons.
@@ -362,7 +407,7 @@ def test_a_converted_checkpoint_is_planned_by_its_own_sizes(checkpoint, capsys):
     sizes = ["--height", 20, "--width", 12]
     assert plan(checkpoint, *sizes) == 0
     sparse = capsys.readouterr().out
-    assert sparse.startswith(f"{checkpoint}: height 20, width 12, batch 1, steps 50, float32, sparse\n")
+    assert sparse.startswith(f"{checkpoint}: height 20, width 12, batch 1, steps 28, float32, sparse\n")
     assert plan(checkpoint, *sizes, "--dense") == 0
     dense = capsys.readouterr().out
     assert "residuals" in sparse and "residuals" not in dense
@@ -409,10 +454,15 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
         (["inspect", "--plan", "somewhere"], ["somewhere", "no such folder"]),
         (["inspect", "--plan", "--model", "flux-dev", "--device", "a100"], ["--device a100", "h100, h200 or a number"]),
         (["inspect", "--plan", "--model", "flux-dev", "--batch", "0"], ["--batch 0", "at least 1"]),
-        (["inspect", "--plan", "--model", "flux-dev", "--steps", "0"], ["--steps 0", "at least 1"]),
-        (["inspect", "--plan", "--model", "flux-dev", "--frames", "5"], ["--frames 5", "images"]),
-        (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["--frames 6", "multiple of 4"]),
-        (["inspect", "--plan", "--model", "wan-1.3b", "--height", "7"], ["--height 7", "multiple of 16"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--steps", "0"], ["steps=0", "at least 1"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--frames", "5"], ["frames=5", "images"]),
+        (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["frames=6", "multiple of 4"]),
+        (["inspect", "--plan", "--model", "hunyuan-video", "--frames", "-3"], ["frames=-3", "multiple of 4, and one"]),
+        (["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20"], ["names step 40", "there are 20 steps"]),
+        (["inspect", "--plan", "--model", "wan-tiny", "--height", "32"], ["local_voxels=5: expected at most 2"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--device", "nan"], ["--device nan", "h100, h200 or a number"]),
+        (["inspect", "--plan", "--model", "wan-1.3b", "--height", "7"], ["height=7", "multiple of 16"]),
         (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "fluks"], ["'fluks'"]),
     ],
 )

@@ -15,7 +15,7 @@ SEES = {
     "core": {"pallas_kernels", "core"},
     "models": {"pallas_kernels", "core", "models"},
     "convert": {"pallas_kernels", "core", "models", "convert"},
-    "top": {"pallas_kernels", "core", "models", "convert", "top"},  # pipeline, bench and cli
+    "top": {"pallas_kernels", "core", "models", "convert", "top"},  # families, pipeline, bench and cli
 }
 MAY_USE_PYTORCH = "torch_baselines.py"  # inside functions: the test in a new process has no PyTorch and imports it
 PYTORCH = {"torch", "torchvision", "diffusers", "transformers", "accelerate"}
@@ -43,7 +43,9 @@ def room_of(module):
     if top == "pallas_kernels":
         return top
     part = rest.partition(".")[0]
-    return part if part in ("models", "convert") else "top" if part in ("pipeline", "bench", "cli") else "core"
+    return (
+        part if part in ("models", "convert") else "top" if part in ("families", "pipeline", "bench", "cli") else "core"
+    )
 
 
 def imported(source):

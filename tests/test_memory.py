@@ -24,7 +24,7 @@ def tiny(name, batch=1, sparsity="preset", steps=5):
     model = MODELS[name]
     sizes = model.sizes(*TINY[name], *(None,) * (3 - len(TINY[name])))
     overrides = {"attention.group": 64, "attention.local_voxels": 0}
-    sparsity = load_sparsity(model.preset, overrides) if sparsity == "preset" else sparsity
+    sparsity = load_sparsity(model.defaults.preset, overrides) if sparsity == "preset" else sparsity
     plan = plan_memory(model, sizes, batch, steps=steps, dtype=jnp.dtype(jnp.bfloat16), sparsity=sparsity)
     return model, sizes, sparsity, plan
 
@@ -121,7 +121,7 @@ def test_sample_refuses_what_the_plan_says_and_no_less(monkeypatch):
     network = random_model(model, jnp.bfloat16)
     noise, cond = random_inputs(model, 1, int(np.prod(model.grid(sizes))))
     need = sum(size for part, size in plan.items() if part not in memory.PLACED)
-    options = dict(timesteps=model.timesteps(5, noise.shape[1]), grid=model.grid(sizes), sparsity=sparsity)
+    options = dict(timesteps=model.defaults.timesteps(5, noise.shape[1]), grid=model.grid(sizes), sparsity=sparsity)
 
     def compiled(*args, **options):
         raise InterruptedError
@@ -183,6 +183,13 @@ def abstract_config(name):
     from chipmunk_jax.convert.networks import NETWORKS
 
     return NETWORKS[name].config()
+
+
+@pytest.mark.parametrize("given", ["0", "-0.5", "1.5", "75%", "nan", ""])
+def test_a_share_of_the_device_that_is_no_fraction_is_refused(monkeypatch, given):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", given)
+    with pytest.raises(ValueError, match=f"MEM_FRACTION={given}: expected a fraction above 0 and up to 1"):
+        memory.share()
 
 
 def test_a_device_is_a_name_or_gib():

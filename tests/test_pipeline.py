@@ -153,6 +153,12 @@ def test_seed_prompt_and_guidance_each_change_the_image(pipeline):
     [
         (dict(prompts=[]), ["no prompts"]),
         (dict(prompts=["red"]), ["'red'", "shape"]),
+        (dict(prompts="red"), ["prompts='red'", "a list of sentences"]),
+        (dict(prompts=[3]), ["prompt 3", "a sentence"]),
+        (dict(height=20.5), ["height=20.5", "a whole number"]),
+        (dict(frames=4), ["frames=4", "expected none"]),
+        (dict(steps=2.5), ["steps=2.5", "a whole number"]),
+        (dict(sparsity="flux"), ["sparsity='flux'", "load_sparsity()"]),
         (dict(height=33), ["height=33", "multiple of 2"]),
         (dict(height=0), ["height=0", "multiple of 2"]),
         (dict(width=-2), ["width=-2", "multiple of 2"]),

@@ -286,7 +286,7 @@ def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, fold
     assert sorted(file.name for file in folder.iterdir()) == ["a.json", "a.png", "a.webp"]
     assert "a.webp\na.png\n" in capsys.readouterr().out
     report = json.loads((folder / "a.json").read_text())
-    sparsity = load_sparsity("flux", {"patches": [[4, 4, 2]], "attention.first_n_dense_layers": 0})
+    sparsity = load_sparsity("mini-wan", {"patches": [[4, 4, 2]], "attention.first_n_dense_layers": 0})
     assert report["sparsity"] == to_dict(sparsity) and report["frames"] == 5
     settings = SIZE | dict(steps=3, callback=lambda *_: None)  # with one as verify has, so that it is the same program
     prompts = [PROMPTS[0], PROMPTS[2]]

@@ -174,7 +174,20 @@ def test_inputs_that_do_not_fit_are_refused(noise, cond, message):
         model.check(jnp.zeros(noise), {name: jnp.zeros(shape) for name, shape in cond.items()})
 
 
+def test_text_of_a_published_model_has_all_of_its_rows():
+    """Those behind the prompt are attended to: with fewer the sample would be another."""
+    config = wan.WanConfig(dim=64, ffn_dim=96, num_heads=2, num_layers=1)
+    model = nnx.eval_shape(lambda: wan.Wan(config, rngs=nnx.Rngs(0)))
+    noise = jnp.zeros((1, 6, 64))
+    model.check(noise, {"text": jnp.zeros((1, 512, 4096))})
+    for rows in (511, 513, 77, 0):
+        with pytest.raises(ValueError, match=f"condition text of {rows} rows: expected exactly 512"):
+            model.check(noise, {"text": jnp.zeros((1, rows, 4096))})
+    with pytest.raises(ValueError, match=r"grid \(6,\): expected 3 sides"):
+        model.positions((6,))
+
+
 def test_prompts_without_a_word_table_are_refused(golden, tmp_path):
     convert(GOLDEN / golden["name"] / "transformer", tmp_path / "wan")
-    with pytest.raises(ValueError, match=r"wan: no words\.json; .* no text encoder and no VAE yet"):
+    with pytest.raises(ValueError, match="wan: a wan model, whose text encoders and VAE are not here yet"):
         Pipeline.load(tmp_path / "wan")

@@ -8,19 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from chipmunk_jax import memory, sampling
+from chipmunk_jax.families import Defaults, defaults
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from chipmunk_jax.models.wan import Wan, WanConfig
 from chipmunk_jax.sampling import Condition, Model
-from chipmunk_jax.solvers import Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
-
-FRAMES = 4  # of a video that one latent frame holds; the first stands for itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +29,8 @@ class BenchModel:
     depths: tuple[str, ...]  # its fields that count layers, one a stack
     width: int  # D
     channels: int  # of a token
-    pixels: int  # on a side of a token
-    size: tuple[int, ...]  # height and width of what it usually makes, in pixels, and of a video its frames
-    text: int  # tokens
     conditions: Callable[[Any, int], dict[str, tuple[int, ...]]]  # config, text -> their shapes, without the batch
-    timesteps: Callable[[int, int], np.ndarray]  # steps, tokens -> f32 [steps + 1]
-    preset: str  # of sparsity
-    stride: int = FRAMES  # frames of a latent frame
-    solver: Solver | None = None  # None: Euler
-    guidance: float | None = None  # scale of true guidance, which doubles the batch
-    distilled: float = 0.0  # scale of a guidance that is a condition
+    defaults: Defaults
 
     @property
     def layers(self) -> int:
@@ -49,30 +38,21 @@ class BenchModel:
 
     def rows(self, batch: int) -> int:
         """Entries of the batch that the network sees."""
-        return batch if self.guidance is None else 2 * batch
+        return batch if self.defaults.guidance is None else 2 * batch
 
     def sizes(self, height: int | None, width: int | None, frames: int | None) -> dict[str, int]:
         """Height, width and, of a video, frames: those given, and the usual ones for the others.
 
         Raises:
-            ValueError: pixels that are not a multiple of a token's, frames of an image, or frames that no latent frame ends with.
+            ValueError: sizes that tokens do not fill, or frames of an image.
         """
-        if frames is not None and len(self.size) == 2:
-            raise ValueError(f"--frames {frames}: expected none, as this model makes images")
-        given = dict(zip(("height", "width", "frames"), (height, width, frames), strict=True))
-        usual = dict(zip(given, self.size, strict=False))  # of an image, no frames
-        sizes = {name: usual[name] if given[name] is None else given[name] for name in usual}
-        for name in ("height", "width"):
-            if sizes[name] < self.pixels or sizes[name] % self.pixels:
-                raise ValueError(f"--{name} {sizes[name]}: expected a positive multiple of {self.pixels}")
-        if (sizes.get("frames", 1) - 1) % self.stride or sizes.get("frames", 1) < 1:
-            raise ValueError(f"--frames {frames}: expected a multiple of {self.stride}, and one")
-        return sizes
+        complete = self.defaults.complete(height=height, width=width, frames=frames)
+        self.grid(complete)
+        return {name: complete[name] for name in ("height", "width", "frames") if name in complete}
 
     def grid(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Tokens on each axis: rows and columns, and of a video frames before them."""
-        frames = (1 + (sizes["frames"] - 1) // self.stride,) if "frames" in sizes else ()
-        return *frames, sizes["height"] // self.pixels, sizes["width"] // self.pixels
+        return self.defaults.grid(sizes)
 
     def shortened(self, layers: int) -> "BenchModel":
         """The same with so many layers in all, shared out among its stacks as they were, at least one each.
@@ -90,79 +70,50 @@ class BenchModel:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **sizes, **{self.depths[-1]: left}))
 
 
-def _flux(config: FluxConfig, *, text: int, pixels: int = 16) -> BenchModel:
+def _joint(config: FluxConfig | HunyuanVideoConfig, **usual: Any) -> BenchModel:
+    video = isinstance(config, HunyuanVideoConfig)
     return BenchModel(
-        network=Flux, config=config, depths=("depth", "depth_single_blocks"), width=config.hidden_size,
-        channels=config.in_channels, pixels=pixels, size=(768, 1280), text=text, conditions=_flux_conditions,
-        timesteps=flux_timesteps, preset="flux", distilled=3.5,
+        network=HunyuanVideo if video else Flux, config=config, depths=("depth", "depth_single_blocks"),
+        width=config.hidden_size, channels=config.token_channels if video else config.in_channels,
+        conditions=_joint_conditions, defaults=dataclasses.replace(defaults(config), **usual),
     )  # fmt: skip
 
 
-def _flux_conditions(config: FluxConfig | HunyuanVideoConfig, text: int) -> dict[str, tuple[int, ...]]:
-    guidance = {"guidance": ()} if config.guidance_embed else {}
-    return {"text": (text, config.context_in_dim), "pooled": (config.vec_in_dim,)} | guidance
+def _joint_conditions(config: FluxConfig | HunyuanVideoConfig, text: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"text": (text, config.context_in_dim), "pooled": (config.vec_in_dim,)}
+    shapes |= {"guidance": ()} if config.guidance_embed else {}
+    return shapes | ({"mask": (text,)} if isinstance(config, HunyuanVideoConfig) else {})
 
 
-def _hunyuan_video(config: HunyuanVideoConfig, *, text: int, pixels: int = 16) -> BenchModel:
-    return BenchModel(
-        network=HunyuanVideo, config=config, depths=("depth", "depth_single_blocks"), width=config.hidden_size,
-        channels=config.token_channels, pixels=pixels, size=(720, 1280, 129), text=text,
-        conditions=lambda config, text: _flux_conditions(config, text) | {"mask": (text,)},
-        timesteps=lambda steps, _: shifted_timesteps(steps, 7.0), preset="hunyuan-video", distilled=6.0,
-    )  # fmt: skip
-
-
-def _wan(
-    config: WanConfig,
-    preset: str,
-    *,
-    size: tuple[int, int, int],
-    text: int = 512,
-    pixels: int = 16,
-    stride: int = FRAMES,
-) -> BenchModel:
+def _wan(config: WanConfig, **usual: Any) -> BenchModel:
     return BenchModel(
         network=Wan, config=config, depths=("num_layers",), width=config.dim, channels=config.patch * config.out_dim,
-        pixels=pixels, size=size, text=text, conditions=lambda config, text: {"text": (text, config.text_dim)},
-        timesteps=lambda steps, _: wan_timesteps(steps, 5.0), preset=preset, solver=UniPC(), guidance=5.0, stride=stride,
+        conditions=lambda config, text: {"text": (text, config.text_dim)},
+        defaults=dataclasses.replace(defaults(config), **usual),
     )  # fmt: skip
 
 
 _TINY = dict(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4)
 MODELS = {
-    "flux-dev": _flux(FluxConfig(), text=512),
-    "flux-schnell": _flux(FluxConfig(guidance_embed=False), text=256),
-    "hunyuan-video": _hunyuan_video(HunyuanVideoConfig(), text=256),
-    "wan-14b": _wan(WanConfig(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40), "wan-14b", size=(720, 1280, 81)),
-    "wan-1.3b": _wan(WanConfig(), "wan-1.3b", size=(480, 832, 81)),
-    "flux-tiny": _flux(FluxConfig(**_TINY), text=16, pixels=4),
-    "hunyuan-tiny": _hunyuan_video(HunyuanVideoConfig(**_TINY), text=16, pixels=4),
+    "flux-dev": _joint(FluxConfig()),
+    "flux-schnell": _joint(FluxConfig(guidance_embed=False)),
+    "hunyuan-video": _joint(HunyuanVideoConfig()),
+    "wan-14b": _wan(WanConfig(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40)),
+    "wan-1.3b": _wan(WanConfig()),
+    "flux-tiny": _joint(FluxConfig(**_TINY), text=16, patch=(4, 4)),
+    "hunyuan-tiny": _joint(HunyuanVideoConfig(**_TINY), text=16, patch=(4, 4, 4)),
+    # As many rows as the preset's neighbourhood of 5 voxels has.
     "wan-tiny": _wan(
-        WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=4), "wan-1.3b", size=(64, 64, 17), text=16, pixels=4
+        WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=4, text_dim=256),
+        text=16, patch=(4, 4, 4), frames=17, height=80, width=64,
     ),
-}
-
-
-COLOURS, WORDS = 3, 16  # channels of a pixel; rows of text of the small models, which have no latents
+}  # fmt: skip
 
 
 def model_of(config: FluxConfig | HunyuanVideoConfig | WanConfig) -> BenchModel:
     """The entry of a converted checkpoint: that of MODELS with its config, or one like it with its sizes."""
-    for model in MODELS.values():
-        if model.config == config:
-            return model
-    if isinstance(config, HunyuanVideoConfig):
-        return _hunyuan_video(config, text=256)
-    if isinstance(config, FluxConfig):
-        side = math.isqrt(config.in_channels // COLOURS)
-        if config.in_channels != COLOURS * side**2:
-            return _flux(config, text=512)
-        pixels = _flux(config, text=WORDS, pixels=side)
-        return dataclasses.replace(pixels, size=(64, 64), guidance=2.0)  # as `chipmunk sample` has them
-    if config.out_dim != COLOURS:
-        return _wan(config, "wan-14b", size=(720, 1280, 81))
-    side = config.patch_size[-1]
-    return _wan(config, "wan-14b", size=(64, 64, 16), text=WORDS, pixels=side, stride=config.patch_size[0])
+    known = next((model for model in MODELS.values() if model.config == config), None)
+    return known or (_wan if isinstance(config, WanConfig) else _joint)(config)
 
 
 def plan_memory(
@@ -188,7 +139,8 @@ def plan_memory(
     """
     network = nnx.eval_shape(lambda: model.network(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
     noise, cond = jax.eval_shape(lambda: random_inputs(model, batch, math.prod(model.grid(sizes))))
-    options = dict(steps=steps, sparsity=sparsity, guidance=model.guidance, solver=model.solver)
+    usual = model.defaults
+    options = dict(steps=steps, sparsity=sparsity, guidance=usual.guidance, solver=usual.solver)
     return sampling.plan_memory(network, noise, cond, **options, implementation=implementation)
 
 
@@ -208,13 +160,13 @@ def random_model(model: BenchModel, dtype: jnp.dtype) -> Model:
 
 def random_inputs(model: BenchModel, batch: int, tokens: int, seed: int = 1) -> tuple[jax.Array, Condition]:
     """noise [B, N, C] and the conditions [B, ..], f32, unit normal."""
-    shapes = model.conditions(model.config, model.text)
+    shapes = model.conditions(model.config, model.defaults.text)
     noise_key, *keys = jax.random.split(jax.random.key(seed), 1 + len(shapes))
     cond = {
         name: jax.random.normal(key, (batch, *shape)) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     if "guidance" in cond:
-        cond["guidance"] = jnp.full(batch, model.distilled)
+        cond["guidance"] = jnp.full(batch, model.defaults.distilled or 0.0)
     if "mask" in cond:
-        cond["mask"] = jnp.ones((batch, model.text), bool)  # the longest prompt
+        cond["mask"] = jnp.ones((batch, model.defaults.text), bool)  # the longest prompt
     return jax.random.normal(noise_key, (batch, tokens, model.channels)), cond

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
+from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.quality import relative_l2
 from chipmunk_jax.sampling import plan_stacks, sample
@@ -44,15 +45,17 @@ def bench_sample(
     Raises:
         ValueError: sizes that do not fit, or no room, before any work.
     """
-    entry = MODELS[name]
+    entry, usual = MODELS[name], MODELS[name].defaults
     sizes = entry.sizes(height, width, frames)
     grid = entry.grid(sizes)
     tokens = math.prod(grid)
+    timesteps = usual.timesteps(steps, tokens)
     check_schedules(sparsity, steps)
+    check_grid(sparsity, grid)
     check_room(plan_memory(entry, sizes, batch, steps=steps, dtype=jnp.dtype(dtype), sparsity=sparsity))
     model = random_model(entry, jnp.dtype(dtype))
     noise, cond = random_inputs(entry, batch, tokens)
-    options = dict(timesteps=entry.timesteps(steps, tokens), grid=grid, solver=entry.solver, guidance=entry.guidance)
+    options = dict(timesteps=timesteps, grid=grid, solver=usual.solver, guidance=usual.guidance)
     kinds = {
         kind: lambda s=s: sample(model, noise, cond, sparsity=s, **options)
         for kind, s in (("dense", None), ("sparse", sparsity))
@@ -64,7 +67,7 @@ def bench_sample(
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
     stacks = model.stacks(tokens, cond)
     table = plan_stacks(stacks, sparsity, steps, grid)
-    shape = sizes | {"batch": batch, "steps": steps, "text": entry.text}
+    shape = sizes | {"batch": batch, "steps": steps, "text": usual.text}
     extra = {"density": density(table, sum(stack.layers for stack in stacks.values()))}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
     return [_record(kind, seconds, outputs, first, common, extra, steps) for kind in kinds]

@@ -17,6 +17,7 @@ from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import REPEAT_SECONDS, Timed, time_in_turn
+from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.order import patch_order
 from chipmunk_jax.sampling import modulations_of, plan_stacks
@@ -74,6 +75,7 @@ def bench_step(
     entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
     sizes = entry.sizes(height, width, frames)
     grid, rows = entry.grid(sizes), entry.rows(batch)
+    check_grid(sparsity, grid)
     check_room(plan_memory(entry, sizes, batch, steps=INPUTS, dtype=jnp.dtype(dtype), sparsity=sparsity))
     kinds = [
         kind for kind in KINDS if kind != "select neurons" or (sparsity.mlp and sparsity.mlp.cache == "activations")
@@ -86,7 +88,7 @@ def bench_step(
         right = {kind: Timed(partial(steps.run, kind)) for kind in kinds if errors[kind][0] is None}
         seconds = time_in_turn(right, repeats, warm=steps.last < REPEAT_SECONDS, report=lambda _: bar.update())
         profiles = {kind: kernel_times(timed.dispatch) for kind, timed in right.items()} if kernels else {}
-    shape = sizes | {"batch": batch, "layers": entry.layers, "text": entry.text}
+    shape = sizes | {"batch": batch, "layers": entry.layers, "text": entry.defaults.text}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
     return [
         Record(

@@ -63,21 +63,21 @@ def add_parser(subparsers) -> None:
     step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
     step.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
     _add_common(step, repeats=5)
-    add_sparsity_flags(step, None, "the model's preset")
+    add_sparsity_flags(step)
     step.set_defaults(run=run_step)
 
     sample = commands.add_parser("sample", help="whole samples, dense and sparse", **layout)
     _add_model_flags(sample)
-    sample.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
+    sample.add_argument("--steps", type=int, help="of the sampler (default: the model's usual: 50 for FLUX.1-dev)")
     _add_common(sample, repeats=3)
-    add_sparsity_flags(sample, None, "the model's preset")
+    add_sparsity_flags(sample)
     sample.set_defaults(run=run_sample)
 
     schedule = commands.add_parser("schedule", help="a whole sample from the steps that were timed", **layout)
     schedule.add_argument("records", metavar="RECORDS", help="file that `chipmunk bench step -o` wrote")
     schedule.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
     schedule.add_argument("-o", "--output", help="JSON lines file to append the records to")
-    add_sparsity_flags(schedule, None, "that of the steps")
+    add_sparsity_flags(schedule, own="that of the steps")
     schedule.set_defaults(run=run_schedule)
 
     quality = commands.add_parser(
@@ -148,15 +148,17 @@ def run_step(args: argparse.Namespace) -> int:
     if args.kernels and jax.default_backend() != "gpu":
         raise ValueError(f"--kernels: expected a GPU, found {jax.default_backend()}")
     options = _options(args, "height", "width", "frames", "layers", "batch", "dtype", "repeats", "kernels")
-    options["sparsity"] = read_sparsity(args, MODELS[args.model].preset)
+    options["sparsity"] = read_sparsity(args, MODELS[args.model].defaults.preset)
     return _report(args, lambda: [bench_step(args.model, **options)])
 
 
 def run_sample(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench sample`."""
+    usual = MODELS[args.model].defaults
+    args.steps = usual.steps if args.steps is None else args.steps
     _check(args, "steps", "batch", "repeats")
     options = _options(args, "height", "width", "frames", "steps", "batch", "dtype", "repeats")
-    options["sparsity"] = read_sparsity(args, MODELS[args.model].preset)
+    options["sparsity"] = read_sparsity(args, usual.preset)
     return _report(args, lambda: [bench_sample(args.model, **options)])
 
 
@@ -164,7 +166,8 @@ def run_schedule(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench schedule`."""
     _check(args, "steps")
     entries = records.read(args.records)
-    samples = by_schedule(entries, args.steps, read_sparsity(args))
+    own = next((entry["sparsity"] for entry in entries if entry["benchmark"] == "step"), {})
+    samples = by_schedule(entries, args.steps, read_sparsity(args, own))
     if args.output:
         records.append(args.output, samples)
     print(records.table(samples))

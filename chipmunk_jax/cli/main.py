@@ -16,10 +16,10 @@ EXAMPLES = """\
 from a PyTorch checkpoint to pictures and videos:
   chipmunk inspect examples/mini-flux                       what is it?
   chipmunk convert examples/mini-flux mini                  read it without PyTorch
-  chipmunk sample mini --prompt "red striped heart on meadow" --sparsity flux -o heart.png
+  chipmunk sample mini --prompt "red striped heart on meadow" --sparsity -o heart.png
   chipmunk convert examples/mini-wan mini-wan
-  chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity mini-wan -o heart.webp
-  chipmunk verify mini --sparsity mini-flux -o compare.png                       dense, sparse and their difference, side by side
+  chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity -o heart.webp
+  chipmunk verify mini -o compare.png                       dense, sparse and their difference, side by side
 
 `chipmunk COMMAND --help` says more, with examples."""
 

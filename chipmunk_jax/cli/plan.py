@@ -1,6 +1,7 @@
 """chipmunk inspect --plan: what a sample would take of a device's memory, before anything is compiled."""
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from chipmunk_jax import memory
 from chipmunk_jax.bench.models import MODELS, BenchModel, model_of, plan_memory
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.convert.checkpoint import describe
+from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 
 MORE = 0.95  # of a device, the most that is safe to give JAX: the rest is the driver's and the libraries'
@@ -28,11 +31,11 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=int, help="pixels (default: the model's usual)")
     group.add_argument("--frames", type=int, help="of a video (default: the model's usual)")
     group.add_argument("--batch", type=int, default=1, help="images or videos at once (default: 1)")
-    group.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
+    group.add_argument("--steps", type=int, help="of the sampler (default: the model's usual)")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as saved, bfloat16 for --model")
     group.add_argument("--device", default="h100", help=f"{', '.join(memory.DEVICES)} or its GiB (default: h100)")
     group.add_argument("--dense", action="store_true", help="without sparsity, whatever --sparsity says")
-    add_sparsity_flags(parser, None, "the model's preset")
+    add_sparsity_flags(parser)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,22 @@ class Request:
         except NotImplementedError:  # the kernels cannot take it: a GPU, too, runs the reference
             return plan("reference")
 
+    def check(self) -> None:
+        """Raises ValueError where the sampler has no such steps, or the sizes do not fit."""
+        grid = self.model.grid(self.sizes)
+        self.model.defaults.timesteps(self.steps, math.prod(grid))
+        if self.sparsity:
+            check_schedules(self.sparsity, self.steps)
+            check_grid(self.sparsity, grid)
+
+    def runs(self) -> bool:
+        """Whether check() has nothing to say."""
+        try:
+            self.check()
+        except ValueError:
+            return False
+        return True
+
     def smaller(self) -> Iterator[tuple[str, "Request"]]:
         """Requests that take less, each with the flags that make it: settings first, then less of everything."""
         changed, flags = self, []
@@ -65,14 +84,16 @@ class Request:
             yield " ".join(flags), changed
         for batch in range(self.batch - 1, 0, -1):
             yield f"--batch {batch}", replace(self, batch=batch)
-        stride, pixels = self.model.stride, self.model.pixels
+        stride, *_, pixels = self.model.defaults.patch
         for frames in range(self.sizes.get("frames", 1) - stride, 0, -stride):
-            yield f"--frames {frames}", replace(self, sizes=self.sizes | {"frames": frames})
+            changed = replace(self, sizes=self.sizes | {"frames": frames})
+            if changed.runs():
+                yield f"--frames {frames}", changed
         for eighths in range(7, 0, -1):
             sides = {name: self.sizes[name] * eighths // 8 // pixels * pixels for name in ("height", "width")}
-            if min(sides.values()):
-                flags = " ".join(f"--{name} {size}" for name, size in sides.items())
-                yield flags, replace(self, sizes=self.sizes | sides)
+            changed = replace(self, sizes=self.sizes | sides)
+            if changed.runs():
+                yield " ".join(f"--{name} {size}" for name, size in sides.items()), changed
         if self.sparsity:
             yield "--dense", replace(self, sparsity=None)
 
@@ -99,17 +120,19 @@ def read_request(args: argparse.Namespace) -> Request:
     """
     if (args.path is None) == (args.model is None):
         raise ValueError("--plan: expected a converted folder or --model, one of them")
-    for name in ("batch", "steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: expected at least 1")
     if args.model:
         model, dtype = MODELS[args.model], "bfloat16"
     else:
         found = describe(args.path)
         model, dtype = model_of(found.config), found.dtype
-    sparsity = None if args.dense else read_sparsity(args, model.preset)
+    sparsity = None if args.dense else read_sparsity(args, model.defaults.preset)
     sizes = model.sizes(args.height, args.width, args.frames)
-    return Request(args.model or args.path, model, sizes, args.batch, args.steps, args.dtype or dtype, sparsity)
+    steps = model.defaults.steps if args.steps is None else args.steps
+    request = Request(args.model or args.path, model, sizes, args.batch, steps, args.dtype or dtype, sparsity)
+    request.check()
+    return request
 
 
 def table(request: Request, parts: memory.Parts) -> str:

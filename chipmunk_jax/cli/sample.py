@@ -25,10 +25,10 @@ holds its prompt, seed and settings."""
 
 EXAMPLES = """\
 examples:
-  chipmunk sample mini --prompt "red striped heart on meadow" --sparsity flux -o heart.png
+  chipmunk sample mini --prompt "red striped heart on meadow" --sparsity -o heart.png           by the model's own preset
   chipmunk sample mini --prompt "blue plain ring on night" --batch 4 --dense -o ring.png        ring-1.png .. ring-4.png
   chipmunk sample mini --prompt "teal marbled star on sky" --sparsity flux --sparsity.attention.top-keys 0.1 -o star.png
-  chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity mini-wan --fps 12 -o heart.webp"""
+  chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity --fps 12 -o heart.webp"""
 
 
 def add_parser(subparsers) -> None:
@@ -50,7 +50,7 @@ def add_parser(subparsers) -> None:
     )
     add_sampling_flags(parser)
     parser.add_argument("--dense", action="store_true", help="recompute everything, whatever --sparsity says")
-    add_sparsity_flags(parser, None)
+    add_sparsity_flags(parser, "dense")
     parser.set_defaults(run=run)
 
 
@@ -69,7 +69,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _default(name: str) -> str:
-    found = {family: {"fps": kind.fps, **kind.defaults}.get(name) for family, kind in FAMILIES.items()}
+    found = {family: getattr(kind, name) for family, kind in FAMILIES.items()}
     if len(set(found.values())) == 1:
         return f"default: {next(iter(found.values()))}"
     return "default: " + ", ".join(f"{value:g} for {family}" for family, value in found.items() if value is not None)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     family = family_of(args.checkpoint)
     output = check_output(args.output or ("out.webp" if family.video else "out.png"), family)
     fps, settings = check_fps(args.fps, family), read_settings(args, family)
-    sparsity = None if args.dense else read_sparsity(args)
+    sparsity = None if args.dense else read_sparsity(args, family.preset, dense=True)
     prompts = [prompt for prompt in args.prompt for _ in range(args.batch)]
     check_request(family, WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
     keep_compilations()

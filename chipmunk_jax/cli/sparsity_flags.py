@@ -5,12 +5,21 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 
+OWN = "the model's own preset"
 
-def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None, otherwise: str = "dense") -> None:
-    """Adds --sparsity and one flag for each field of a Sparsity to the parser; `otherwise` says what no default means."""
+
+def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None = None, *, own: str = OWN) -> None:
+    """Adds --sparsity and one flag for each field of a Sparsity to the parser.
+
+    Args:
+        parser: to add to.
+        default: words for what none of them means; None: as --sparsity alone.
+        own: words for what --sparsity alone means.
+    """
     group = parser.add_argument_group(
         "sparsity",
         textwrap.fill(f"What is recomputed at each step: {', '.join(PRESETS)},", 96, break_on_hyphens=False) + "\n"
@@ -20,7 +29,11 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None, oth
         "A flag wins over it; its VALUE is a number, true, false, null, a word, or a list as 0,1,10 or [8].",
     )
     group.add_argument(
-        "--sparsity", default=default, metavar="PRESET", help=f"preset or file (default: {default or otherwise})"
+        "--sparsity",
+        nargs="?",
+        const="",
+        metavar="PRESET",
+        help=f"preset or file; alone: {own} (default: {default or own})",
     )
     given = dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)  # null is a value, so absent must not be None
     for name, field in _fields():
@@ -28,17 +41,22 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None, oth
         group.add_argument(flag, dest=f"sparsity.{name}", help=field.metadata["help"], **given)
 
 
-def read_sparsity(args: argparse.Namespace, default: str | None = None) -> Sparsity | None:
-    """The Sparsity that the flags ask for, or the default's, None for dense sampling.
+def read_sparsity(args: argparse.Namespace, preset: str | dict[str, Any], *, dense: bool = False) -> Sparsity | None:
+    """The Sparsity that the flags ask for.
+
+    Args:
+        args: of add_sparsity_flags.
+        preset: the model's own, where no other is named, or what load_sparsity takes besides.
+        dense: whether no flags at all mean None, dense sampling, instead.
 
     Raises:
         ValueError, FileNotFoundError: see load_sparsity.
     """
     given = vars(args)
     overrides = {name: given[f"sparsity.{name}"] for name, _ in _fields() if f"sparsity.{name}" in given}
-    if args.sparsity is None and default is None and not overrides:
+    if dense and args.sparsity is None and not overrides:
         return None
-    return load_sparsity(args.sparsity or default or "flux", overrides)
+    return load_sparsity(args.sparsity or preset, overrides)
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field]]:

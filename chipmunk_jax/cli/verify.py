@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -25,9 +26,10 @@ frames of each. The exit status is 1 where the median PSNR is below --min-psnr."
 
 EXAMPLES = """\
 examples:
-  chipmunk verify mini --sparsity mini-flux -o compare.png
+  chipmunk verify mini -o compare.png
+  chipmunk verify mini --sparsity flux -o compare.png
   chipmunk verify mini --sparsity.attention.top-keys 0.3 --min-psnr 30 --json report.json
-  chipmunk verify mini-wan --sparsity mini-wan --prompt "red striped heart on meadow" -o heart.webp -o heart.png"""
+  chipmunk verify mini-wan --prompt "red striped heart on meadow" -o heart.webp -o heart.png"""
 
 PROMPTS = ("red striped heart on meadow", "blue plain ring on night", "yellow checkered disc on sky")
 SAME = 1000.0  # dB, in place of the infinity of equal samples, which JSON cannot hold
@@ -56,7 +58,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--json", help="file to write the numbers to")
     parser.add_argument("--min-psnr", type=float, default=0.0, help="dB, of the median sample (default: 0)")
     add_sampling_flags(parser)
-    add_sparsity_flags(parser, "flux")
+    add_sparsity_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -67,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     outputs = [check_output(path, family) for path in outputs]
     if args.json:
         check_writable(args.json, suffixes=())
+    if math.isnan(args.min_psnr):
+        raise ValueError("--min-psnr nan: expected a number of dB")
     fps, settings = check_fps(args.fps, family), read_settings(args, family)
     if settings["steps"] == 1:
         raise ValueError("--steps 1: expected at least 2, as the first is not timed")
-    sparsity = read_sparsity(args)
+    sparsity = read_sparsity(args, family.preset)
     check_request(family, WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
     keep_compilations()
     pipeline = Pipeline.load(args.checkpoint, args.dtype)
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": list(prompts),
         **settings,
         "sparsity": to_dict(sparsity),
-        "density": pipeline.density(sparsity, **{name: settings[name] for name in family.defaults}),
+        "density": pipeline.density(sparsity, **{name: settings[name] for name in settings if name != "seed"}),
         "dense_seconds": dense_seconds,
         "sparse_seconds": sparse_seconds,
         "psnr": [min(level, SAME) for level in decibels],
