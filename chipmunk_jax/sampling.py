@@ -118,7 +118,7 @@ def sample(
         ValueError: arguments that do not fit together, or no room for the caches; before anything is compiled.
     """
     steps = len(timesteps) - 1
-    _check(model, noise, cond, timesteps, grid, guidance, uncond)
+    _check(model, noise, cond, timesteps, grid, guidance, uncond, seed)
     if sparsity is not None:
         check_grid(sparsity, grid)
         check_schedules(sparsity, steps)
@@ -195,7 +195,7 @@ def modulations_of(model: Model, t: jax.Array, cond: Condition) -> Any:
     return model.modulations(t, cond)
 
 
-def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond) -> None:
+def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond, seed) -> None:
     if noise.ndim != 3 or min(grid) < 1 or math.prod(grid) != noise.shape[1] or not noise.shape[0]:
         raise ValueError(f"noise {noise.shape}, grid {tuple(grid)}: expected [B, N, C] with N the product of the grid")
     if len(timesteps) < 2 or not np.all(np.diff(timesteps) < 0):
@@ -206,6 +206,8 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
         raise ValueError("uncond without guidance: expected both, or neither")
     if guidance is not None and not np.isfinite(guidance):
         raise ValueError(f"guidance={guidance}: expected a finite number")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:  # JAX takes it modulo 2^32
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")
     model.check(noise, cond)
     if uncond is not None:
         model.check(noise, uncond)

@@ -135,6 +135,9 @@ def configure(
 ) -> HunyuanVideoConfig:
     """HunyuanVideoConfig of a checkpoint.
 
+    The release from image to video with 16 channels has the tensors of the one from text to video: in the original layout, which
+    has no config.json, nothing tells it.
+
     Args:
         n: names of the layout.
         shapes: of all tensors.

@@ -277,6 +277,13 @@ def test_a_batch_is_numbered_files_with_seeds_of_their_own(checkpoint, folder):
         image.close()
 
 
+def test_inspect_says_how_a_checkpoint_is_usually_sampled(checkpoint, video_checkpoint, capsys):
+    assert main(["inspect", str(checkpoint)]) == main(["inspect", str(video_checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert "  height 64, width 64, 28 steps of Euler, guidance 2, preset mini-flux\n" in out
+    assert "  frames 16, height 64, width 64, 30 steps of UniPC, guidance 3, preset mini-wan\n" in out
+
+
 def test_a_batch_without_room_is_refused_before_its_prompts_are_encoded(checkpoint, folder, capsys):
     assert run("sample", checkpoint, "--batch", 10**6) == 2
     assert_one_sentence(capsys, "no room on", "a smaller batch")

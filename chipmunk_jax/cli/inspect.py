@@ -4,6 +4,8 @@ import argparse
 
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
+from chipmunk_jax.convert.networks import NETWORKS
+from chipmunk_jax.families import Defaults, defaults
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
@@ -53,9 +55,18 @@ def describe(found: Inspection) -> str:
         "parameters": f"{found.parameters / 1e6:,.2f} M",
         "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
         **{name: str(value) for name, value in found.config.items()},
+        "usual sample": usual(defaults(NETWORKS[found.model].config(**found.config))),
     }
     for kind in ("missing", "unknown", "doubled", "misshapen"):
         if names := getattr(found, kind):
             rows[kind] = f"{len(names)}: {', '.join(names)}"
     width = max(map(len, rows))
     return "\n".join([str(found.path), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def usual(found: Defaults) -> str:
+    """What a sample is made with where nobody says otherwise, in one line."""
+    sizes = ", ".join(f"{name} {getattr(found, name)}" for name in found.axes)
+    kinds = {"guidance": found.guidance, "distilled guidance": found.distilled}
+    scales = "".join(f", {kind} {scale:g}" for kind, scale in kinds.items() if scale is not None)
+    return f"{sizes}, {found.steps} steps of {type(found.solver).__name__}{scales}, preset {found.preset}"
