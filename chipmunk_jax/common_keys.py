@@ -13,13 +13,8 @@ from pallas_kernels import Common
 from pallas_kernels.groups import group_count
 
 Box = tuple[np.ndarray, np.ndarray]  # least and greatest place on every axis, both in it
-SETTINGS = (
-    "group",
-    "local_voxels",
-    "local_1d_window",
-    "text_keys",
-    "text_queries",
-)  # of an AttentionSparsity, that matter
+# Of an AttentionSparsity, those that matter here.
+SETTINGS = ("group", "local_voxels", "local_1d_window", "text_keys", "text_queries")
 Near = Callable[[slice], np.ndarray]
 
 
