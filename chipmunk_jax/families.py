@@ -40,7 +40,7 @@ class Defaults:
     guidance: float | None = None  # scale of true guidance, as sample() takes it; None: none
     distilled: float | None = None  # scale of a guidance that is a condition, cond["guidance"]
     negative_prompt: str = ""  # the other side of true guidance
-    text: int  # rows that the network takes, at most
+    text: int  # rows of a text, at most, or in Wan always
 
     @property
     def video(self) -> bool:

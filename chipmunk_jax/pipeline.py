@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,10 +216,10 @@ def check_request(
     settings = family.complete(**settings)
     grid = family.grid(settings)
     family.timesteps(settings["steps"], math.prod(grid))
-    if not np.isfinite(settings["guidance"]):
+    if not isinstance(settings["guidance"], numbers.Real) or not np.isfinite(settings["guidance"]):
         raise ValueError(f"guidance={settings['guidance']}: expected a finite number")
-    if not 0 <= seed <= 2**32 - len(prompts):  # JAX takes a seed modulo 2^32
-        raise ValueError(f"seed={seed}: expected 0 to {2**32 - len(prompts)}")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= 2**32 - len(prompts):  # JAX takes a seed modulo 2^32
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - len(prompts)}")
     if sparsity is not None:
         check_grid(sparsity, grid)
         check_schedules(sparsity, settings["steps"])

@@ -196,7 +196,8 @@ def modulations_of(model: Model, t: jax.Array, cond: Condition) -> Any:
 
 
 def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond, seed) -> None:
-    if noise.ndim != 3 or min(grid) < 1 or math.prod(grid) != noise.shape[1] or not noise.shape[0]:
+    whole = all(isinstance(side, (int, np.integer)) and side > 0 for side in grid)
+    if noise.ndim != 3 or not grid or not whole or math.prod(grid) != noise.shape[1] or not noise.shape[0]:
         raise ValueError(f"noise {noise.shape}, grid {tuple(grid)}: expected [B, N, C] with N the product of the grid")
     if len(timesteps) < 2 or not np.all(np.diff(timesteps) < 0):
         raise ValueError(f"timesteps of length {len(timesteps)}: expected at least two, falling from 1 to 0")

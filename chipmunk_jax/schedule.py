@@ -60,7 +60,7 @@ class Step:
 
     attention: Share | None = None
     mlp: Share | None = None
-    skip: jax.Array | None = None  # bool, whether no layer runs (of plan(): [steps]); None: all of them do
+    skip: jax.Array | None = None  # bool, whether no block runs (of plan(): [steps]); None: all of them do
     key: jax.Array | None = None  # PRNG key of this step and layer
     sample_key: jax.Array | None = None  # PRNG key of the whole sample
     layer: jax.Array | int = 0  # i32, the layer's place in its stack
@@ -127,7 +127,7 @@ def by_kind(step: Step, run: Callable, *operands):
 
 
 def unless_skipped(step: Step, run: Callable, x: jax.Array, *kept):
-    """run(x, *kept) -> kept, or in a step that runs no layer what was kept before."""
+    """run(x, *kept) -> kept, or in a step that runs no block what was kept before."""
     if step.skip is None:
         return run(x, *kept)
     # A loop of one or no turn: through a conditional XLA copies every cache.

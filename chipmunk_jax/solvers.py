@@ -168,8 +168,8 @@ def _shifted(t: np.ndarray, shift: float) -> np.ndarray:
 
 
 def _check_steps(steps: int, shift: float = 1.0) -> None:
-    if steps != int(steps):
-        raise ValueError(f"steps={steps}: expected a whole number")
+    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool):
+        raise ValueError(f"steps={steps!r}: expected a whole number")
     if steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1")
     if steps > MOST_STEPS:

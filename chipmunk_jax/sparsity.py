@@ -134,14 +134,14 @@ class MlpSparsity(_ColumnSparsity):
 
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
-    """Steps that run no layer: the last tokens of the step before go through the final one, which knows the new time.
+    """Steps that run no block: the tokens of the last step that did go through the final layer, which knows the new time.
 
     Default: the original's fixed schedule for 50 steps, every second one in the mean, none at the start and the end.
     """
 
     skip_steps: tuple[int, ...] = _option(
         (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43),
-        "steps that run no layer, by number; no full ones",
+        "steps that run no block, by number; no full ones",
     )
 
     def __post_init__(self):

@@ -114,6 +114,8 @@ def describe(folder: str | Path) -> Description:
         raise ValueError(f"{folder}: model {content['model']}, expected one of {', '.join(NETWORKS)}")
     try:
         config = NETWORKS[content["model"]].config(**content["config"])
+        if wrong := [n for n, x in content["config"].items() if isinstance(x, str)]:
+            raise ValueError(f"{wrong[0]}={content['config'][wrong[0]]!r}: expected a number")
         dtype = parse_dtype(content["dtype"]).name
         return Description(content["model"], dtype, config, content["source"], content["stored"])
     except (KeyError, TypeError, ValueError) as error:

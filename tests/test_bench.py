@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ from chipmunk_jax.bench import draw, kernels, measure, records, references
 from chipmunk_jax.bench.compare import compare
 from chipmunk_jax.bench.models import MODELS
 from chipmunk_jax.bench.profile import kernel_table, kernel_times
-from chipmunk_jax.bench.schedule import by_schedule
+from chipmunk_jax.bench.schedule import by_schedule, kinds
 from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
 from chipmunk_jax.cli.main import main
-from chipmunk_jax.sparsity import PRESETS, Sparsity, to_dict
+from chipmunk_jax.sparsity import PRESETS, Sparsity, load_sparsity, to_dict
 
 REPEATS = ["--repeats", "1"]
 KEYS = {
@@ -301,11 +302,9 @@ def test_bench_step_times_each_kind(folder, capsys):
 
 
 def steps_of(**ms):
-    shape, common = {"height": 32}, {"model": "flux-dev", "peak_bytes": None, "benchmark": "step"}
-    return [
-        common | {"variant": kind.replace("_", " "), "ms": value, "shape": shape, "sparsity": to_dict(Sparsity())}
-        for kind, value in ms.items()
-    ]
+    common = {"model": "flux-dev", "peak_bytes": None, "benchmark": "step", "dtype": "bfloat16", "kernels": []}
+    common |= {"shape": {"height": 32}, "sparsity": to_dict(Sparsity())}
+    return [common | {"variant": kind.replace("_", " "), "ms": value} for kind, value in ms.items()]
 
 
 def test_a_sample_takes_what_its_steps_take():
@@ -315,10 +314,11 @@ def test_a_sample_takes_what_its_steps_take():
     assert sparse["counts"] == {"full": 5, "select": 1, "select neurons": 8 + 16, "delta": 20}
     assert dense["ms"] == 5000 and sparse["ms"] == 5 * 120 + 110 + 24 * 50 + 20 * 40
     assert sparse["speedup"] == pytest.approx(5000 / 2710) and sparse["shape"] == {"height": 32, "steps": 50}
-    _, skipping = by_schedule(steps, 50, PRESETS["flux-step-cache"])
+    assert "kernels" not in sparse and sparse["peak_bytes"] is None
+    _, every, skipping = by_schedule(steps, 50, PRESETS["flux-step-cache"])
     assert skipping["counts"]["skipped"] == 25 and sum(skipping["counts"].values()) == 50
-    _, video = by_schedule(steps, 50, PRESETS["hunyuan-video"])
-    assert video["counts"] == {"full": 1, "select": 3, "delta": 46}
+    assert every == sparse and skipping["sparsity"] == to_dict(PRESETS["flux-step-cache"])
+    assert Counter(kinds(PRESETS["hunyuan-video"], 50)) == {"full": 1, "select": 3, "delta": 46}
 
 
 def test_steps_without_a_time_or_of_two_models_make_no_sample():
@@ -326,18 +326,25 @@ def test_steps_without_a_time_or_of_two_models_make_no_sample():
         by_schedule(
             steps_of(dense=1.0, full=1.0, select=1.0, select_neurons=1.0, delta=1.0), 50, PRESETS["flux-step-cache"]
         )
-    with pytest.raises(ValueError, match="steps of 2 models and sizes: expected those of one"):
-        by_schedule([*steps_of(dense=1.0), *({**step, "model": "wan-14b"} for step in steps_of(dense=1.0))], 50)
+    other = to_dict(load_sparsity("flux", {"attention.top_keys": 0.1}))
+    for changed in ({"model": "wan-14b"}, {"dtype": "float32"}, {"shape": {"height": 48}}, {"sparsity": other}):
+        with pytest.raises(ValueError, match="steps of 2 models, sizes, dtypes or sparsities: expected those of one"):
+            by_schedule([*steps_of(dense=1.0), *({**step, **changed} for step in steps_of(dense=1.0))], 50)
+    with pytest.raises(ValueError, match="steps of 0 models"):
+        by_schedule([], 50)
     with pytest.raises(ValueError, match="but there are 30 steps"):
-        by_schedule(steps_of(dense=1.0), 30, PRESETS["hunyuan-video"])
+        by_schedule(steps_of(dense=1.0), 30, PRESETS["flux-step-cache"])
+    with pytest.raises(ValueError, match="expected that of the timed steps, but for its schedules"):
+        by_schedule(steps_of(dense=1.0), 50, load_sparsity(other))
 
 
 def test_bench_schedule_reads_the_steps_that_were_timed(folder, capsys):
     assert main(["bench", "step", *TINY, "--layers", "2"]) == 0
     assert main(["bench", "schedule", "a.jsonl", "--sparsity", "flux-step-cache", "-o", "b.jsonl"]) == 0
-    dense, sparse = read(folder / "b.jsonl")
-    assert (dense["benchmark"], dense["speedup"], sparse["counts"]["skipped"]) == ("sample", 1, 25)
-    assert "sparse, by its steps: 5 full" in capsys.readouterr().out
+    dense, sparse, skipping = read(folder / "b.jsonl")
+    assert (dense["benchmark"], dense["speedup"], skipping["counts"]["skipped"]) == ("sample", 1, 25)
+    assert 0 < skipping["ms"] < sparse["ms"]
+    assert "sparse, steps skipped, by its steps: 5 full" in capsys.readouterr().out
 
 
 def test_a_wrong_step_has_no_time(folder, monkeypatch):

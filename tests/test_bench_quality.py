@@ -64,8 +64,11 @@ def test_a_dense_configuration_is_the_dense_sample(checkpoint, tmp_path):
         ("", "expected names"),
         ("[a, b]", "expected names"),
         ("flux: 3", "expected names"),
-        ("flux: {attention.topkeys: 1}", "unknown key topkeys"),
-        ("nothing: {}", "expected one of flux"),
+        ("flux: {attention.topkeys: 1}", "^flux: .*unknown key topkeys"),
+        ("nothing: {}", "^nothing: .*expected one of flux"),
+        ("flux: {b: [", "not YAML"),
+        ("flux: {1: 2}", "expected names"),
+        ("flux: {preset: 3}", "expected one of flux"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, message):
@@ -80,7 +83,13 @@ def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint,
     (tmp_path / "v.yaml").write_text("flux: {}\nlater: {attention.full_step_schedule: [0, 1, 9]}\n")
     given = ["bench", "quality", str(checkpoint), str(tmp_path / "v.yaml"), *SIZE, "-o", str(tmp_path / "out.jsonl")]
     assert main(given) != 0
-    assert "step 9, but there are 3 steps" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+    error = capsys.readouterr().err
+    assert "later: attention.full_step_schedule names step 9, but there are 3 steps" in error
+    assert main([*given, "--seed", "-1"]) != 0
+    assert (
+        "seed=-1: expected a whole number from 0 to" in capsys.readouterr().err
+        and not (tmp_path / "out.jsonl").exists()
+    )
 
 
 def test_the_shipped_configurations_can_be_read():

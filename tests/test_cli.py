@@ -15,7 +15,7 @@ from chipmunk_jax.cli import sample, verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.pipeline import Pipeline
-from chipmunk_jax.sparsity import to_dict
+from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
 
 PROMPT = "red striped heart on meadow"
 SMALL = ["--height", "20", "--width", "12", "--steps", "3"]
@@ -66,8 +66,8 @@ BAD = [
     (["--steps", 0], ["steps=0", "at least 1"]),
     (["--steps", 10**6], ["steps=1000000", "at most 100000"]),
     (["--steps", -3], ["steps=-3", "at least 1"]),
-    (["--seed", -1], ["seed=-1", "expected 0 to"]),
-    (["--seed", 10**30], ["seed=1000", "expected 0 to"]),
+    (["--seed", -1], ["seed=-1", "expected a whole number from 0 to"]),
+    (["--seed", 10**30], ["seed=1000", "expected a whole number from 0 to"]),
     (["--guidance", "nan"], ["guidance=nan", "finite"]),
     (["--prompt", "red striped dog on meadow"], ["'red striped dog on meadow'", "one shape of disc, ring, heart"]),
     (["--prompt", ""], ["''", "one shape"]),
@@ -342,16 +342,13 @@ def test_sparsity_alone_and_single_flags_start_from_the_models_own_preset():
 
 
 def test_every_field_has_a_flag():
-    tree = to_dict(Sparsity())
-    names = [f"{part}.{name}" for part in ("attention", "mlp") for name in tree[part]] + ["patches"]
-    for name in names:
-        value = load_sparsity("flux", {"patches": [4]}) if name == "patches" else None
-        flag = f"--sparsity.{name.replace('_', '-')}"
-        if value is not None:
-            assert parse(flag, "[4]") == value
-        else:
-            part, field = name.split(".")
-            assert parse(flag, json.dumps(tree[part][field])) == Sparsity()
+    tree = to_dict(PRESETS["flux-step-cache"])
+    assert all(isinstance(tree[part], dict) for part in PARTS)
+    for name in [f"{part}.{name}" for part in PARTS for name in tree[part]] + ["patches"]:
+        part, _, field = name.partition(".")
+        value = tree[part][field] if field else [4]
+        found = parse(f"--sparsity.{name.replace('_', '-')}", json.dumps(value))
+        assert found == load_sparsity("flux", {name: value}) and (name != "patches" or found.patches == (4,))
 
 
 # In three layers, of which a preset's first two are dense.

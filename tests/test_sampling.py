@@ -21,11 +21,13 @@ from chipmunk_jax import (
     MlpSparsity,
     Sparsity,
     StepCache,
+    UniPC,
     flux_timesteps,
     memory,
     sample,
     sampling,
     schedule,
+    wan_timesteps,
 )
 from chipmunk_jax.convert import read
 from chipmunk_jax.convert.networks import leaves_of
@@ -124,6 +126,34 @@ def test_a_skipped_step_shows_the_final_layer_the_tokens_of_the_last_one_that_ra
         x = x + (t_next - t) * (v if guidance is None else u[0] + guidance * (v - u[0]))
     caching = Sparsity(attention=None, mlp=None, step_cache=StepCache(skip_steps=skip))
     np.testing.assert_allclose(draw(model, noise, cond, sparsity=caching, guidance=guidance), x, **CLOSE)
+
+
+def test_a_solver_with_a_history_and_a_callback_see_skipped_steps_like_others(model):
+    noise, cond = inputs()
+    skip, seen = (2, 3, 5), []
+    times, solver = wan_timesteps(STEPS, 3.0), UniPC()
+    last = lambda x, t, cond: model.hidden(
+        x, None, cond, model.positions(GRID), None, None, model.modulations(t, cond)
+    )[0]
+    hidden = jax.jit(last)
+    x, state = noise, solver.init(noise)
+    for i, t in enumerate(solver.times(times)):
+        t = jnp.full(len(x), t)
+        if i not in skip:
+            tokens = hidden(x, t, cond)
+        v = model.velocity(tokens, model.modulations(t, cond))
+        x, state = solver.step(x, state, v, times[i], times[i + 1])
+    caching = Sparsity(attention=None, mlp=None, step_cache=StepCache(skip_steps=skip))
+    options = dict(timesteps=times, solver=solver, callback=lambda i, t, x: seen.append(i))
+    np.testing.assert_allclose(draw(model, noise, cond, sparsity=caching, **options), x, **CLOSE)
+    assert seen == list(range(STEPS))
+
+
+def test_another_choice_of_skipped_steps_compiles_nothing(model):
+    sampling._run.clear_cache()
+    for skip in ((2,), (3, 5)):
+        draw(model, *inputs(), sparsity=dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=skip)))
+    assert sampling._run._cache_size() == 1
 
 
 def test_a_skipped_step_leaves_the_caches_alone(model):
@@ -259,6 +289,8 @@ def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch, sparsity)
     ("change", "message"),
     [
         ({"grid": (9, 13)}, "grid"),
+        ({"grid": ()}, "grid"),
+        ({"grid": (9.0, 14.0)}, "grid"),
         ({"timesteps": np.array([1.0])}, "timesteps"),
         ({"timesteps": np.array([0.0, 1.0])}, "timesteps"),
         ({"timesteps": np.array([1.0, np.nan])}, "timesteps"),

@@ -1,5 +1,6 @@
 """How near sparse samples come to the dense ones of the same prompts and seeds, for several configurations."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
 from chipmunk_jax.quality import psnr
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
 
-SAME = 1000.0  # dB, in place of the infinity of equal samples, which JSON cannot hold
+SAME = 100.0  # dB, in place of more: samples that differ by rounding alone, or not at all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,29 @@ def read_variants(path: str | Path) -> dict[str, Sparsity]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    tree = yaml.safe_load(path.read_text())
-    if not isinstance(tree, dict) or not all(isinstance(changes, dict) for changes in tree.values()) or not tree:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    named = lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)
+    if not named(tree) or not all(map(named, tree.values())) or not tree:
         raise ValueError(f"{path}: expected names, and for each of them settings such as {{attention.top_keys: 0.1}}")
     variants: dict[str, Sparsity] = {}
     for name, changes in tree.items():
         changes = dict(changes)
-        base = changes.pop("preset", None) or next(iter(variants.values()), str(name))
-        variants[str(name)] = load_sparsity(base, changes)
+        base = str(changes.pop("preset", "")) or next(iter(variants.values()), name)
+        with _telling(name):
+            variants[name] = load_sparsity(base, changes)
     return variants
+
+
+@contextlib.contextmanager
+def _telling(name: str) -> Iterator[None]:
+    """Within, an error says of which configuration it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def bench_quality(samples: Samples, variants: Mapping[str, Sparsity]) -> Iterator[dict[str, Any]]:
@@ -68,9 +83,13 @@ def bench_quality(samples: Samples, variants: Mapping[str, Sparsity]) -> Iterato
         ValueError: a checkpoint, setting or schedule that does not fit, before any work.
     """
     family, words = family_of(samples.checkpoint), WordTable.load(samples.checkpoint)
-    settings, prompts = family.complete(**samples.settings), samples.prompts(words)
-    for sparsity in variants.values():
-        check_request(family, words, prompts, **settings, seed=samples.seed, sparsity=sparsity)
+    settings = family.complete(**samples.settings)
+    if not 0 <= samples.seed <= 2**32 - samples.count:
+        raise ValueError(f"seed={samples.seed}: expected a whole number from 0 to {2**32 - samples.count}")
+    prompts = samples.prompts(words)
+    for name, sparsity in variants.items():
+        with _telling(name):
+            check_request(family, words, prompts, **settings, seed=samples.seed, sparsity=sparsity)
     pipeline = Pipeline.load(samples.checkpoint, samples.dtype)
     first = None
     with tqdm(total=(1 + len(variants)) * len(prompts), unit="sample", leave=False) as bar:

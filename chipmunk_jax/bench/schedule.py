@@ -1,6 +1,8 @@
 """Whole samples by their schedules: so many steps of each kind, times what `chipmunk bench step` measured of one."""
 
+import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,31 +14,44 @@ Entry = dict[str, Any]  # of a file of records
 
 
 def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = None) -> list[Entry]:
-    """Records of a dense and of a sparse sample: that of the dense step with other times, so measured where that was.
+    """Records of whole samples: dense, sparse, and where some steps are skipped, with and without.
+
+    Each is the record of the dense step with other times, so measured where that was.
 
     Args:
-        entries: records of a file, among them those of the steps of one model and size.
+        entries: records of a file, among them those of the steps of one run.
         steps: of the sampler.
-        sparsity: whose schedules count; its other values do not, as the steps were timed with those they name. None: those.
+        sparsity: what the steps were timed with, but for its schedules; None: that.
 
     Raises:
-        ValueError: steps of several models or sizes, of none, or a kind that the schedule needs and that has no time.
+        ValueError: steps of several runs, of none, of another sparsity, or a kind that the schedule needs and that has no time.
     """
     timed = {entry["variant"]: entry for entry in entries if entry["benchmark"] == "step"}
-    asked = {(entry["model"], str(entry["shape"])) for entry in entries if entry["benchmark"] == "step"}
-    if len(asked) != 1:
-        raise ValueError(f"steps of {len(asked)} models and sizes: expected those of one")
-    sparsity = sparsity or load_sparsity(timed["dense"]["sparsity"])
+    runs = {
+        json.dumps([entry[key] for key in ("model", "shape", "dtype", "sparsity")])
+        for entry in entries
+        if entry["benchmark"] == "step"
+    }
+    if len(runs) != 1 or "dense" not in timed:
+        raise ValueError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one, dense too")
+    measured = load_sparsity(timed["dense"]["sparsity"])
+    sparsity = sparsity or measured
+    if _without_schedules(sparsity) != _without_schedules(measured):
+        raise ValueError("sparsity: expected that of the timed steps, but for its schedules")
     check_schedules(sparsity, steps)
-    samples = {"dense": Counter(dense=steps), "sparse": Counter(kinds(sparsity, steps))}
-    ms = {name: _ms(timed, counts) for name, counts in samples.items()}
+    every = replace(sparsity, step_cache=None)
+    samples = {"dense": (measured, Counter(dense=steps)), "sparse": (every, Counter(kinds(every, steps)))}
+    if sparsity.step_cache:
+        samples["sparse, steps skipped"] = (sparsity, Counter(kinds(sparsity, steps)))
+    ms = {name: _ms(timed, counts) for name, (_, counts) in samples.items()}
+    common = {key: value for key, value in timed["dense"].items() if key != "kernels"}
     return [
-        timed["dense"]
+        common
         | {
             "benchmark": "sample",
             "variant": f"{name}, by its steps",
-            "shape": timed["dense"]["shape"] | {"steps": steps},
-            "sparsity": to_dict(sparsity),
+            "shape": common["shape"] | {"steps": steps},
+            "sparsity": to_dict(config),
             "ms": ms[name],
             "ms_spread": None,
             "rel_err": None,
@@ -44,14 +59,21 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
             "baseline_ms": ms["dense"],
             "speedup": ms["dense"] / ms[name],
             "counts": dict(counts),
-            "peak_bytes": max(entry["peak_bytes"] or 0 for entry in timed.values()),
+            "peak_bytes": max(entry["peak_bytes"] or 0 for entry in timed.values()) or None,
         }
-        for name, counts in samples.items()
+        for name, (config, counts) in samples.items()
     ]
 
 
+def _without_schedules(sparsity: Sparsity) -> Sparsity:
+    usual = dict(full_step_every=1, full_step_schedule=None)
+    attention = sparsity.attention and replace(sparsity.attention, **usual)
+    mlp = sparsity.mlp and replace(sparsity.mlp, **usual, select_every=1)
+    return replace(sparsity, attention=attention, mlp=mlp, step_cache=None)
+
+
 def kinds(sparsity: Sparsity, steps: int) -> list[str]:
-    """The kind of every step, as bench_step names them; where none is the same, one that computes more."""
+    """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest."""
     attention, mlp = sparsity.attention, sparsity.mlp
     attending = attention_phases(attention, steps) if attention else np.full(steps, AttentionPhase.DELTA)
     feeding = mlp_phases(mlp, steps) if mlp else np.full(steps, MlpPhase.DELTA)

@@ -2,7 +2,8 @@
 
 Why the times mean what they say:
 
-- Everything is compiled and has run before the clock starts, and one whole run of each candidate is dropped as its warm-up.
+- Everything is compiled and has run before the clock starts, and one whole run of each candidate is dropped as its warm-up, but of
+  steps and samples that take longer than one: those have run when they were checked.
 - A timed run is many calls and one wait at its end. Dispatching a compiled program from Python takes 50 to 100 us, but it only
   fills the device's queue: where a program keeps the device busy for longer (PROGRAM_SECONDS), the next one is queued before it
   ends, and the wait itself (some 20 us) is spread over REPEAT_SECONDS. Short kernels therefore run several times in one program.

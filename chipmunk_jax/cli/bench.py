@@ -24,8 +24,8 @@ from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 DESCRIPTION = """\
 Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
 first, synchronised with the device, baseline and candidates in turn, median and spread of repeats, results checked before
-they are timed. Weights and inputs are random: speed does not depend on what they are; quality does, so none is reported.
-The exit status is 1 where a result was wrong, which then has no time."""
+they are timed. Weights and inputs are random, as speed does not depend on what they are; `quality` alone samples a trained
+model. The exit status is 1 where a result was wrong, which then has no time."""
 
 EXAMPLES = """\
 examples:
