@@ -110,7 +110,7 @@ def test_what_is_not_given_is_the_familys():
         (dict(width=0), "width=0: expected a positive multiple of 4 pixels"),
         (dict(steps=0), "steps=0: expected at least 1"),
         (dict(guidance=float("inf")), "guidance=inf: expected a finite number"),
-        (dict(seed=-1), "seed=-1: expected 0 to"),
+        (dict(seed=-1), "seed=-1: expected a whole number from 0 to"),
         (dict(sparsity=load_sparsity("wan-14b")), "local_voxels=5: expected at most 2, as the grid has"),
         (dict(sparsity=load_sparsity("wan-14b", {"patches": []})), "local_voxels=5 with tokens in rows"),
         (dict(sparsity=load_sparsity("flux", {"patches": [[8, 4]]})), r"patch \(8, 4\): expected 3 sides for the grid"),
