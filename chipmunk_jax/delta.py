@@ -259,12 +259,8 @@ def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, fre
     if columns.wrap is not None:
         words, wrap = pack_lists(indices, counts)
         new = Columns(words, counts, wrap)
-    at = lambda stack: (
-        step.layer,
-        0,
-        first,
-        *[0] * (stack.ndim - 3),
-    )  # of neurons the third axis is the groups, and first 0
+    # Of neurons the third axis is the groups, and first 0.
+    at = lambda stack: (step.layer, 0, first, *[0] * (stack.ndim - 3))
     return jax.tree.map(lambda stack, a: lax.dynamic_update_slice(stack, a[None], at(stack)), columns, new)
 
 

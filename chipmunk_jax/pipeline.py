@@ -17,7 +17,7 @@ from chipmunk_jax.convert import load
 from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.families import TEXT_ROWS, Family, defaults
-from chipmunk_jax.sampling import Callback, Condition, check_room, plan_stacks, sample
+from chipmunk_jax.sampling import Callback, Condition, check_room, check_seed, plan_stacks, sample
 from chipmunk_jax.schedule import check_schedules, density
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
@@ -218,8 +218,7 @@ def check_request(
     family.timesteps(settings["steps"], math.prod(grid))
     if not isinstance(settings["guidance"], numbers.Real) or not np.isfinite(settings["guidance"]):
         raise ValueError(f"guidance={settings['guidance']}: expected a finite number")
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= 2**32 - len(prompts):  # JAX takes a seed modulo 2^32
-        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - len(prompts)}")
+    check_seed(seed, len(prompts))
     if sparsity is not None:
         check_grid(sparsity, grid)
         check_schedules(sparsity, settings["steps"])

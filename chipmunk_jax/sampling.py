@@ -207,11 +207,17 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
         raise ValueError("uncond without guidance: expected both, or neither")
     if guidance is not None and not np.isfinite(guidance):
         raise ValueError(f"guidance={guidance}: expected a finite number")
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:  # JAX takes it modulo 2^32
-        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")
+    check_seed(seed)
     model.check(noise, cond)
     if uncond is not None:
         model.check(noise, uncond)
+
+
+def check_seed(seed: int, samples: int = 1) -> None:
+    """Raises ValueError unless so many samples have seeds of their own from this one on; JAX takes them modulo 2^32."""
+    last = 2**32 - samples
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= last:
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to {last}")
 
 
 def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: tuple[int, ...]) -> Step:

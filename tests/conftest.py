@@ -44,6 +44,15 @@ def implementation(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @contextlib.contextmanager
 def cuda_target():
     """Within, lowering for "cuda" works on a machine without a GPU, as for an H100."""

@@ -22,15 +22,6 @@ SMALL = ["--height", "20", "--width", "12", "--steps", "3"]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty working directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
 def no_model(monkeypatch):
     """Loading a model is long work, too late for an error."""
 

@@ -36,15 +36,6 @@ def pipeline(video_checkpoint):
     return Pipeline.load(video_checkpoint)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty working directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def unpacked(tokens, frames, rows, columns):
     """Videos of tokens [B, N, 48] in raster order, pixel by pixel."""
     clips = np.zeros((len(tokens), frames, 4 * rows, 4 * columns, 3), np.float32)

@@ -7,7 +7,7 @@ import numpy as np
 
 from chipmunk_jax.bench import draw
 from chipmunk_jax.bench.measure import EXACT, Candidate
-from chipmunk_jax.bench.references import some
+from chipmunk_jax.bench.references import some_rows
 from chipmunk_jax.bench.timing import input_sets
 from chipmunk_jax.memory import nbytes
 from pallas_kernels import Implementation, lists_to_mask, mask_to_lists, pack_lists
@@ -68,13 +68,8 @@ _to_mask = jax.jit(lists_to_mask, static_argnums=2)
 
 
 def _rows(x: jax.Array) -> np.ndarray:
-    """Some rows of an array [H, G, n], from the first to the last."""
-    rows = x.size // x.shape[-1]
-    places = np.unravel_index(np.array(some(rows, CHECKED_ROWS)), x.shape[:-1])
-    return np.asarray(_take(x, places))
-
-
-_take = jax.jit(lambda x, places: x[places])
+    """Some rows of an array [H, G, n]."""
+    return some_rows(x, CHECKED_ROWS)
 
 
 def _parts(words: jax.Array, dtype: type) -> np.ndarray:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from chipmunk_jax.bench.records import align, machine
 from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
 from chipmunk_jax.quality import psnr
+from chipmunk_jax.sampling import check_seed
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
 
 SAME = 100.0  # dB, in place of more: samples that differ by rounding alone, or not at all
@@ -84,8 +85,7 @@ def bench_quality(samples: Samples, variants: Mapping[str, Sparsity]) -> Iterato
     """
     family, words = family_of(samples.checkpoint), WordTable.load(samples.checkpoint)
     settings = family.complete(**samples.settings)
-    if not 0 <= samples.seed <= 2**32 - samples.count:
-        raise ValueError(f"seed={samples.seed}: expected a whole number from 0 to {2**32 - samples.count}")
+    check_seed(samples.seed, samples.count)
     prompts = samples.prompts(words)
     for name, sparsity in variants.items():
         with _telling(name):

@@ -38,6 +38,15 @@ def one_head(x: jax.Array, head: int) -> np.ndarray:
 _index_head = jax.jit(lambda x, head: lax.dynamic_index_in_dim(x[0], head, axis=1, keepdims=False))
 
 
+def some_rows(x: jax.Array, most: int) -> np.ndarray:
+    """Rows of an array [.., n], from the first to the last: [rows, n] on the host."""
+    places = np.unravel_index(np.array(some(x.size // x.shape[-1], most)), x.shape[:-1])
+    return np.asarray(_take(x, places))
+
+
+_take = jax.jit(lambda x, places: x[places])
+
+
 def host(x: jax.Array) -> np.ndarray:
     """x as float32 on the host."""
     return np.asarray(x).astype(np.float32)

@@ -26,12 +26,9 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     Raises:
         ValueError: steps of several runs, of none, of another sparsity, or a kind that the schedule needs and that has no time.
     """
-    timed = {entry["variant"]: entry for entry in entries if entry["benchmark"] == "step"}
-    runs = {
-        json.dumps([entry[key] for key in ("model", "shape", "dtype", "sparsity")])
-        for entry in entries
-        if entry["benchmark"] == "step"
-    }
+    entries = [entry for entry in entries if entry["benchmark"] == "step"]
+    timed = {entry["variant"]: entry for entry in entries}
+    runs = {json.dumps([entry[key] for key in ("model", "shape", "dtype", "sparsity")]) for entry in entries}
     if len(runs) != 1 or "dense" not in timed:
         raise ValueError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one, dense too")
     measured = load_sparsity(timed["dense"]["sparsity"])
