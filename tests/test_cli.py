@@ -454,7 +454,7 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
         (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["frames=6", "multiple of 4"]),
         (["inspect", "--plan", "--model", "hunyuan-video", "--frames", "-3"], ["frames=-3", "multiple of 4, and one"]),
         (["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20"], ["names step 40", "there are 20 steps"]),
-        (["inspect", "--plan", "--model", "wan-tiny", "--height", "32"], ["local_voxels=5: expected at most 2"]),
+        (["inspect", "--plan", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 2"]),
         (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides"]),
         (["inspect", "--plan", "--model", "flux-dev", "--device", "nan"], ["--device nan", "h100, h200 or a number"]),
         (["inspect", "--plan", "--model", "wan-1.3b", "--height", "7"], ["height=7", "multiple of 16"]),

@@ -95,12 +95,15 @@ def test_the_records_are_of_every_model_and_add_up():
         assert sum(record["predicted"].values()) == pytest.approx(c["peak"], rel=0.1)
 
 
-def test_the_prediction_is_near_the_peak_of_a_measured_sample():
-    """The most that one H100 had in use while flux-dev was sampled, dense and sparse."""
-    lines = (RESULTS / "flux-dev-1280x768-h100.jsonl").read_text().splitlines()
-    (record,) = [entry for entry in map(json.loads, lines) if entry["variant"] == "sparse"]
-    model, shape = MODELS["flux-dev"], record["shape"]
-    sizes = model.sizes(shape["height"], shape["width"], None)
+MEASURED = sorted(path.name for pattern in ("flux", "hunyuan", "wan") for path in RESULTS.glob(f"{pattern}*.jsonl"))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_predictions_are_within_a_tenth_of_the_measured_peak(name):
+    """The most that one GPU had in use while whole samples, or a step of each kind, were timed."""
+    *_, record = map(json.loads, (RESULTS / name).read_text().splitlines())
+    model, shape = MODELS[record.get("model") or "flux-dev"], record["shape"]
+    sizes = model.sizes(shape["height"], shape["width"], shape.get("frames"))
     options = dict(steps=shape["steps"], dtype=jnp.dtype(record["dtype"]), sparsity=load_sparsity(record["sparsity"]))
     plan = plan_memory(model, sizes, shape["batch"], **options, implementation="pallas")
     assert sum(plan.values()) == pytest.approx(record["peak_bytes"], rel=0.1)

@@ -29,11 +29,19 @@ def test_numbers_of_the_speed_table_are_the_committed_records():
 def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
     digits = lambda ms: f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}"
     lines = lambda name: map(json.loads, (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines())
-    steps = {f"| {entry['ms']:.1f} | {entry['speedup']:.2f} x |" for entry in lines("flux-dev-step-1280x768-h100")}
+    entries = {entry["variant"]: entry for entry in lines("flux-dev-step-1280x768-h100")}
+    skipped = entries.pop("skipped")
+    steps = {f"| {e['ms']:.1f} | {e['speedup']:.2f} x |" for e in entries.values() if e["benchmark"] == "step"}
+    steps.add(f"skipped (`--sparsity flux-step-cache`) | {skipped['ms']:.1f} |")
     kernels = [entry for entry in lines("kernels-h100") if entry["ms"]]
     times = {(digits(e["ms"]), digits(e["baseline_ms"]), f"{e['speedup']:.2f}") for e in kernels}
     table = README[README.index("| step | ms |") : README.index("![speed-up of the kernels")]
-    assert len(steps) == 5 and all(row in table for row in steps)
+    assert len(steps) == 6 and all(row in table for row in steps)
+    dense, skipping = entries["dense, by its steps"], entries["sparse, steps skipped, by its steps"]
+    assert (
+        f"make {skipping['ms'] / 1e3:.2f} s of the dense {dense['ms'] / 1e3:.2f}: **{skipping['speedup']:.2f} x**"
+        in table
+    )
     found = re.findall(r"^\| [^|]+ \| ([\d.]+) \| [^|]*, ([\d.]+) \| ([\d.]+) x \|$", table, re.MULTILINE)
     assert len(found) == 10 and set(found) <= times
 
@@ -43,11 +51,12 @@ def test_numbers_of_the_table_of_videos_are_the_committed_records():
     rows = re.findall(r"^\| [^|]+\(\[records\]\(([^)]+)\)\) \| (.+) \|$", README, re.MULTILINE)
     for path, cells in rows:
         entries = {e["variant"]: e for e in map(json.loads, (ROOT / path).read_text().splitlines())}
-        kinds = ("dense", "full", "select", "delta", "dense, by its steps", "sparse, by its steps")
-        times = [digits(entries[kind]["ms"]) for kind in kinds]
-        assert cells.replace("*", "") == " | ".join([*times, f"{entries[kinds[-1]]['speedup']:.2f} x"]), path
+        times = [digits(entries[kind]["ms"]) for kind in ("dense", "full", "select", "delta", "dense, by its steps")]
+        for kind in ("sparse, by its steps", "sparse, steps skipped, by its steps"):
+            times += [digits(entries[kind]["ms"]), f"{entries[kind]['speedup']:.2f} x"]
+        assert cells.replace("*", "") == " | ".join(times), path
         assert f"{entries['delta']['peak_bytes'] / 1e9:.1f}" in README
-    assert len(rows) == 3
+    assert len(rows) == 4
 
 
 def test_numbers_of_the_table_of_a_delta_step_are_the_committed_record():
@@ -72,6 +81,20 @@ def test_numbers_of_the_fidelity_table_are_the_committed_records():
     assert right >= 0.6 and f"right in {100 * right:.1f} % of" in README
 
 
+def test_numbers_of_the_tables_of_quality_are_the_committed_records():
+    """In benchmarks/README.md all rows, in their order; in README.md some."""
+    lines = (ROOT / "benchmarks/results/quality-mini-wan-h100.jsonl").read_text().splitlines()
+    rows = []
+    for entry in map(json.loads, lines):
+        shares = [f"{100 * entry['density'][part]:.1f} %" for part in ("attention", "mlp")]
+        to_first = f"{entry['difference']:+.1f} +- {entry['difference_error']:.1f}"
+        rows.append((*shares, f"{entry['mean_psnr']:.1f}", to_first))
+    row = r"^\| [^|]+ \| ([\d.]+ %) \| ([\d.]+ %) \| ([\d.]+)(?: dB)? \| ([^|]*) \|$"
+    assert re.findall(row, (ROOT / "benchmarks/README.md").read_text(), re.MULTILINE) == rows
+    first, *some = re.findall(row, README.replace("dB | |", "dB |  |"), re.MULTILINE)
+    assert first[:3] == rows[0][:3] and len(some) == 6 and set(some) <= set(rows)
+
+
 def test_numbers_of_the_video_are_the_committed_record():
     entry = record("benchmarks/results/mini-wan-demo-cpu.json")
     assert (load_sparsity(entry["sparsity"]), entry["frames"]) == (PRESETS["mini-wan"], 16)
@@ -85,5 +108,5 @@ def test_numbers_of_the_video_are_the_committed_record():
 
 
 def test_files_that_the_readme_names_exist():
-    linked = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    linked = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", README)
     assert linked and all((ROOT / name).exists() for name in linked)
