@@ -59,6 +59,14 @@ def test_numbers_of_the_table_of_videos_are_the_committed_records():
     assert len(rows) == 4
 
 
+def test_numbers_at_the_top_are_those_of_the_tables():
+    top = README[: README.index("## Three commands")]
+    for name, digits in (("hunyuan-video-720x1280x129-h100", 0), ("flux-dev-step-1280x768-h100", 1)):
+        lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
+        *_, dense, sparse, skipping = (f"{json.loads(line)['ms'] / 1e3:.{digits}f}" for line in lines)
+        assert f"{dense} s dense, {sparse} s sparse, {skipping} s where" in top or f"{sparse} and {skipping} s." in top
+
+
 def test_numbers_of_the_table_of_a_delta_step_are_the_committed_record():
     lines = (ROOT / "benchmarks/results/flux-dev-step-1280x768-h100.jsonl").read_text().splitlines()
     (kernels,) = (entry["kernels"] for entry in map(json.loads, lines) if entry["variant"] == "delta")
