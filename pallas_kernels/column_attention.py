@@ -23,15 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
-from pallas_kernels.groups import check_group, group_count, join_groups, row_tile, split_groups
-from pallas_kernels.launch import Launch, Tile
+from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
+from pallas_kernels.launch import Launch
+from pallas_kernels.tiles import tiles
 
 LOG2E = math.log2(math.e)
 # Of weights: a shift off by 60 keeps 10^5 of them below it, and values of 10^4 their sum finite.
 LARGEST_TOTAL = 2.0**112
-NARROW = 32  # rows of a program where those of whole tiles would not fill a wave
 MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
-BLOCK = 64  # columns a step: more spill, fewer starve the matrix units
+BLOCK = 64  # columns a step: with more, sums spill; with fewer, the matrix units wait for loads
 LARGEST_FLOAT8 = 448.0  # of e4m3fn
 WRAP = 65_536  # ids that 16 bits tell apart
 
@@ -99,7 +99,7 @@ def column_attention(
     """
     _check(q, k, v, indices, counts, lse, group, residual)
     keys = Keys(indices, counts, wrap, common, valid)
-    implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
+    implementation = _choose(implementation, q, residual)
     if implementation == "reference":
         out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
         base = 0 if residual is None else _unscaled(residual, layer)
@@ -139,7 +139,7 @@ def store_attention_residual(
     if dense.shape != q.shape:
         raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
     keys = Keys(indices, counts, wrap, common, valid)
-    implementation = dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1])
+    implementation = _choose(implementation, q, residual)
     if implementation == "reference":
         out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
         return _with_layer(residual, layer, dense.astype(jnp.float32) - out)
@@ -158,6 +158,10 @@ def pack_lists(indices: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Ar
     words = halves[..., ::2] | (halves[..., 1::2] << 16)
     listed = jnp.arange(indices.shape[-1]) < counts[..., None]
     return words, (listed & (indices < WRAP)).sum(-1, dtype=jnp.int32)
+
+
+def _choose(implementation, q, residual) -> dispatch.Implementation:
+    return dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1], float8=isinstance(residual, Scaled))
 
 
 class Keys(NamedTuple):
@@ -244,7 +248,7 @@ def _pallas(q, k, v, keys: Keys, lse, layer, *, group, scale, residual, dense=No
     layer, source = jnp.asarray(layer, jnp.int32)[None], residual if dense is None else dense
     mode = "store" if dense is not None else "new" if residual is None else "add"
     outs, tree = jax.tree.flatten(jax.ShapeDtypeStruct(q.shape, q.dtype) if dense is None else residual)
-    wide, narrow = _tiles(group)
+    wide, narrow = tiles("column_attention", group)
     own, common, heavy = keys[:3], None, 0
     if keys.common is not None:
         common, heavy = _counted(keys.common, keys.valid, len(q)), keys.common.heavy * (group // wide.rows)
@@ -263,12 +267,6 @@ def _counted(common: Common, valid: jax.Array | None, batch: int) -> tuple[jax.A
         return ids, starts[:-1], jnp.broadcast_to(starts[1:] - starts[:-1], (batch, len(starts) - 1))
     before = jnp.pad(jnp.cumsum(ids < valid[:, None], axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))[:, starts]
     return ids, starts[:-1], before[:, 1:] - before[:, :-1]
-
-
-def _tiles(group):
-    # 4 warps with 128 x 64 tiles beat every 8-warp setting on an H100.
-    wide = Tile(row_tile(group), 1, warps=4, resident=2)
-    return wide, wide._replace(rows=min(NARROW, wide.rows), stages=4)
 
 
 def _body(

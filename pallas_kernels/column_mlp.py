@@ -16,12 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
-from pallas_kernels.groups import check_group, group_count, join_groups, row_tile, split_groups
-from pallas_kernels.launch import Launch, Tile
+from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
+from pallas_kernels.launch import Launch
+from pallas_kernels.tiles import tiles
 
-# Measured on an H100 at FLUX's size (launch.py says what the second of each is for).
-FC1 = Tile(128, 256, warps=8), Tile(128, 32, warps=4, stages=4, inner=128)
-FC2 = Tile(128, 128, warps=4, resident=2), Tile(64, 32, warps=4, stages=6)
 SQRT_2_PI, LOG2E = math.sqrt(2 / math.pi), math.log2(math.e)
 
 
@@ -64,7 +62,7 @@ def column_fc1(
     layer = jnp.asarray(layer, jnp.int32)[None]
     rows, capacity = x.shape[1], indices.shape[-1]
     outputs = [jax.ShapeDtypeStruct((*x.shape[:2], capacity), x.dtype), activations]
-    for part in launch.launches(rows, capacity, x.shape[0], *_tiles(group, FC1)):
+    for part in launch.launches(rows, capacity, x.shape[0], *tiles("column_fc1", group)):
         body = functools.partial(_fc1_body, cached=activations is not None, part=part, group=group)
         outputs = launch.run(body, "column_fc1", (x, fc1, b1, indices, counts, layer), outputs, part, implementation)
     return outputs
@@ -185,10 +183,6 @@ def _store_activations_body(activations_ref, layer_ref, _, cached_ref, *, side):
     plgpu.store(cached_ref.at[at], tile.T.astype(cached_ref.dtype), mask=here.T)
 
 
-def _tiles(group, tiles):
-    return (tile._replace(rows=min(tile.rows, row_tile(group))) for tile in tiles)
-
-
 def _check(x, weights, indices, counts, group) -> None:
     check_group(group)
     batch, rows, width = x.shape
@@ -295,7 +289,7 @@ def _fc2(packed, fc2, indices, counts, layer, group, base, mode, implementation,
     inputs = (packed, fc2, indices, counts, jnp.asarray(layer, jnp.int32)[None])
     fresh = None if mode == "store" else jax.ShapeDtypeStruct(base.shape[1:], base.dtype)
     stack = base
-    for part in launch.launches(packed.shape[1], fc2.shape[-1], packed.shape[0], *_tiles(group, FC2)):
+    for part in launch.launches(packed.shape[1], fc2.shape[-1], packed.shape[0], *tiles("column_fc2", group)):
         body = functools.partial(_fc2_body, mode=mode, part=part, group=group)
         sources = {"add": (base,), "move": (), "store": (dense,)}[mode]
         outputs = [None if mode == "add" else stack, fresh]

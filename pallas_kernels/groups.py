@@ -29,5 +29,5 @@ def check_group(group: int) -> None:
 
 
 def row_tile(group: int) -> int:
-    """Rows of one program: 128 where the group allows it (fastest on H100, see benchmarks), else 64."""
+    """Rows of one program: 128 where the group allows it, else 64."""
     return 128 if group % 128 == 0 else 64

@@ -13,19 +13,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch
 from pallas_kernels.groups import group_count
-
-MULTIPROCESSORS = 132  # of an H100 or H200 SXM: the cards these kernels were measured on
-
-
-class Tile(NamedTuple):
-    """What one program computes."""
-
-    rows: int
-    columns: int  # of the output: features, neurons, heads
-    warps: int
-    resident: int = 1  # programs that fit a multiprocessor
-    stages: int = 3  # of the loop's pipeline: narrow tiles wait for memory, not for matrix units, and take more
-    inner: int = 64  # width of a step of the contraction
+from pallas_kernels.tiles import Tile
 
 
 class Launch(NamedTuple):
@@ -50,7 +38,7 @@ def launches(rows: int, columns: int, batch: int, wide: Tile, narrow: Tile) -> l
 
 def _whole_waves(tiles: int, programs: int, resident: int) -> int:
     """How many of the row tiles, of `programs` programs each, fill whole waves; all where the last wave is half full."""
-    slots = MULTIPROCESSORS * resident
+    slots = dispatch.card().multiprocessors * resident
     waves, rest = divmod(tiles * programs, slots)
     if waves >= 8 or rest > slots // 2:
         return tiles

@@ -15,7 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.launch import MULTIPROCESSORS
 
 ON_CHIP = 16384  # columns of the longest row that one program holds in its registers
 ASIDE = 8192  # columns of a longer one that it sets aside at most
@@ -55,7 +54,7 @@ def topk_columns(
         return jnp.sort(chosen, axis=-1).astype(jnp.int32), counts
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
     short = width <= ON_CHIP
-    programs = counts.size if short else min(counts.size, RESIDENT * MULTIPROCESSORS)
+    programs = counts.size if short else min(counts.size, RESIDENT * dispatch.card().multiprocessors)
     warps = 8 if counts.size <= 512 else 4  # few rows leave processors idle: each gets a larger program
     lists = jax.ShapeDtypeStruct((counts.size, capacity), jnp.int32)
     indices, *_ = pl.pallas_call(

@@ -20,6 +20,7 @@ from pallas_kernels import (
     column_fc2,
     column_sums,
     dense_attention,
+    dispatch,
     launch,
     move_column_fc2,
     pack_lists,
@@ -28,15 +29,16 @@ from pallas_kernels import (
     store_fc2_residual,
     topk_columns,
 )
+from pallas_kernels.tiles import Tile
 
 module = importlib.import_module("pallas_kernels.column_attention")  # the package has a function of that name
 LAYERS, LAYER = 2, 1
 
 
-@pytest.fixture(params=[132, 2])
-def processors(request, monkeypatch):
-    """Multiprocessors to plan for: many leave everything to the narrow launch, few make both."""
-    monkeypatch.setattr(launch, "MULTIPROCESSORS", request.param)
+@pytest.fixture(params=[("9.0", 132), ("9.0", 2), ("8.9", 2)], ids="{0[0]} {0[1]}".format)
+def card(request, monkeypatch):
+    """To plan for: many multiprocessors leave everything to the narrow launch, few make both; 8.9 has small tiles."""
+    monkeypatch.setattr(dispatch, "card", lambda: dispatch.Card(*request.param))
 
 
 GARBAGE = 2**31 - 1  # in slots that must never be read
@@ -89,7 +91,7 @@ def naive_column_attention(q, k, v, indices, counts, group, scale):
     ],
 )
 def test_column_attention_is_softmax_over_the_listed_columns(
-    implementation, processors, batch, rows, heads, width, group, capacity, counts
+    implementation, card, batch, rows, heads, width, group, capacity, counts
 ):
     rng, scale = np.random.default_rng(0), width**-0.5
     dtype = dtype_of(implementation)
@@ -113,7 +115,7 @@ def test_column_attention_is_softmax_over_the_listed_columns(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("heavy", [0, 1])
 @pytest.mark.parametrize("rows", [200, 1100])
-def test_common_keys_are_keys_like_those_of_the_lists(implementation, processors, packed, heavy, rows, monkeypatch):
+def test_common_keys_are_keys_like_those_of_the_lists(implementation, card, packed, heavy, rows, monkeypatch):
     """All but the padding, which is poison, and so is what the lists name behind their counts."""
     monkeypatch.setattr(module, "WRAP", 2048 if rows == 200 else 512)  # packed lists wrap early for once
     rng, group, batch, heads, width = np.random.default_rng(2), 128, 2, 2, 64
@@ -144,7 +146,7 @@ def test_common_keys_are_keys_like_those_of_the_lists(implementation, processors
     agree(stored[LAYER], naive_dense - expected, implementation)
 
 
-def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(implementation, processors):
+def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(implementation, card):
     rng, group, batch, rows, heads, width = np.random.default_rng(3), 64, 2, 150, 2, 64
     dtype = dtype_of(implementation)
     (q, nq), (k, nk), (v, nv), (dense, _) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(4))
@@ -265,7 +267,7 @@ def naive_gelu(x):
     ],
 )
 def test_column_mlp_is_the_mlp_of_the_listed_neurons(
-    implementation, processors, batch, rows, width, neurons, group, capacity, counts
+    implementation, card, batch, rows, width, neurons, group, capacity, counts
 ):
     rng, dtype = np.random.default_rng(5), dtype_of(implementation)
     x, nx = draw(rng, batch, rows, width, dtype=dtype)
@@ -321,9 +323,10 @@ def test_launches_cover_every_tile_once(monkeypatch):
     rng = np.random.default_rng(6)
     for _ in range(300):
         rows, columns, batch = (int(rng.integers(1, n)) for n in (9000, 2000, 4))
-        monkeypatch.setattr(launch, "MULTIPROCESSORS", int(rng.integers(1, 200)))
-        wide = launch.Tile(128, 256, warps=8, resident=int(rng.integers(1, 3)))
-        narrow = launch.Tile(int(rng.choice([32, 128])), 32, warps=4)
+        card = dispatch.Card("9.0", int(rng.integers(1, 200)))
+        monkeypatch.setattr(dispatch, "card", lambda card=card: card)
+        wide = Tile(128, 256, warps=8, resident=int(rng.integers(1, 3)))
+        narrow = Tile(int(rng.choice([32, 128])), 32, warps=4)
         covered = np.zeros((rows, columns), int)
         for part in launch.launches(rows, columns, batch, wide, narrow):
             first, (tiles, column_tiles, _), tile = part
@@ -384,6 +387,17 @@ def test_topk_fills_every_list_whatever_the_signs(implementation):
     scores = jnp.asarray([[0.5, -0.0, 0.0, -jnp.nan, 2.0, -0.0, 0.0, 0.0]])
     indices, _ = topk_columns(scores, 6, capacity=6, implementation=implementation)
     assert np.unique(indices).size == 6 and (np.asarray(indices) >= 0).all() and (np.asarray(indices) < 8).all()
+
+
+def test_a_card_without_8_bits_is_told(monkeypatch):
+    monkeypatch.setattr(dispatch, "card", lambda: dispatch.Card("8.0", 108))
+    q, lists = (
+        jnp.zeros((1, 64, 1, 64), jnp.bfloat16),
+        (jnp.zeros((1, 1, 1, 1, 8), jnp.int32), jnp.zeros((1, 1, 1, 1), int)),
+    )
+    options = dict(lse=jnp.zeros((1, 1, 1, 64)), group=64, scale=1.0, residual=Scaled.zeros((1, *q.shape)))
+    with pytest.raises(NotImplementedError, match=r"8 bits on a card of compute capability 8\.0"):
+        column_attention(q, q, q, *lists, **options, implementation="pallas")
 
 
 def test_a_named_implementation_is_obeyed_or_raises():

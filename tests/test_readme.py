@@ -43,7 +43,7 @@ def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
         in table
     )
     found = re.findall(r"^\| [^|]+ \| ([\d.]+) \| [^|]*, ([\d.]+) \| ([\d.]+) x \|$", table, re.MULTILINE)
-    assert len(found) == 10 and set(found) <= times
+    assert len(found) == 11 and set(found) <= times
 
 
 def test_numbers_of_the_table_of_videos_are_the_committed_records():
