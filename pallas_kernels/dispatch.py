@@ -14,8 +14,8 @@ Implementation = Literal["pallas", "interpret", "reference"]
 # Blackwell only); its deprecation notice is known, and shown once to us rather than at every lowering to every user.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
-# For jax.jit of a network: with XLA's own Triton products off, cuBLASLt takes bias and GELU into its epilogue, and reads a slice
-# of stacked weights where it lies (FLUX's MLP in a loop: 1.075 ms a layer in place of 1.169, H100, JAX 0.11.2). Others ignore it.
+# For jax.jit of a network: with XLA's own Triton products off, cuBLASLt takes bias and GELU into its epilogue (FLUX's MLP in a
+# loop: 1.075 ms a layer in place of 1.169, H100, JAX 0.11.2). Other backends ignore it.
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 WITHOUT_FLOAT8 = ("7.0", "7.5", "8.0", "8.6", "8.7")  # compute capabilities

@@ -22,8 +22,8 @@ from chipmunk_jax.sparsity import PRESETS, Sparsity, load_sparsity, to_dict
 REPEATS = ["--repeats", "1"]
 KEYS = {
     *("benchmark", "variant", "shape", "sparsity", "dtype", "ms", "ms_spread", "baseline", "baseline_ms", "speedup"),
-    *("rel_err", "error", "repeats", "model", "implementation", "device", "driver", "jax", "commit", "peak_bytes"),
-    *("tflops", "gbps", "of_matrix_ceiling", "of_copy_ceiling"),
+    *("rel_err", "error", "repeats", "model", "implementation", "device", "driver", "jax", "jaxlib", "runtime"),
+    *("tflops", "gbps", "of_matrix_ceiling", "of_copy_ceiling", "commit", "peak_bytes"),
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Record:
     sparsity: float | dict[str, Any] | None  # fraction of columns left out; of a step or a sample, its configuration
     dtype: str
     ms: float | None  # median of the repeats, of one call; None where the result was wrong
-    ms_spread: float | None = None  # slowest less fastest repeat
+    ms_spread: float | None = None  # slowest less fastest repeat; None of one
     repeats: int
     baseline: str
     baseline_ms: float | None
@@ -48,7 +49,7 @@ def times(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
     ms, baseline_ms = (1e3 * statistics.median(s) if s else None for s in (seconds, baseline))
     return {
         "ms": ms,
-        "ms_spread": 1e3 * (max(seconds) - min(seconds)) if seconds else None,
+        "ms_spread": 1e3 * (max(seconds) - min(seconds)) if len(seconds) > 1 else None,
         "repeats": len(seconds),
         "baseline_ms": baseline_ms,
         "speedup": baseline_ms / ms if ms and baseline_ms else None,
@@ -62,6 +63,8 @@ def _versions() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "runtime": " ".join(jax.devices()[0].client.platform_version.split()),  # its own words: CUDA's version, or cpu
         "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
     }
 

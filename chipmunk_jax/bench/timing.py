@@ -11,7 +11,7 @@ Why the times mean what they say:
   results of the program, so that none is dropped. Barriers would not do: XLA removes elements of a barrier that nobody reads, and
   on a CPU merges equal calls behind barriers (both tried). XLA queues the kernels of a program one after the other. Nothing is
   sliced or stacked in front of a kernel: inputs are separate arguments, the loop over them is unrolled, as a slice would be copied.
-- The sets of inputs together exceed the L2 cache several times, or one does alone, so that a call finds nothing of its own there.
+- The sets of inputs together exceed the L2 cache, most many times, or one does alone: a call finds nothing of its own there.
 - Candidates alternate, run by run, so that a drift of the clock or the temperature meets them all. A run is long enough for the
   clock that its own power leaves: in the 25 ms after dense attention a kernel still runs at the clock of that.
 """
@@ -30,7 +30,7 @@ PROGRAM_SECONDS = 5e-4  # of device work in one program: several times what its 
 REPEAT_SECONDS = 0.3  # of a timed run: ten thousand times the wait at its end
 MOST_DISPATCHES = 1000  # of a timed run, whatever a clock says
 SETS_BYTES = 1e9  # of all sets of inputs: twenty times the L2 cache of an H100
-MOST_SETS = 64  # of inputs too small to reach it; a megabyte each still exceeds the cache
+MOST_SETS = 256  # of inputs too small to reach it; a quarter of a megabyte each still exceeds the cache
 
 Inputs = Any  # a pytree of arrays
 State = Any  # a pytree of arrays that calls update in place
