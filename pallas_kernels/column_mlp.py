@@ -1,4 +1,4 @@
-"""The MLP over chosen neurons: one list of neuron indices for each group of rows.
+"""The MLP over chosen neurons (Chipmunk, section 3): one list of neuron indices for each group of rows.
 
     a[b, i, j] = gelu_tanh(x[b, i] . fc1[c_j] + b1[c_j]),   y[b, i] = sum_j a[b, i, j] fc2[c_j],   c = the list of (b, i // group)
 
@@ -151,6 +151,12 @@ def store_activations(
     """cached [L, B, F, N], in place, with cached[layer] = activations [B, N, F], transposed.
 
     Written with jnp, XLA would rather have the product before it give a transposed result, and then leave out its epilogue.
+
+    Args:
+        activations: any float dtype; cast to that of the cache.
+        layer: i32 scalar.
+        cached: as column_fc1's activations.
+        implementation: see dispatch.choose.
 
     Raises:
         ValueError: shapes that do not fit.

@@ -48,7 +48,9 @@ def dense_attention(
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, N, H, d] with equal B, H and d")
     if valid is not None and (q.shape != k.shape or valid.shape != q.shape[:1]):
         raise ValueError(f"q {q.shape}, k {k.shape}, valid {valid.shape}: expected rows of equal number, and [B]")
-    if dispatch.choose(implementation, dtype=q.dtype) == "pallas":
+    width = q.shape[-1]
+    fits = width <= 128 and width % 8 == 0  # cuDNN, on every card; 256, on some
+    if dispatch.choose(implementation, dtype=q.dtype, head_dim=128 if fits else width) == "pallas":
         # The public jax.nn.dot_product_attention casts the log-sum-exp to bf16; column sums need it in float32.
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 

@@ -1,6 +1,7 @@
 """The mean pre-activation of every group of rows: how far each neuron's has moved, and the update of those that were chosen.
 
-fc1 is linear, so the mean of its outputs is its output for the mean row: one row a group, and the time is that of reading fc1.
+fc1 is linear, so the mean of its outputs is its output for the mean row: one row a group, and the time is that of reading fc1. The
+change of it chooses neurons (Chipmunk, section 3).
 """
 
 import jax

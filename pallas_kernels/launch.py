@@ -37,7 +37,10 @@ def launches(rows: int, columns: int, batch: int, wide: Tile, narrow: Tile) -> l
 
 
 def _whole_waves(tiles: int, programs: int, resident: int) -> int:
-    """How many of the row tiles, of `programs` programs each, fill whole waves; all where the last wave is half full."""
+    """How many of the row tiles, of `programs` programs each, fill whole waves.
+
+    All of them where the last wave is half full, or one of nine and more: it costs less than a second launch could save.
+    """
     slots = dispatch.card().multiprocessors * resident
     waves, rest = divmod(tiles * programs, slots)
     if waves >= 8 or rest > slots // 2:

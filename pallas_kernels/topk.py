@@ -142,6 +142,7 @@ def _guess(bits_ref, row, k):
     patterns = _load(bits_ref, row, chunks + jnp.arange(CHUNK)[None, :]).reshape(SAMPLE)
     # Ranks behind the last give the lowest pattern, those before the first the highest.
     rank = lambda columns: (columns.astype(jnp.float32) * (SAMPLE / width)).astype(jnp.int32)
+    # A guess: a few patterns more or less between the two cost nothing, and slack saves three rounds of halving.
     low, _ = _bisect(patterns, rank(k + half), *_range(bits_ref.dtype), slack=8)
     _, high = _bisect(patterns, rank(k - half), *_range(bits_ref.dtype), slack=8)
     return low, high
