@@ -43,7 +43,7 @@ class Layout:
     """One way in which checkpoints of a model are written."""
 
     model: str
-    class_name: str  # in diffusers' config.json
+    class_name: str  # in its config.json
     name: str
     marks: tuple[str, ...]  # tensors that no other layout has; any one of them tells
     rules: tuple[Rule, ...]

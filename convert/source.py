@@ -105,7 +105,7 @@ def strip_prefix(weights: Weights) -> Weights:
 
 
 def read_config(path: Path, class_name: str) -> dict[str, Any]:
-    """diffusers' config.json in a folder, or beside a file; empty where there is none.
+    """config.json in a folder, or beside a file; empty where there is none.
 
     Beside a single file there may be some other model's; it is left alone.
     """

@@ -135,7 +135,7 @@ def configure(n: dict[str, str], shapes: Mapping[str, tuple[int, ...]], stated: 
 LAYOUTS = (
     Layout(
         model="wan",
-        class_name="WanTransformer3DModel",
+        class_name="WanModel",
         name="original",
         marks=("time_projection.1.weight", "blocks.0.self_attn.q.weight"),
         rules=ORIGINAL,

@@ -85,10 +85,30 @@ def test_the_original_layout_gives_the_same_weights(model, golden, tmp_path):
                 if a.replace("*", str(layer)) in tensors:
                     renamed[b.replace("*", str(layer))] = tensors[a.replace("*", str(layer))]
     assert len(renamed) == len(tensors)
-    save_file(renamed, tmp_path / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2}))
+    publish(tmp_path, renamed, model.config)
     again = read(tmp_path, dtype="float32")
+    assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, leaves_of(again), leaves_of(model))
+
+
+def publish(folder, tensors, config):
+    """Writes a folder as the Wan team publishes them: shards, their index, config.json, and the other networks' pickles."""
+    shards = {f"diffusion_pytorch_model-0000{n}-of-00002.safetensors": sorted(tensors)[n - 1 :: 2] for n in (1, 2)}
+    for name, names in shards.items():
+        save_file({key: tensors[key] for key in names}, folder / name)
+    placed = {key: name for name, names in shards.items() for key in names}
+    index = {"metadata": {"total_size": sum(a.nbytes for a in tensors.values())}, "weight_map": placed}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    sizes = {key: getattr(config, key) for key in ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim")}
+    sizes |= {"num_heads": config.num_heads, "num_layers": config.num_layers, "text_len": 512, "eps": 1e-06}
+    kind = {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "model_type": "i2v" if config.image_dim else "t2v",
+    }
+    (folder / "config.json").write_text(json.dumps(kind | sizes))
+    (folder / "Wan2.1_VAE.pth").write_bytes(b"")
+    (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"no pickle")
 
 
 def test_what_the_original_keeps_in_float32_stays_so(model, golden, tmp_path):
