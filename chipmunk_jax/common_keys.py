@@ -98,9 +98,8 @@ def check_voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequenc
     voxel = patch_sides(grid, patches)[0]
     voxels = [group_count(n, sides) for n, sides in zip(grid, voxel, strict=True)]
     if side > max(voxels):
-        raise ValueError(
-            f"local_voxels={side}: expected at most {max(voxels)}, as the grid has {voxels} voxels of {voxel}"
-        )
+        odd = max(voxels) - 1 + max(voxels) % 2  # a neighbourhood has a middle
+        raise ValueError(f"local_voxels={side}: expected at most {odd}, as the grid has {voxels} voxels of {voxel}")
     return voxel
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import inspect
 import itertools
+import re
 import sys
 
 import numpy as np
 import pytest
 
 from chipmunk_jax import AttentionSparsity
-from chipmunk_jax.common_keys import common_keys
+from chipmunk_jax.common_keys import check_voxels, common_keys
 from chipmunk_jax.order import patch_order
 
 VOXEL = (4, 4, 8)
@@ -125,3 +126,14 @@ def test_neighbourhoods_that_differ_are_not_taken_for_each_other(field):
 def test_neighbourhoods_that_are_not_there_are_refused(side, patches, message):
     with pytest.raises(ValueError, match=message):
         common_keys(AttentionSparsity(local_voxels=side), (8, 12, 16), patches)
+
+
+@pytest.mark.parametrize("rows", range(1, 8))
+def test_the_most_voxels_that_a_refusal_names_are_taken(rows):
+    grid = (4, 4 * rows, 8)
+    with pytest.raises(ValueError, match="expected at most") as error:
+        check_voxels(99, grid, (VOXEL,))
+    most = int(re.search(r"at most (\d+)", str(error.value))[1])
+    common_keys(AttentionSparsity(local_voxels=most), grid, (VOXEL,))
+    with pytest.raises(ValueError, match=f"local_voxels={most + 2}: expected at most {most}"):
+        common_keys(AttentionSparsity(local_voxels=most + 2), grid, (VOXEL,))

@@ -309,7 +309,7 @@ def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch, sparsity)
         ({"seed": 0.5}, "seed=0.5"),
         ({"sparsity": "flux"}, r"sparsity='flux': expected a Sparsity, as load_sparsity\(\) makes"),
         ({"sparsity": Sparsity(patches=((4, 4, 8),))}, r"patch \(4, 4, 8\): expected 2 sides"),
-        ({"sparsity": Sparsity(attention=AttentionSparsity(local_voxels=3))}, "local_voxels=3: expected at most 2"),
+        ({"sparsity": Sparsity(attention=AttentionSparsity(local_voxels=3))}, "local_voxels=3: expected at most 1"),
         ({"guidance": float("nan")}, "guidance"),
         ({"uncond": {}}, "uncond"),
         ({"cond": {"text": jnp.zeros((2, 5, 10))}}, "conditions"),

@@ -102,7 +102,7 @@ def test_what_is_not_given_is_the_familys():
         (dict(steps=0), "steps=0: expected at least 1"),
         (dict(guidance=float("inf")), "guidance=inf: expected a finite number"),
         (dict(seed=-1), "seed=-1: expected a whole number from 0 to"),
-        (dict(sparsity=load_sparsity("wan-14b")), "local_voxels=5: expected at most 2, as the grid has"),
+        (dict(sparsity=load_sparsity("wan-14b")), "local_voxels=5: expected at most 1, as the grid has"),
         (dict(sparsity=load_sparsity("wan-14b", {"patches": []})), "local_voxels=5 with tokens in rows"),
         (dict(sparsity=load_sparsity("flux", {"patches": [[8, 4]]})), r"patch \(8, 4\): expected 3 sides for the grid"),
         (dict(sparsity=load_sparsity("flux", {"mlp.full_step_schedule": [0, 30]})), "step 30"),
@@ -208,7 +208,7 @@ def run(command, checkpoint, *flags):
         (["--fps", 1001], ["--fps 1001", "up to 1000"]),
         (["--frames", 0], ["frames=0", "at least 1"]),
         (["--height", 22], ["height=22", "multiple of 4"]),
-        (["--sparsity", "wan-14b"], ["local_voxels=5", "at most 2"]),
+        (["--sparsity", "wan-14b"], ["local_voxels=5", "at most 1"]),
     ],
 )
 def test_bad_input_is_one_sentence_before_a_model_is_loaded(
