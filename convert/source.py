@@ -14,6 +14,7 @@ from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
 
 LAYOUTS = (*flux.LAYOUTS, *hunyuan_video.LAYOUTS, *wan.LAYOUTS)
 PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like
+FOLDERS = ("transformer", "transformers")  # of the network in a release with its VAE: diffusers', Tencent's
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def open_source(path: str | Path) -> Source:
     """The checkpoint under `path`.
 
     Args:
-        path: a .safetensors file, an index of shards, a .pt or .pth file, a folder with one of these, or the folder above a
-            transformer/.
+        path: a .safetensors file, an index of shards, a .pt or .pth file, a folder with one of these, or the folder above
+            one of FOLDERS.
 
     Raises:
         FileNotFoundError: there is no such path.
@@ -54,8 +55,9 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if is_checkpoint(path):
         raise ValueError(f"{path}: already converted")
-    if (path / "transformer").is_dir() and not list(path.glob(f"{STEM}*")):
-        path = path / "transformer"
+    below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
+    if below and not list(path.glob(f"{STEM}*")):
+        path = below
     weights = strip_prefix(read_any(path))
     layout = next((layout for layout in LAYOUTS if any(mark in weights.tensors for mark in layout.marks)), None)
     if layout is None:
@@ -72,10 +74,17 @@ def open_source(path: str | Path) -> Source:
 
 def read_any(path: Path) -> Weights:
     """The tensors under a path, whatever holds them; safetensors first."""
-    pickles = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
-    if len(pickles) == 1 and pickles[0].suffix in SUFFIXES and not list(path.glob("*.safetensors")):
-        return check_unscaled(read_torch_pickle(pickles[0]))
-    return read_weights(path)
+    pickles = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    pickles = [file for file in pickles if file.suffix in SUFFIXES]
+    if not pickles or list(path.glob("*.safetensors")):
+        return read_weights(path)
+    if len(pickles) > 1:
+        names = ", ".join(file.name for file in pickles)
+        raise ValueError(
+            f"{path}: holds no .safetensors file and {len(pickles)} files ending in {' or '.join(SUFFIXES)} ({names}); "
+            "name the one to read"
+        )
+    return check_unscaled(read_torch_pickle(pickles[0]))
 
 
 def check_unscaled(weights: Weights) -> Weights:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import struct
 import zipfile
 from collections import OrderedDict
@@ -92,6 +93,21 @@ def test_the_same_model_in_either_container_is_the_same_source(tmp_path):
         assert source.config == plain.config and source.layout == plain.layout
         for name, array in arrays.items():
             np.testing.assert_array_equal(source.weights.tensors[name].read(), array)
+
+
+def test_of_several_pickles_in_a_folder_one_must_be_named(tmp_path):
+    """As in Tencent's HunyuanVideo, from the folder above."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "vae").mkdir()
+    files = [tmp_path / "transformers" / f"mp_rank_00_model_states{end}.pt" for end in ("", "_fp8", "_fp8_map")]
+    for file in files:
+        shutil.copy(GOLDEN / "tiny.pt", file)
+    names = ", ".join(file.name for file in files)
+    for path in (tmp_path, tmp_path / "transformers"):
+        with pytest.raises(
+            ValueError, match=rf"transformers: holds no .safetensors file and 3 .*\({names}\); name the one"
+        ):
+            open_source(path)
 
 
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
