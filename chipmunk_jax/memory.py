@@ -7,6 +7,7 @@ buffer assignment: benchmarks/results/memory-aot-h100.json has both for whole co
 """
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from chipmunk_jax.cache import Stack
 from chipmunk_jax.delta import head_portions
-from chipmunk_jax.sparsity import Sparsity
+from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import choose
 from pallas_kernels.groups import group_count
@@ -113,6 +114,14 @@ def savings(parts: Parts) -> list[tuple[str, Any]]:
     return sorted((setting for setting in sizes if sizes[setting]), key=sizes.get, reverse=True)
 
 
+def economize(sparsity: Sparsity | None, parts: Parts) -> Iterator[tuple[dict[str, Any], Sparsity]]:
+    """Those settings by name, one more each time, and the Sparsity with all of them; `parts` are its own."""
+    settings: dict[str, Any] = {}
+    for name, value in savings(parts):
+        settings = settings | {name: value}
+        yield settings, load_sparsity(sparsity, settings)
+
+
 def shortage(parts: Parts, room: int, where: str, which: str = "") -> str | None:
     """What is too large, beginning with "no room on", or None where the parts fit `room` bytes, `which` says which."""
     need, parts = sum(parts.values()), summed(parts)
@@ -125,12 +134,17 @@ def shortage(parts: Parts, room: int, where: str, which: str = "") -> str | None
     )
 
 
-def check_room(parts: Parts) -> None:
-    """Raises ValueError if the parts cannot fit the default device beside what lies there."""
-    free = free_bytes()
+def check_room(plan: Callable[[Sparsity | None], Parts], sparsity: Sparsity | None) -> None:
+    """Raises ValueError if plan(sparsity) cannot fit the default device beside what lies there.
+
+    It names settings only where with them there is room.
+    """
+    parts, free = plan(sparsity), free_bytes()
     if free is not None and (error := shortage(parts, free, str(jax.devices()[0]), " free")):
-        settings = "".join(f"{name}={value!r}, " for name, value in savings(parts))
-        raise ValueError(f"{error}; use {settings}a smaller batch or a smaller size")
+        fits = lambda changed: sum(plan(changed).values()) <= free
+        settings = next((settings for settings, changed in economize(sparsity, parts) if fits(changed)), {})
+        words = " and ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise ValueError(f"{error}; use {words}{words and ', '}a smaller batch or a smaller size")
 
 
 def free_bytes() -> int | None:

@@ -228,10 +228,14 @@ def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: 
     return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, common=common)
 
 
-def check_room(model: Model, noise: jax.Array, cond: Condition, **options) -> None:
+def check_room(model: Model, noise: jax.Array, cond: Condition, *, sparsity: Sparsity | None, **options) -> None:
     """Raises ValueError if what plan_memory() says cannot fit the default device; model, noise and conditions lie there."""
-    parts = plan_memory(model, noise, cond, **options)
-    memory.check_room({name: size for name, size in parts.items() if name not in memory.PLACED})
+
+    def plan(sparsity: Sparsity | None) -> memory.Parts:
+        parts = plan_memory(model, noise, cond, sparsity=sparsity, **options)
+        return {name: size for name, size in parts.items() if name not in memory.PLACED}
+
+    memory.check_room(plan, sparsity)
 
 
 def plan_memory(

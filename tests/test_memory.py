@@ -1,6 +1,7 @@
 """The memory plan: exact where shapes tell, near what XLA makes of the rest, and obeyed before anything is compiled."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -153,6 +154,23 @@ def test_a_setting_that_saves_makes_its_part_smaller_and_is_not_proposed_again(e
     part = lambda plan: sum(size for path, size in plan.items() if f".{end}" in path)
     assert part(after) < part(before) and sum(after.values()) < sum(before.values())
     assert setting in savings(before) and setting not in savings(after)
+
+
+def test_a_setting_is_proposed_only_where_with_it_there_is_room(monkeypatch):
+    """One that is not enough stays beside the next, and none is named where all of them are not enough."""
+    sparsity = load_sparsity("flux", {"mlp.cache": "activations"})
+    plan = lambda sparsity: tiny("flux-tiny", sparsity=sparsity)[-1]
+    settings = savings(plan(sparsity))
+    needs = [sum(plan(load_sparsity(sparsity, dict(settings[:n]))).values()) for n in range(3)]
+    assert len(settings) == 2 and needs == sorted(needs, reverse=True)
+    one, other = (re.escape(f"{name}={value!r}") for name, value in settings)
+    expected = {needs[0] - 1: f"{one}, ", needs[1]: f"{one}, ", needs[1] - 1: f"{one} and {other}, ", needs[2] - 1: ""}
+    for free, words in expected.items():
+        monkeypatch.setattr(memory, "free_bytes", lambda free=free: free)
+        with pytest.raises(ValueError, match=f"; use {words}a smaller batch or a smaller size$"):
+            memory.check_room(plan, sparsity)
+    monkeypatch.setattr(memory, "free_bytes", lambda: needs[0])
+    memory.check_room(plan, sparsity)
 
 
 def test_choosing_keys_counts_its_sums_and_lists():

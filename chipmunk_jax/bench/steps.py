@@ -79,7 +79,8 @@ def bench_step(
     check_grid(sparsity, grid)
     # A skipped step is timed whatever the schedule, so its tokens want room.
     skipping = replace(sparsity, step_cache=StepCache())
-    check_room(plan_memory(entry, sizes, batch, steps=INPUTS, dtype=jnp.dtype(dtype), sparsity=skipping))
+    fixed = dict(steps=INPUTS, dtype=jnp.dtype(dtype))
+    check_room(lambda sparsity: plan_memory(entry, sizes, batch, **fixed, sparsity=sparsity), skipping)
     kinds = [
         kind for kind in KINDS if kind != "select neurons" or (sparsity.mlp and sparsity.mlp.cache == "activations")
     ]

@@ -13,7 +13,7 @@ from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.schedule import check_schedules
-from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.sparsity import Sparsity
 
 MORE = 0.95  # of a device, the most that is safe to give JAX: the rest is the driver's and the libraries'
 
@@ -77,11 +77,9 @@ class Request:
 
     def smaller(self) -> Iterator[tuple[str, "Request"]]:
         """Requests that take less, each with the flags that make it: settings first, then less of everything."""
-        changed, flags = self, []
-        for name, value in memory.savings(self.plan()):  # together: one that is not enough stays
-            flags.append(f"--sparsity.{name.replace('_', '-')} {value}")
-            changed = replace(changed, sparsity=load_sparsity(changed.sparsity, {name: value}))
-            yield " ".join(flags), changed
+        for settings, sparsity in memory.economize(self.sparsity, self.plan()):
+            flags = (f"--sparsity.{name.replace('_', '-')} {value}" for name, value in settings.items())
+            yield " ".join(flags), replace(self, sparsity=sparsity)
         for batch in range(self.batch - 1, 0, -1):
             yield f"--batch {batch}", replace(self, batch=batch)
         stride, *_, pixels = self.model.defaults.patch
