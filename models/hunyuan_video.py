@@ -208,14 +208,14 @@ class RefinerBlock(nnx.Module):
     @jax.named_scope("refiner_block")
     def __call__(self, x, vec, valid, cache, step):
         gates = jnp.split(self.modulation(vec), 2, axis=-1)  # [B, 1, D] each
-        h = normed(x, self.norm1, self.norm1_bias)
+        h = affine_norm(x, self.norm1, self.norm1_bias)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(self.qkv(h), 3, axis=-1))
         options = dict(scale=q.shape[-1] ** -0.5, implementation=step.implementation, valid=valid)
         x = add_gated(x, gates[0], self.proj(merge_heads(dense_attention(q, k, v, **options)[0])))
-        h = normed(x, self.norm2, self.norm2_bias)
+        h = affine_norm(x, self.norm2, self.norm2_bias)
         return add_gated(x, gates[1], self.fc2(jax.nn.silu(self.fc1(h)))), cache
 
 
-def normed(x: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
+def affine_norm(x: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
     """weight LayerNorm(x) + bias, computed in float32, in the dtype of x [B, T, D]."""
     return layer_norm(x, scale=weight[...].astype(jnp.float32), shift=bias[...].astype(jnp.float32))
