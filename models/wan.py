@@ -65,7 +65,10 @@ class WanConfig:
 
     @property
     def text_rows(self) -> int | None:
-        """Rows of text, zeros behind the prompt, in all published models; None: any number, in one without UMT5."""
+        """Rows of text, zeros behind the prompt, in all published models; None: any number, in one without UMT5.
+
+        By design: neither its config nor its weights say how many it was trained with.
+        """
         return 512 if self.text_dim == UMT5_WIDTH else None
 
     @property
