@@ -165,9 +165,14 @@ def check_schedules(sparsity: Sparsity, steps: int) -> None:
     skipped = sparsity.step_cache.skip_steps if sparsity.step_cache else ()
     parts = {"attention": sparsity.attention, "mlp": sparsity.mlp}
     schedules = {f"{name}.full_step_schedule": part.full_step_schedule or () for name, part in parts.items() if part}
-    for name, numbers in (schedules | {"step_cache.skip_steps": skipped}).items():
-        if max(numbers, default=0) >= steps:
-            raise ValueError(f"{name} names step {max(numbers)}, but there are {steps} steps (0 to {steps - 1})")
+    schedules["step_cache.skip_steps"] = skipped
+    latest = {name: max(numbers, default=0) for name, numbers in schedules.items()}
+    name = max(latest, key=latest.get)
+    if (last := latest[name]) >= steps:
+        raise ValueError(
+            f"{name} names step {last}, but there are {steps} steps (0 to {steps - 1}): expected {last + 1} or more, or "
+            f"another {name}"
+        )
     for name, config in parts.items():
         full = np.flatnonzero(_filling(config, steps)) if config else ()
         if both := sorted(set(map(int, full)) & set(skipped)):

@@ -89,6 +89,16 @@ def test_a_schedule_beyond_the_steps_is_one_error(sparsity):
     plan(sparsity, 29, tokens=100, mlp_width=100)
 
 
+@pytest.mark.parametrize("preset", [name for name, sparsity in PRESETS.items() if sparsity.step_cache])
+def test_a_preset_that_skips_steps_beyond_the_steps_says_how_many_it_takes(preset):
+    """40 steps are what Wan's image to video usually has."""
+    sizes = dict(tokens=1000, mlp_width=1000)
+    with pytest.raises(ValueError, match=r"there are 40 steps \(0 to 39\): expected 44 or more, or another") as error:
+        plan(PRESETS[preset], 40, **sizes)
+    plan(PRESETS[preset], 44, **sizes)
+    assert "\n" not in str(error.value)
+
+
 def test_a_plan_skips_the_steps_that_are_named_and_no_others():
     caching = StepCache(skip_steps=(7, 5, 5))
     table = plan(Sparsity(step_cache=caching), 9, tokens=100, mlp_width=100)
