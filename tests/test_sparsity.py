@@ -3,10 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import yaml
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache, load_sparsity
+from chipmunk_jax.schedule import AttentionPhase, attention_phases
 from chipmunk_jax.sparsity import PRESETS, to_dict
 
 PARTS = [AttentionSparsity, MlpSparsity]
@@ -45,6 +47,28 @@ def test_the_flux_preset_has_the_values_of_the_paper():
         assert (part.group, part.max_keys) == (128, None)
     assert PRESETS["flux"].patches == (8, 4)
     assert PRESETS["flux"] == Sparsity() == load_sparsity("flux")
+
+
+@pytest.mark.parametrize(
+    ("preset", "top_keys", "local_voxels", "text", "full_steps"),
+    [
+        ("hunyuan-video", 0.05, 0, True, {0, 1, 10, 40}),
+        ("wan-14b", 0.1, 5, False, {0, 1, 10, 20, 30, 40}),
+        ("wan-1.3b", 0.1, 3, False, {0, 1, 10, 20, 30, 40}),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", "-step-cache"])
+def test_the_video_presets_have_the_values_of_the_paper(preset, suffix, top_keys, local_voxels, text, full_steps):
+    """But that every fourth query judges; Wan 1.3B, of which it has none, is as 14B with a smaller neighbourhood."""
+    sparsity = PRESETS[preset + suffix]
+    attention = sparsity.attention
+    assert (attention.top_keys, attention.local_voxels, attention.local_1d_window) == (top_keys, local_voxels, 0)
+    assert (attention.random_keys, attention.fixed_random_keys, attention.max_keys) == (0.01, 0.01, None)
+    assert attention.text_keys is attention.text_queries is text
+    assert set(np.flatnonzero(attention_phases(attention, 50) != AttentionPhase.DELTA)) == full_steps
+    assert (attention.recompute_mask, attention.query_stride, attention.residual_bits) == (True, 4, 16)
+    assert (attention.first_n_dense_layers, attention.group, sparsity.patches) == (2, 128, ((4, 4, 8),))
+    assert sparsity.mlp is None and sparsity.step_cache == (StepCache() if suffix else None)
 
 
 @pytest.mark.parametrize(
