@@ -102,10 +102,9 @@ MODELS = {
     "wan-1.3b": _wan(WanConfig()),
     "flux-tiny": _joint(FluxConfig(**_TINY), text=16, patch=(4, 4)),
     "hunyuan-tiny": _joint(HunyuanVideoConfig(**_TINY), text=16, patch=(4, 4, 4)),
-    # As many rows as the preset's neighbourhood of 5 voxels has.
     "wan-tiny": _wan(
         WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=4, text_dim=256),
-        text=16, patch=(4, 4, 4), frames=17, height=80, width=64,
+        text=16, patch=(4, 4, 4), frames=17, height=64, width=64,
     ),
 }  # fmt: skip
 
