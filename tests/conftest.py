@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -51,6 +53,22 @@ def folder(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[[str], Path]:
+    """ "mini-flux" or "mini-wan" -> the folder of its weights, 41 MB, which are not part of the repository; skips without."""
+
+    def find(name: str) -> Path:
+        root, variable = Path(__file__).parents[1], f"CHIPMUNK_{name.replace('-', '_').upper()}"
+        named = os.environ.get(variable)
+        places = [Path(named)] if named else [root / "data" / name, *root.parent.glob(f"*/data/{name}")]
+        for place in places:
+            if (place / "config.json").is_file():
+                return place
+        pytest.skip(f"the 41 MB of {name} are not here; name their folder in {variable}")
+
+    return find
 
 
 @contextlib.contextmanager

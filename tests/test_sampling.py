@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -336,32 +335,21 @@ def test_no_room_on_the_device_names_the_largest_part(model, monkeypatch):
         draw(model, *inputs(), sparsity=SPARSE)
 
 
-def mini_flux() -> Path:
-    """The weights of mini-flux, 41 MB, which are not part of the repository."""
-    root = Path(__file__).parents[1]
-    named = os.environ.get("CHIPMUNK_MINI_FLUX")
-    places = [Path(named)] if named else [root / "data" / "mini-flux", *root.parent.glob("*/data/mini-flux")]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    pytest.skip("the 41 MB of mini-flux are not here; name their folder in CHIPMUNK_MINI_FLUX")
-
-
 # SHA-256 over the converted leaves in order of their paths, bf16.
 MINI_FLUX = "d36c53041dc9271db6f31dffeb2011721e40c716ffbf41ca9377a1a25659d080"
 
 
-def test_mini_flux_converts_to_the_same_bytes():
+def test_mini_flux_converts_to_the_same_bytes(trained):
     digest = hashlib.sha256()
-    for path, leaf in sorted(leaves_of(read(mini_flux(), "bfloat16")).items()):
+    for path, leaf in sorted(leaves_of(read(trained("mini-flux"), "bfloat16")).items()):
         digest.update(path.encode() + np.asarray(leaf).tobytes())
     assert digest.hexdigest() == MINI_FLUX
 
 
-def test_mini_flux_reproduces_the_dense_golden_sample():
+def test_mini_flux_reproduces_the_dense_golden_sample(trained):
     """28 steps with guidance 2 in float32, against diffusers in float32: 1e-3 (Black Forest Labs' schedule and ours agree)."""
     golden = load_file(Path(__file__).parent / "golden" / "mini_flux_64.safetensors")
-    model = read(mini_flux(), "float32")
+    model = read(trained("mini-flux"), "float32")
     cond = {name: jnp.asarray(golden[name][:1]) for name in ("text", "pooled")}
     times = flux_timesteps(28, 1024)
     np.testing.assert_allclose(times, golden["sigmas"], atol=1e-6)
