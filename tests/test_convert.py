@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -347,6 +348,7 @@ def test_weights_must_fit_their_config(source, target):
     file = target / "config.json"
     content = json.loads(file.read_text())
     content["config"] |= {"guidance_embed": False, "depth": 3}
+    content["stored"] += 1  # as another model's
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"4 unknown: guidance_in.*misshapen: double_blocks.*\[2, .*expected \[3, "):
         load(target)
@@ -364,6 +366,21 @@ def test_damaged_weights_are_one_sentence(source, target):
     with pytest.raises(ValueError, match="damaged weights") as error:
         load(target)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]"])
+def test_half_a_copy_is_damaged_and_prints_nothing(source, target, capfd, content):
+    """A leaf is not there, or its header is none."""
+    convert(source, target, progress=False)
+    header = min((target / "weights").glob("*/.zarray"))
+    capfd.readouterr()
+    if content is None:
+        shutil.rmtree(header.parent)
+    else:
+        header.write_text(content)
+    with pytest.raises(ValueError, match="damaged weights: ") as error:
+        load(target)
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
 
 
 def test_inspect_agrees_before_and_after(source, target, diffusers):
