@@ -10,7 +10,7 @@ Write a PyTorch checkpoint as a folder that `chipmunk sample` and `chipmunk_jax.
 SOURCE is one of
   a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.; or .pt and .pth, of
                        which only tensors are read: a file that would run anything is refused
-  a diffusers folder   transformer/ with its shards and index, or the folder above it
+  a folder             of one file or of shards: Wan2.1's, or diffusers' transformer/, or the folder above it
 Layout and sizes are found from the file itself. All names and shapes are checked before any data are read, and TARGET
 appears only when it is whole. fp8 weights of a .safetensors are cast to the dtype asked for; those of a .pt have their
 scales in another file and are refused."""
@@ -19,6 +19,8 @@ EXAMPLES = """\
 examples:
   chipmunk convert flux1-dev.safetensors flux-dev
   chipmunk convert FLUX.1-schnell/ flux-schnell
+  chipmunk convert hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt hunyuan-video
+  chipmunk convert Wan2.1-T2V-1.3B/ wan-1.3b
   chipmunk convert flux1-dev.safetensors flux-dev --dtype float32 --overwrite"""
 
 
