@@ -275,7 +275,8 @@ def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, fold
     outputs = ["-o", "a.webp", "-o", "a.png", "--json", "a.json"]
     assert run("verify", video_checkpoint, *prompts, *sparse, *outputs) == 0
     assert sorted(file.name for file in folder.iterdir()) == ["a.json", "a.png", "a.webp"]
-    assert "a.webp\na.png\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "a.webp\na.png\n" in out
     report = json.loads((folder / "a.json").read_text())
     sparsity = load_sparsity("mini-wan", {"patches": [[4, 4, 2]], "attention.first_n_dense_layers": 0})
     assert report["sparsity"] == to_dict(sparsity) and report["frames"] == 5
@@ -285,6 +286,7 @@ def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, fold
     assert report["psnr"] == pytest.approx([psnr(a, b) for a, b in zip(sparse, dense, strict=True)])
     frames = [[psnr(sparse[b, t], dense[b, t]) for t in range(5)] for b in range(2)]
     np.testing.assert_allclose(report["psnr_of_frames"], frames)
+    assert f"frames  {np.min(frames):7.1f} to {np.max(frames):.1f} dB\n" in out
     with Image.open("a.webp") as image:
         assert image.n_frames == 5 and image.width > 3 * 3 * 12 and image.height > 2 * 3 * 20
         assert json.loads(image.getexif()[videos.IMAGE_DESCRIPTION])["settings"] == report

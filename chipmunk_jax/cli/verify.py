@@ -136,4 +136,6 @@ def _print(report: dict, decibels: list[float], outputs: list[Path]) -> None:
     shares = 100 * density["attention"], 100 * density["mlp"]
     print(f"density {shares[0]:7.1f} % of attention keys, {shares[1]:.1f} % of MLP neurons, over all steps and layers")
     print(f"PSNR    {np.median(decibels):7.1f} dB against the dense sample (median of {levels})")
+    if frames := [level for clip in report.get("psnr_of_frames", ()) for level in clip]:
+        print(f"frames  {min(frames):7.1f} to {max(frames):.1f} dB")
     print(*outputs, sep="\n")
