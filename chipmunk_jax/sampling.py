@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -116,6 +117,7 @@ def sample(
 
     Raises:
         ValueError: arguments that do not fit together, or no room for the caches; before anything is compiled.
+        KeyboardInterrupt: at once; what was begun runs on, and a process that ends waits for it.
     """
     steps = len(timesteps) - 1
     _check(model, noise, cond, timesteps, grid, guidance, uncond, seed)
@@ -145,9 +147,28 @@ def sample(
     )
     cache = caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None
     with _Reporter(steps, progress, callback) as reporter:
-        x, _ = _run(model, cache, arrays, reporter.run, solver=solver, report=reporter.kind)
-        jax.block_until_ready(x)
+        given = model, cache, arrays, reporter.run
+        x, _ = _finished(_run.lower(*given, solver=solver, report=reporter.kind), *given)
     return x
+
+
+def _finished(program: jax.stages.Lowered, *args: Any) -> Any:
+    """What the program returns, once that and all callbacks are over.
+
+    JAX holds a KeyboardInterrupt until the device is done, and crashes in a process that ends while XLA compiles. So this thread
+    only waits, which Ctrl-C ends at once, and another one works, which a process that ends waits for.
+    """
+
+    def finish(compiled: jax.stages.Compiled) -> Any:
+        out = jax.block_until_ready(compiled(*args))
+        jax.effects_barrier()  # of this thread
+        return out
+
+    pool = ThreadPoolExecutor(1, "sample")
+    try:
+        return pool.submit(finish, pool.submit(program.compile).result()).result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 @partial(jax.jit, static_argnames=("solver", "report"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
@@ -288,11 +309,8 @@ class _Reporter:
         return self
 
     def __exit__(self, *_) -> None:
-        try:
-            jax.effects_barrier()
-        finally:
-            del _reporters[self.number]
-            self.bar.close()
+        del _reporters[self.number]
+        self.bar.close()
         if self.error:
             raise self.error
 
@@ -311,4 +329,5 @@ _reporters: dict[int, _Reporter] = {}
 
 
 def _report(run, step, t, *x) -> None:
-    _reporters[int(run)].report(int(step), float(t), *(np.asarray(a) for a in x))
+    if reporter := _reporters.get(int(run)):  # none of a run that was interrupted
+        reporter.report(int(step), float(t), *(np.asarray(a) for a in x))

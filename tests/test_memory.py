@@ -127,10 +127,10 @@ def test_sample_refuses_what_the_plan_says_and_no_less(monkeypatch):
     need = sum(size for part, size in plan.items() if part not in memory.PLACED)
     options = dict(timesteps=model.defaults.timesteps(5, noise.shape[1]), grid=model.grid(sizes), sparsity=sparsity)
 
-    def compiled(*args, **options):
+    def compiled(*_):
         raise InterruptedError
 
-    monkeypatch.setattr(sampling, "_run", compiled)
+    monkeypatch.setattr(sampling, "_finished", compiled)
     monkeypatch.setattr(memory, "free_bytes", lambda: need)
     with pytest.raises(InterruptedError):
         sample(network, noise, cond, **options)

@@ -3,9 +3,12 @@
 import dataclasses
 import hashlib
 import itertools
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -148,11 +151,24 @@ def test_a_solver_with_a_history_and_a_callback_see_skipped_steps_like_others(mo
     assert seen == list(range(STEPS))
 
 
-def test_another_choice_of_skipped_steps_compiles_nothing(model):
+@pytest.fixture
+def compilations():
+    """What XLA compiles, by its seconds."""
+    found = []
+    listen = lambda name, seconds, **_: found.append(seconds) if name.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.clear_event_listeners()
+
+
+def test_another_choice_of_skipped_steps_compiles_nothing(model, compilations):
     sampling._run.clear_cache()
-    for skip in ((2,), (3, 5)):
-        draw(model, *inputs(), sparsity=dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=skip)))
-    assert sampling._run._cache_size() == 1
+    skipping = lambda *steps: dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=steps))
+    draw(model, *inputs(), sparsity=skipping(2))
+    assert compilations
+    compilations.clear()
+    draw(model, *inputs(), sparsity=skipping(3, 5), seed=9)
+    assert not compilations
 
 
 def test_a_skipped_step_leaves_the_caches_alone(model):
@@ -187,7 +203,7 @@ def test_an_image_does_not_depend_on_its_batch(model):
     np.testing.assert_allclose(together[1:2], alone, **CLOSE)
 
 
-def test_one_compile_for_all_prompts_seeds_guidance_scales_and_schedules_of_a_shape(model):
+def test_one_compile_for_all_prompts_seeds_guidance_scales_and_schedules_of_a_shape(model, compilations):
     roomy = dict(max_keys=0.9, first_n_dense_layers=0, group=64)
     configs = [
         Sparsity(attention=AttentionSparsity(top_keys=top, full_step_every=every, **roomy), mlp=MlpSparsity(**roomy))
@@ -196,8 +212,9 @@ def test_one_compile_for_all_prompts_seeds_guidance_scales_and_schedules_of_a_sh
     sampling._run.clear_cache()
     for seed, config in enumerate(configs):
         noise, cond = inputs(2, seed)
+        compilations.clear()
         draw(model, noise, cond, sparsity=config, guidance=1.0 + seed, seed=seed)
-    assert sampling._run._cache_size() == 1
+        assert bool(compilations) == (seed == 0)
 
 
 @pytest.mark.parametrize("without", [(), ("attention",), ("mlp",)])
@@ -227,6 +244,39 @@ def test_an_error_of_the_callback_comes_out_as_it_is(model):
 
     with pytest.raises(KeyError, match="mine"):
         draw(model, *inputs(1), callback=fail)
+
+
+def test_ctrl_c_is_raised_while_the_program_runs_and_the_next_sample_is_whole(model):
+    whole, seen, over = draw(model, *inputs(1)), [], threading.Event()
+
+    def interrupt(step, *_):
+        seen.append(step)
+        os.kill(os.getpid(), signal.SIGINT)
+        over.wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(model, *inputs(1), callback=interrupt)
+    assert seen == [0]
+    over.set()
+    np.testing.assert_array_equal(draw(model, *inputs(1), callback=lambda *_: None), whole)
+    assert seen == [0]  # the program that was interrupted has run on, and told nobody
+
+
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import jax, test_sampling as t
+from flax import nnx
+compile = jax.stages.Lowered.compile
+jax.stages.Lowered.compile = lambda self: (os.kill(os.getpid(), signal.SIGINT), compile(self))[1]
+t.draw(t.Flux(t.CONFIG, dtype=t.jnp.float32, rngs=nnx.Rngs(0)), *t.inputs(), sparsity=t.SPARSE, progress=True)
+"""
+
+
+def test_a_process_that_is_interrupted_while_xla_compiles_does_not_crash():
+    program = INTERRUPTED.format(folder=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGINT and done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr
 
 
 BITS = """
