@@ -3,6 +3,10 @@
 import argparse
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
 
 import jax
 import numpy as np
@@ -284,6 +288,45 @@ def test_a_file_that_is_there_is_replaced_whole(checkpoint, folder):
     (folder / "a.png").write_text("old")
     assert run("sample", checkpoint, "-o", "a.png") == 0
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG") and len(list(folder.iterdir())) == 1
+
+
+def test_ctrl_c_ends_a_sample_that_runs_and_leaves_nothing(checkpoint, folder):
+    size = ["--height", "64", "--width", "64", "--steps", "20000"]  # minutes
+    command = [sys.executable, "-m", "chipmunk_jax.cli.main", "sample", str(checkpoint), "--prompt", PROMPT, *size]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        said = b""
+        while b"sampling" not in said:
+            said += process.stderr.read(1) or pytest.fail(said.decode())
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, b"") and b"Traceback" not in error
+    assert error.decode().splitlines()[-1] == "chipmunk: interrupted"
+    assert not list(folder.iterdir())
+
+
+EARLY = """
+import sys
+from chipmunk_jax.cli.main import main
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+main(["--help"])
+"""
+
+
+def test_ctrl_c_while_jax_is_imported_is_one_sentence():
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "chipmunk: interrupted\n")
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--version"])
+    assert error.value.code == 0 and capsys.readouterr().out == f"chipmunk-jax {version('chipmunk-jax')}\n"
 
 
 def test_dense_ignores_sparsity(checkpoint, folder):

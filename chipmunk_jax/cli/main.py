@@ -1,51 +1,20 @@
-"""The `chipmunk` command."""
+"""The `chipmunk` command, which Ctrl-C ends at once from its first moment on: so nothing here imports JAX."""
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-import jax
-
-from chipmunk_jax.cli import bench, convert, inspect, sample, verify
-
-DESCRIPTION = """\
-Sample diffusion transformers in JAX, faster and without training, by recomputing at each step only the attention keys and
-MLP neurons that matter (Chipmunk, arXiv 2506.03275)."""
-
-EXAMPLES = """\
-from a PyTorch checkpoint to pictures and videos:
-  chipmunk inspect examples/mini-flux                       what is it?
-  chipmunk convert examples/mini-flux mini                  read it without PyTorch
-  chipmunk sample mini --prompt "red striped heart on meadow" --sparsity -o heart.png
-  chipmunk convert examples/mini-wan mini-wan
-  chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity -o heart.webp
-  chipmunk verify mini -o compare.png                       dense, sparse and their difference, side by side
-
-`chipmunk COMMAND --help` says more, with examples."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 where a check found a fault; 2 for bad input, told in one sentence."""
-    parser = argparse.ArgumentParser(
-        prog="chipmunk", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (convert, inspect, sample, verify, bench):
-        command.add_parser(subparsers)
-    args = parser.parse_args(argv)
+    """Exit status, see commands.run(); a KeyboardInterrupt ends the process with 130."""
     try:
-        return args.run(args)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"chipmunk: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"chipmunk: out of memory on {jax.devices()[0]}: use a smaller size or batch", file=sys.stderr)
-        return 2
+        from chipmunk_jax.cli.commands import run  # takes a second or two
+
+        return run(argv)
     except KeyboardInterrupt:
-        print("chipmunk: interrupted", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+        print("chipmunk: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # Python would wait for what the device is doing
 
 
 if __name__ == "__main__":
