@@ -322,7 +322,7 @@ def test_a_sample_takes_what_its_steps_take():
 
 
 def test_steps_without_a_time_or_of_two_models_make_no_sample():
-    with pytest.raises(ValueError, match="no time of a step of kind skipped"):
+    with pytest.raises(ValueError, match="no time of a step of kind skipped; time the steps again"):
         by_schedule(
             steps_of(dense=1.0, full=1.0, select=1.0, select_neurons=1.0, delta=1.0), 50, PRESETS["flux-step-cache"]
         )
@@ -334,8 +334,12 @@ def test_steps_without_a_time_or_of_two_models_make_no_sample():
         by_schedule([], 50)
     with pytest.raises(ValueError, match="but there are 30 steps"):
         by_schedule(steps_of(dense=1.0), 30, PRESETS["flux-step-cache"])
-    with pytest.raises(ValueError, match="expected that of the timed steps, but for its schedules"):
+    with pytest.raises(
+        ValueError, match=r"^attention.top_keys=0.1: timed with 0.165; expected the sparsity of the timed"
+    ):
         by_schedule(steps_of(dense=1.0), 50, load_sparsity(other))
+    with pytest.raises(ValueError, match=r"^mlp=None: timed with some; expected the sparsity"):
+        by_schedule(steps_of(dense=1.0), 50, dataclasses.replace(Sparsity(), mlp=None))
 
 
 def test_bench_schedule_reads_the_steps_that_were_timed(folder, capsys):
@@ -527,7 +531,15 @@ BAD = [
     (["step", "--sparsity", "wan-14b"], ["patch (4, 4, 8): expected 2 sides"]),
     (["step", "--height", "-16"], ["height=-16", "positive multiple of 16"]),
     (["sample", "-o", "."], ["cannot be written"]),
+    (["step", "-o", "bad.jsonl"], ["bad.jsonl", "line 2 is no record", "-o appends to a file of records"]),
+    (["schedule", "good.jsonl"], ["good.jsonl: no record of `chipmunk bench step`"]),
+    (["schedule", "good.jsonl", "-o", "bad.jsonl"], ["line 2 is no record"]),
+    (["schedule", "quality.jsonl"], ["line 1 is a record of quality, without a time"]),
+    (["kernels", "--compare", "quality.jsonl"], ["line 1 is a record of quality, without a time"]),
 ]
+
+
+QUALITY = {"benchmark": "quality", "variant": "mini-flux", "median_psnr": 30.0}
 
 
 @pytest.fixture
@@ -545,6 +557,8 @@ def no_work(monkeypatch):
 def test_bad_input_is_one_sentence_before_any_work(flags, words, folder, no_work, capsys):
     (folder / "bad.jsonl").write_text(json.dumps(entry(1.0)) + "\n{}\n")
     (folder / "empty.jsonl").write_text("")
+    records.append("good.jsonl", [entry(1.0)])
+    records.append("quality.jsonl", [QUALITY])
     assert main(["bench", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("chipmunk: ") and captured.err.count("\n") == 1
@@ -570,6 +584,18 @@ def test_plot_draws_attention_and_mlp(folder, capsys):
     records.append("a.jsonl", timed + others)
     assert main(["bench", "plot", "a.jsonl", "-o", "a.png"]) == 0
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
-    records.append("b.jsonl", others)
+    records.append("b.jsonl", [*others, QUALITY])
     assert main(["bench", "plot", "b.jsonl", "-o", "b.png"]) == 2
-    assert "nothing to plot" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "records of mlp, quality, topk: nothing to plot; expected some of column_attention or mlp" in error
+
+
+def test_a_table_shows_long_times_in_seconds():
+    rows = [entry(ms, ms_spread=400.0, error=None) for ms in (9_999.0, 1_037_000.0, None)]
+    rows = [
+        dict.fromkeys(("speedup", "rel_err", "tflops", "gbps", "of_matrix_ceiling", "of_copy_ceiling")) | r
+        for r in rows
+    ]
+    lines = records.table(rows).splitlines()
+    assert [line.split("50.0 %")[1].split() for line in lines[1:3]] == [["9999", "4e+02"], ["1037", "s", "0.4", "s"]]
+    assert "1037 s" in compare(rows[1:2], rows[1:2], "b")

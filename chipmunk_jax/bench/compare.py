@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from chipmunk_jax.bench.records import align, shape_text, sparsity_text
+from chipmunk_jax.bench.records import align, ms_text, shape_text, sparsity_text
 
 
 def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], name: str) -> str:
@@ -45,8 +45,8 @@ def _table(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         "variant": [new["variant"] for new in news],
         "shape": [shape_text(new) for new in news],
         "sparsity": [sparsity_text(new) for new in news],
-        "old ms": [_number(old["ms"]) for old, _ in pairs],
-        "new ms": [_number(new["ms"]) for new in news],
+        "old ms": [ms_text(old["ms"]) or "no time" for old, _ in pairs],
+        "new ms": [ms_text(new["ms"]) or "no time" for new in news],
         "old / new": [ratio(old["ms"], new["ms"]) for old, new in pairs],
     }
     return align(columns, [None] * len(pairs))
@@ -55,10 +55,6 @@ def _table(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 def ratio(old: float | None, new: float | None) -> str:
     """old / new, above 1 where it became faster; nothing where one has no time."""
     return f"{old / new:.3f}" if old and new else "-"
-
-
-def _number(ms: float | None) -> str:
-    return f"{ms:.4g}" if ms is not None else "no time"
 
 
 def _title(entry: dict[str, Any]) -> str:

@@ -25,7 +25,9 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     series = _series(records)
     if not series:
-        raise ValueError(f"no record of {' or '.join(PLOTTED)} with a time and some sparsity: nothing to plot")
+        kinds = ", ".join(sorted({entry["benchmark"] for entry in records}))
+        wanted = f"{' or '.join(PLOTTED)} with a time and some sparsity"
+        raise ValueError(f"records of {kinds}: nothing to plot; expected some of {wanted}")
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     most = max(sparsity for points in series.values() for sparsity, _ in points)

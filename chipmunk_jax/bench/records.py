@@ -93,8 +93,12 @@ def append(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(entry, allow_nan=False) + "\n" for entry in records)
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
+def read(path: str | Path, *, timed: bool = True) -> list[dict[str, Any]]:
     """The records of a file of JSON lines.
+
+    Args:
+        path: of the file.
+        timed: whether records of quality, which have no time, are refused.
 
     Raises:
         ValueError: no such file, or a line that is no record.
@@ -108,16 +112,23 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not _is_record(entry):
+        if not _has(entry, {"benchmark": str, "variant": str}):
             raise ValueError(f"{path}: line {number} is no record of chipmunk bench")
+        if timed and not _has(entry, TIMED):
+            raise ValueError(
+                f"{path}: line {number} is a record of {entry['benchmark']}, without a time; expected those of "
+                "kernels, steps or samples"
+            )
         records.append(entry)
     if not records:
         raise ValueError(f"{path}: holds no record")
     return records
 
 
-def _is_record(entry: Any) -> bool:
-    types = {"benchmark": str, "variant": str, "shape": dict, "sparsity": object, "ms": (int, float, type(None))}
+TIMED = {"shape": dict, "sparsity": object, "ms": (int, float, type(None))}
+
+
+def _has(entry: Any, types: dict[str, Any]) -> bool:
     return isinstance(entry, dict) and all(key in entry and isinstance(entry[key], types[key]) for key in types)
 
 
@@ -131,9 +142,14 @@ def sparsity_text(entry: dict[str, Any]) -> str:
     return f"{100 * entry['sparsity']:.1f} %" if isinstance(entry["sparsity"], (int, float)) else ""
 
 
+def ms_text(ms: float | None, digits: int = 4, *, of: float | None = None) -> str:
+    """Milliseconds; beyond 10 s, or where those that they belong to are, seconds with their unit; nothing for None."""
+    if ms is None:
+        return ""
+    return f"{ms / 1e3:.{digits}g} s" if (of or ms) > 1e4 else f"{ms:.{digits}g}"
+
+
 COLUMNS = {  # title -> (key, format)
-    "ms": ("ms", "{:.4g}"),
-    "+-": ("ms_spread", "{:.2g}"),
     "speed-up": ("speedup", "{:.2f} x"),
     "rel err": ("rel_err", "{:.1e}"),
     "TFLOP/s": ("tflops", "{:.3g}"),
@@ -145,7 +161,9 @@ COLUMNS = {  # title -> (key, format)
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Aligned lines under a header, without columns that say nothing; an error stands where the numbers would be."""
-    shown = {
+    spreads = [ms_text(r["ms_spread"], 2, of=r["ms"]) for r in records]
+    shown = {"ms": [ms_text(r["ms"]) for r in records], "+-": spreads}
+    shown |= {
         title: [form.format(r[key]) if r[key] is not None else "" for r in records]
         for title, (key, form) in COLUMNS.items()
     }

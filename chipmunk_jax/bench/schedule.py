@@ -34,7 +34,10 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     measured = load_sparsity(timed["dense"]["sparsity"])
     sparsity = sparsity or measured
     if _without_schedules(sparsity) != _without_schedules(measured):
-        raise ValueError("sparsity: expected that of the timed steps, but for its schedules")
+        given, timed_with = (_flat(_without_schedules(x)) for x in (sparsity, measured))
+        names = [name for name in given if name in timed_with and given[name] != timed_with[name]]
+        found = ", ".join(f"{name}={given[name]}: timed with {timed_with[name]}" for name in names)
+        raise ValueError(f"{found}; expected the sparsity of the timed steps, but for its schedules")
     check_schedules(sparsity, steps)
     every = replace(sparsity, step_cache=None)
     samples = {"dense": (measured, Counter(dense=steps)), "sparse": (every, Counter(kinds(every, steps)))}
@@ -69,6 +72,15 @@ def _without_schedules(sparsity: Sparsity) -> Sparsity:
     return replace(sparsity, attention=attention, mlp=mlp, step_cache=None)
 
 
+def _flat(sparsity: Sparsity) -> dict[str, Any]:
+    """All settings by their dotted names; a part is "some" or None."""
+    flat: dict[str, Any] = {}
+    for name, value in to_dict(sparsity).items():
+        fields = value if isinstance(value, dict) else {}
+        flat |= {name: "some" if fields else value} | {f"{name}.{field}": x for field, x in fields.items()}
+    return flat
+
+
 def kinds(sparsity: Sparsity, steps: int) -> list[str]:
     """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest."""
     attention, mlp = sparsity.attention, sparsity.mlp
@@ -90,5 +102,7 @@ def kinds(sparsity: Sparsity, steps: int) -> list[str]:
 
 def _ms(timed: dict[str, Entry], counts: Counter) -> float:
     if missing := [kind for kind in counts if kind not in timed or timed[kind]["ms"] is None]:
-        raise ValueError(f"no time of a step of kind {', '.join(missing)}: expected one in the records")
+        raise ValueError(
+            f"no time of a step of kind {', '.join(missing)}; time the steps again with `chipmunk bench step`"
+        )
     return sum(count * timed[kind]["ms"] for kind, count in counts.items())

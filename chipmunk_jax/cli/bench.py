@@ -166,8 +166,10 @@ def run_schedule(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench schedule`."""
     _check(args, "steps")
     entries = records.read(args.records)
-    own = next((entry["sparsity"] for entry in entries if entry["benchmark"] == "step"), {})
-    samples = by_schedule(entries, args.steps, read_sparsity(args, own))
+    steps = [entry for entry in entries if entry["benchmark"] == "step"]
+    if not steps:
+        raise ValueError(f"{args.records}: no record of `chipmunk bench step`")
+    samples = by_schedule(steps, args.steps, read_sparsity(args, steps[0]["sparsity"]))
     if args.output:
         records.append(args.output, samples)
     print(records.table(samples))
@@ -196,7 +198,7 @@ def run_plot(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench plot`."""
     check_plotting()
     output = check_writable(args.output)
-    plot([entry for path in args.records for entry in records.read(path)], output)
+    plot([entry for path in args.records for entry in records.read(path, timed=False)], output)
     print(output)
     return 0
 
@@ -211,12 +213,21 @@ def _check(args: argparse.Namespace, *counts: str) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.output:
-        check_writable(args.output, suffixes=())
+        _check_appendable(check_writable(args.output, suffixes=()))
     if getattr(args, "compare", None):
         records.read(args.compare)
     if getattr(args, "plot", None):
         check_plotting()
         check_writable(args.plot)
+
+
+def _check_appendable(path: Path) -> None:
+    """Raises ValueError for a file that holds something else than records."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            records.read(path, timed=False)
+        except ValueError as error:
+            raise ValueError(f"{error}; -o appends to a file of records, or makes one") from error
 
 
 def _report(args: argparse.Namespace, measure) -> int:
