@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,9 @@ def describe(folder: str | Path) -> Description:
     if not is_checkpoint(folder):
         if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
             raise ValueError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
-        raise ValueError(f"{folder}: not a converted checkpoint; make one with `chipmunk convert SOURCE FOLDER`")
+        made = f"{folder.resolve().stem if folder.is_file() else folder.resolve().name}-converted"
+        command = shlex.join(("chipmunk", "convert", str(folder), made))
+        raise ValueError(f"{folder}: not a converted checkpoint; make one with `{command}`")
     content = json.loads((folder / CONFIG).read_text())
     if content["model"] not in list(NETWORKS):
         raise ValueError(f"{folder}: model {content['model']}, expected one of {', '.join(NETWORKS)}")
@@ -172,7 +175,9 @@ def replacing(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
     if old and not is_checkpoint(folder):
         raise ValueError(f"{folder}: not empty and no checkpoint of this library; expected a new folder")
     if old and not overwrite:
-        raise ValueError(f"{folder}: already a checkpoint; overwrite it, or name a new folder")
+        raise ValueError(
+            f"{folder}: already a checkpoint; add --overwrite (in Python overwrite=True), or name a new folder"
+        )
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir()

@@ -176,7 +176,7 @@ def cut_weights(checkpoint):
 DAMAGES = [
     (shutil.rmtree, "no such folder"),
     (remove_config, "half-written"),
-    (make_source, "not a converted checkpoint; make one with `chipmunk convert"),
+    (make_source, "copy copy-converted`"),
     (make_bare_source, "not a converted checkpoint; make one with `chipmunk convert"),
     (make_file, "not a converted checkpoint; make one with `chipmunk convert"),
     (make_latent, "a flux model, whose text encoders and VAE are not here yet"),

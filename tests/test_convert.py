@@ -307,7 +307,7 @@ def test_bad_dtype_is_named(source, target):
 
 def test_checkpoint_is_replaced_only_when_asked(tmp_path, source, target):
     convert(source, target, progress=False)
-    fails(source, target, "already a checkpoint")
+    fails(source, target, "already a checkpoint; add --overwrite")
     convert(source, target, dtype="float32", progress=False, overwrite=True)
     assert load(target).dtype == jnp.float32
     with pytest.raises(ValueError, match="no checkpoint of this library"):
