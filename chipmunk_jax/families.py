@@ -7,10 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideoConfig
 from chipmunk_jax.models.wan import WanConfig
+from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import Euler, Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
+from chipmunk_jax.sparsity import PRESETS, Sparsity
 
 SIZES = ("frames", "height", "width")  # of a video; the last two of an image
 COLOURS = 3  # channels of a pixel: a model that has as many makes pixels, without a VAE
@@ -84,6 +87,14 @@ class Defaults:
             raise ValueError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
         return lone + (pixels - lone) // side
 
+    def check_sparsity(self, sparsity: Sparsity, grid: tuple[int, ...], steps: int | None = None) -> None:
+        """Raises ValueError where a Sparsity does not fit grid or steps; it names the model's own preset if that one does."""
+        if error := _misfit(sparsity, grid, steps):
+            advice = (
+                "" if _misfit(PRESETS[self.preset], grid, steps) else f"; the model's own preset, {self.preset}, fits"
+            )
+            raise ValueError(f"{error}{advice}")
+
     def timesteps(self, steps: int | None = None, tokens: int | None = None) -> np.ndarray:
         """Times for sample(), f32 [steps + 1], of the usual steps and tokens where these are None.
 
@@ -94,6 +105,16 @@ class Defaults:
         if self.shift is None:
             return flux_timesteps(steps, math.prod(self.grid()) if tokens is None else tokens)
         return (wan_timesteps if isinstance(self.solver, UniPC) else shifted_timesteps)(steps, self.shift)
+
+
+def _misfit(sparsity: Sparsity, grid: tuple[int, ...], steps: int | None) -> str | None:
+    try:
+        check_grid(sparsity, grid)
+        if steps is not None:
+            check_schedules(sparsity, steps)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

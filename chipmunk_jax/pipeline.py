@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.convert import load
 from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.families import TEXT_ROWS, Family, defaults
 from chipmunk_jax.sampling import Callback, Condition, check_room, check_seed, plan_stacks, sample
-from chipmunk_jax.schedule import check_schedules, density
+from chipmunk_jax.schedule import density
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 
@@ -220,5 +219,4 @@ def check_request(
         raise ValueError(f"guidance={settings['guidance']}: expected a finite number")
     check_seed(seed, len(prompts))
     if sparsity is not None:
-        check_grid(sparsity, grid)
-        check_schedules(sparsity, settings["steps"])
+        family.check_sparsity(sparsity, grid, settings["steps"])

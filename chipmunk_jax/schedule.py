@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
+from chipmunk_jax.sparsity import PRESET_STEPS, SCHEDULES, AttentionSparsity, MlpSparsity, Sparsity
 from pallas_kernels import Common, Implementation
 from pallas_kernels.dispatch import choose
 
@@ -169,9 +169,10 @@ def check_schedules(sparsity: Sparsity, steps: int) -> None:
     latest = {name: max(numbers, default=0) for name, numbers in schedules.items()}
     name = max(latest, key=latest.get)
     if (last := latest[name]) >= steps:
+        made = f"; it is made for {PRESET_STEPS} steps" if schedules[name] in SCHEDULES else ""
         raise ValueError(
             f"{name} names step {last}, but there are {steps} steps (0 to {steps - 1}): expected {last + 1} or more, or "
-            f"another {name}"
+            f"another {name}{made}"
         )
     for name, config in parts.items():
         full = np.flatnonzero(_filling(config, steps)) if config else ()

@@ -334,3 +334,6 @@ PRESETS |= {
     f"{name}-step-cache": dataclasses.replace(PRESETS[name], step_cache=StepCache())
     for name in ("flux", "hunyuan-video", "wan-14b", "wan-1.3b")
 }
+# Of the presets, those that name steps, and how many steps they are made for.
+SCHEDULES = {StepCache().skip_steps, *(p.attention.full_step_schedule for p in PRESETS.values())} - {None}
+PRESET_STEPS = 50

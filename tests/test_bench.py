@@ -460,6 +460,8 @@ def test_compare_tells_when_the_devices_differ():
     text = compare([entry(2.0)], [entry(1.0, device="NVIDIA H100")], "old.jsonl")
     assert "the devices differ: NVIDIA H100 in old.jsonl, cpu here" in text
     assert compare([entry(1.0)], [entry(1.0, shape={})], "b").startswith("nothing here has a counterpart in b")
+    text = compare([entry(1.0)], [entry(1.0, benchmark="sample", device="NVIDIA H100")], "b")
+    assert text == "nothing here has a counterpart in b: sample there, mlp here"
 
 
 def test_compare_reads_the_file_before_it_is_appended_to(folder, capsys):
@@ -528,7 +530,7 @@ BAD = [
     (["sample", "--model", "hunyuan-tiny", "--steps", "9"], ["attention.full_step_schedule names step 40"]),
     (["sample", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
     (["step", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
-    (["step", "--sparsity", "wan-14b"], ["patch (4, 4, 8): expected 2 sides"]),
+    (["step", "--sparsity", "wan-14b"], ["patch (4, 4, 8): expected 2 sides", "own preset, flux, fits"]),
     (["step", "--height", "-16"], ["height=-16", "positive multiple of 16"]),
     (["sample", "-o", "."], ["cannot be written"]),
     (["step", "-o", "bad.jsonl"], ["bad.jsonl", "line 2 is no record", "-o appends to a file of records"]),

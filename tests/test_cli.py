@@ -78,11 +78,21 @@ BAD = [
     (["--sparsity.patches", "8,3"], ["patches=(8, 3)", "divide"]),
     (["--sparsity", "fluks"], ["'fluks'", "one of flux"]),
     (["--sparsity", "none.yaml"], ["none.yaml", "no such file"]),
-    (["--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides for the grid"]),
+    (
+        ["--sparsity", "wan-14b"],
+        ["patch (4, 4, 8)", "2 sides for the grid", "; the model's own preset, mini-flux, fits"],
+    ),
     (["--sparsity.attention.local-voxels", 3, "--sparsity.patches", "[8]"], ["local_voxels=3", "at most 1"]),
     (["--sparsity.attention.local-1d-window", 1.5], ["attention.local_1d_window=1.5", "from 0 to 1"]),
     (["--sparsity.mlp.full-step-schedule", "0,3"], ["mlp.full_step_schedule", "step 3", "3 steps (0 to 2)"]),
-    (["--sparsity.attention.full-step-schedule", "0,1,40"], ["attention.full_step_schedule", "step 40"]),
+    (
+        ["--sparsity.attention.full-step-schedule", "0,1,40"],
+        ["attention.full_step_schedule", "step 40", "mini-flux, fits"],
+    ),
+    (
+        ["--sparsity", "flux-step-cache"],
+        ["step 43, but there are 3 steps", "; it is made for 50 steps; the model's own"],
+    ),
 ]
 
 
@@ -496,7 +506,10 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
         (["inspect", "--plan", "--model", "flux-dev", "--frames", "5"], ["frames=5", "images"]),
         (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["frames=6", "multiple of 4"]),
         (["inspect", "--plan", "--model", "hunyuan-video", "--frames", "-3"], ["frames=-3", "multiple of 4, and one"]),
-        (["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20"], ["names step 40", "there are 20 steps"]),
+        (
+            ["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20"],
+            ["names step 40", "there are 20 steps", "made for 50 steps\n"],
+        ),
         (["inspect", "--plan", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
         (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides"]),
         (["inspect", "--plan", "--model", "flux-dev", "--device", "nan"], ["--device nan", "h100, h200 or a number"]),

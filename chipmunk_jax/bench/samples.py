@@ -10,11 +10,10 @@ from tqdm import tqdm
 from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
-from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.quality import relative_l2
 from chipmunk_jax.sampling import plan_stacks, sample
-from chipmunk_jax.schedule import check_schedules, density
+from chipmunk_jax.schedule import density
 from chipmunk_jax.sparsity import Sparsity, to_dict
 
 
@@ -50,8 +49,7 @@ def bench_sample(
     grid = entry.grid(sizes)
     tokens = math.prod(grid)
     timesteps = usual.timesteps(steps, tokens)
-    check_schedules(sparsity, steps)
-    check_grid(sparsity, grid)
+    usual.check_sparsity(sparsity, grid, steps)
     fixed = dict(steps=steps, dtype=jnp.dtype(dtype))
     check_room(lambda sparsity: plan_memory(entry, sizes, batch, **fixed, sparsity=sparsity), sparsity)
     model = random_model(entry, jnp.dtype(dtype))

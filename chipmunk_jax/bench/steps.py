@@ -18,7 +18,6 @@ from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import REPEAT_SECONDS, Timed, time_in_turn
-from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.order import patch_order
 from chipmunk_jax.sampling import modulations_of, plan_stacks
@@ -76,7 +75,7 @@ def bench_step(
     entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
     sizes = entry.sizes(height, width, frames)
     grid, rows = entry.grid(sizes), entry.rows(batch)
-    check_grid(sparsity, grid)
+    entry.defaults.check_sparsity(sparsity, grid)
     # A skipped step is timed whatever the schedule, so its tokens want room.
     skipping = replace(sparsity, step_cache=StepCache())
     fixed = dict(steps=INPUTS, dtype=jnp.dtype(dtype))

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from chipmunk_jax import memory
 from chipmunk_jax.bench.models import MODELS, BenchModel, model_of, plan_memory
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.convert.checkpoint import describe
-from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.sparsity import Sparsity
 
 MORE = 0.95  # of a device, the most that is safe to give JAX: the rest is the driver's and the libraries'
@@ -64,8 +62,7 @@ class Request:
         grid = self.model.grid(self.sizes)
         self.model.defaults.timesteps(self.steps, math.prod(grid))
         if self.sparsity:
-            check_schedules(self.sparsity, self.steps)
-            check_grid(self.sparsity, grid)
+            self.model.defaults.check_sparsity(self.sparsity, grid, self.steps)
 
     def runs(self) -> bool:
         """Whether check() has nothing to say."""
