@@ -18,12 +18,14 @@ def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], name: 
         old: records of another.
         name: of the other, for the words.
     """
+    here, there = (sorted({entry["benchmark"] for entry in records}) for records in (new, old))
+    if not set(here) & set(there):
+        return f"nothing here has a counterpart in {name}: {', '.join(there)} there, {', '.join(here)} here"
     new_by, old_by = ({_key(entry): entry for entry in records} for records in (new, old))
     both = [(old_by[key], entry) for key, entry in new_by.items() if key in old_by]
     lines = [_table(both)] if both else [f"nothing here has a counterpart in {name}"]
-    benchmarks = {entry["benchmark"] for entry in new}
     missing = [entry for key, entry in new_by.items() if key not in old_by]
-    gone = [entry for key, entry in old_by.items() if key not in new_by and entry["benchmark"] in benchmarks]
+    gone = [entry for key, entry in old_by.items() if key not in new_by and entry["benchmark"] in here]
     lines += [f"not in {name}: {_title(entry)}" for entry in missing]
     lines += [f"only in {name}: {_title(entry)}" for entry in gone]
     for entry, kinds in ((e, {o.get("device") for o in old}) for e in new[:1]):
