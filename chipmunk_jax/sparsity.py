@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+SUFFIXES = (".yaml", ".yml", ".json")  # of files
 COLUMN_TILE = 64  # the kernels' step: keeping a multiple of it leaves no tile half used
 
 
@@ -219,7 +220,7 @@ def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     path = Path(source)
     if str(source) in PRESETS:
         return to_dict(PRESETS[str(source)])
-    if path.suffix not in (".yaml", ".yml", ".json"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"sparsity {str(source)!r}: expected one of {', '.join(PRESETS)}, or a .yaml or .json file")
     if not path.is_file():
         raise FileNotFoundError(f"sparsity file {path}: no such file")

@@ -22,6 +22,8 @@ from chipmunk_jax.pipeline import Pipeline
 from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
 
 PROMPT = "red striped heart on meadow"
+BENCHES = ("kernels", "step", "sample", "schedule", "quality", "plot")
+COMMANDS = ("convert", "inspect", "sample", "verify", "bench", *(f"bench {name}" for name in BENCHES))
 SMALL = ["--height", "20", "--width", "12", "--steps", "3"]
 
 
@@ -206,6 +208,29 @@ def test_a_bad_checkpoint_is_one_sentence(command, damage, words, checkpoint, tm
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_usage_error_is_a_few_lines(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--repeats", "few", "--steps", "few", "--nope"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("usage: chipmunk") and len(lines) <= 3 and ": error: " in lines[-1], lines
+
+
+def test_sparsity_that_swallows_what_follows_says_so(checkpoint, folder, capsys):
+    (folder / "steps.jsonl").write_text("{}")
+    for command, swallowed in (
+        ("sample", str(checkpoint)),
+        ("verify", str(checkpoint)),
+        ("bench schedule", "steps.jsonl"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main([*command.split(), "--sparsity", swallowed])
+        assert error.value.code == 2
+        assert f"put {swallowed} before --sparsity" in capsys.readouterr().err
+    (folder / "flux").mkdir()
+    assert parse("--sparsity", "flux", preset="mini-flux") == Sparsity()
+
+
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_a_bad_source_is_one_sentence(command, checkpoint, tmp_path, folder, capsys):
     target = ["target"] if command == "convert" else []
@@ -238,13 +263,14 @@ def test_a_bad_command_line_exits_2_and_names_the_fault(flags, words, folder, ca
     assert message.startswith("usage: chipmunk") and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "sample", "verify", "bench"])
-def test_help_has_examples_of_the_command(command, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_description_and_examples_of_the_command(command, capsys):
     with pytest.raises(SystemExit) as error:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert f"examples:\n  chipmunk {command}" in text and max(map(len, text.splitlines())) <= 125
+    assert text.split("\n\n")[1][0].isupper() and f"examples:\n  chipmunk {command} " in text
+    assert max(map(len, text.splitlines())) <= 125
 
 
 def test_help_lists_all_commands(capsys):
@@ -497,6 +523,11 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
     [
         (["inspect"], ["expected PATH"]),
         (["inspect", "somewhere", "--model", "flux-dev"], ["--model only with --plan"]),
+        (["inspect", "somewhere", "--height", "64", "--dense"], ["--height, --dense only with --plan"]),
+        (
+            ["inspect", "somewhere", "--sparsity.attention.max-keys", "null"],
+            ["--sparsity.attention.max-keys only with"],
+        ),
         (["inspect", "--plan"], ["a converted folder or --model"]),
         (["inspect", "--plan", "somewhere", "--model", "flux-dev"], ["one of them"]),
         (["inspect", "--plan", "somewhere"], ["somewhere", "no such folder"]),

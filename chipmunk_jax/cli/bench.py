@@ -39,16 +39,39 @@ examples:
   chipmunk bench quality mini-wan variants.yaml                          PSNR of several configurations of a trained model
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
 
+KERNELS = "Time each kernel against its dense baseline, at the shapes of the published models on a GPU, at small ones elsewhere."
+STEP = """\
+Time one step of each kind of a published model: dense; full, which fills the caches; select, which chooses keys; select
+neurons; delta, which computes the chosen columns alone; skipped, which runs no block."""
+SAMPLE = "Time whole samples of a published model, dense and sparse, once both are compiled."
+SCHEDULE = "Say what whole samples would take by the steps that `chipmunk bench step` timed, under any schedule; nothing is run."
+QUALITY = """\
+Sample the same prompts and seeds dense and by each configuration of a YAML file; print the PSNR between them. The file:
+  mini-wan: {}                                      a preset, by its name; the others change it by dotted names
+  fewer keys: {attention.top_keys: 0.1}
+  another: {preset: flux, attention: null}          or another preset that they name"""
+PLOT = "Draw the speed-up of column_attention and mlp against the columns left out, from records of `chipmunk bench kernels`."
+
 
 def add_parser(subparsers) -> None:
     """Adds `chipmunk bench` and its commands to the subparsers of an ArgumentParser."""
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = subparsers.add_parser(
-        "bench", help="time kernels, steps and samples", description=DESCRIPTION, epilog=EXAMPLES, **layout
+        "bench",
+        usage="chipmunk bench WHAT [options]",
+        help="time kernels, steps and samples",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        **layout,
     )
-    commands = parser.add_subparsers(title="what to time", metavar="WHAT", required=True)
+    commands = parser.add_subparsers(title="what to time", metavar="WHAT", required=True, prog="chipmunk bench")
 
-    kernels = commands.add_parser("kernels", help="each kernel against its dense baseline", **layout)
+    def add(name: str, usage: str, help: str, description: str) -> argparse.ArgumentParser:
+        examples = [line for line in EXAMPLES.splitlines() if line.startswith(f"  chipmunk bench {name} ")]
+        words = dict(help=help, description=description, epilog="\n".join(["examples:", *examples]))
+        return commands.add_parser(name, usage=f"chipmunk bench {name} {usage}[options]", **words, **layout)
+
+    kernels = add("kernels", "", "each kernel against its dense baseline", KERNELS)
     kernels.add_argument("--only", default=",".join(CANDIDATES), help=f"some of {','.join(CANDIDATES)} (default: all)")
     kernels.add_argument("--size", choices=tuple(SIZES), help="default: full on a GPU, toy elsewhere")
     kernels.add_argument(
@@ -58,7 +81,7 @@ def add_parser(subparsers) -> None:
     _add_common(kernels, repeats=7)
     kernels.set_defaults(run=run_kernels)
 
-    step = commands.add_parser("step", help="one step of each kind: dense, full, selecting, delta", **layout)
+    step = add("step", "", "one step of each kind: dense, full, selecting, delta", STEP)
     _add_model_flags(step)
     step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
     step.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
@@ -66,27 +89,23 @@ def add_parser(subparsers) -> None:
     add_sparsity_flags(step)
     step.set_defaults(run=run_step)
 
-    sample = commands.add_parser("sample", help="whole samples, dense and sparse", **layout)
+    sample = add("sample", "", "whole samples, dense and sparse", SAMPLE)
     _add_model_flags(sample)
     sample.add_argument("--steps", type=int, help="of the sampler (default: the model's usual: 50 for FLUX.1-dev)")
     _add_common(sample, repeats=3)
     add_sparsity_flags(sample)
     sample.set_defaults(run=run_sample)
 
-    schedule = commands.add_parser("schedule", help="a whole sample from the steps that were timed", **layout)
+    schedule = add("schedule", "RECORDS ", "a whole sample from the steps that were timed", SCHEDULE)
     schedule.add_argument("records", metavar="RECORDS", help="file that `chipmunk bench step -o` wrote")
     schedule.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
     schedule.add_argument("-o", "--output", help="JSON lines file to append the records to")
     add_sparsity_flags(schedule, own="that of the steps")
     schedule.set_defaults(run=run_schedule)
 
-    quality = commands.add_parser(
-        "quality", help="how near sparse samples of a trained model come to dense ones", **layout
-    )
+    quality = add("quality", "CKPT YAML ", "how near sparse samples of a trained model come to dense ones", QUALITY)
     quality.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
-    quality.add_argument(
-        "variants", metavar="YAML", help="configurations by name, as in benchmarks/quality-mini-wan.yaml"
-    )
+    quality.add_argument("variants", metavar="YAML", help="configurations by name")
     quality.add_argument("--prompts", type=int, default=16, help="drawn by chance (default: 16)")
     quality.add_argument("--batch", type=int, default=16, help="samples at once (default: 16)")
     for name, kind in (("frames", int), ("height", int), ("width", int), ("steps", int), ("guidance", float)):
@@ -97,7 +116,7 @@ def add_parser(subparsers) -> None:
     quality.add_argument("-o", "--output", help="JSON lines file to append the records to")
     quality.set_defaults(run=run_quality)
 
-    drawing = commands.add_parser("plot", help="draw speed-up against sparsity from records", **layout)
+    drawing = add("plot", "RECORDS .. ", "draw speed-up against sparsity from records", PLOT)
     drawing.add_argument("records", nargs="+", metavar="RECORDS", help="files of JSON lines written by -o")
     drawing.add_argument("-o", "--output", default="plot.png", help="PNG to write (default: plot.png)")
     drawing.set_defaults(run=run_plot)

@@ -28,6 +28,7 @@ def add_parser(subparsers) -> None:
     """Adds `chipmunk convert` to the subparsers of an ArgumentParser."""
     parser = subparsers.add_parser(
         "convert",
+        usage="chipmunk convert SOURCE TARGET [options]",
         help="write a PyTorch checkpoint as a folder of this library",
         description=DESCRIPTION,
         epilog=EXAMPLES,

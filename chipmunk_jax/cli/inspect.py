@@ -1,6 +1,7 @@
 """chipmunk inspect: what a checkpoint holds, and what a sample of it takes."""
 
 import argparse
+from typing import Any
 
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
@@ -26,6 +27,7 @@ def add_parser(subparsers) -> None:
     """Adds `chipmunk inspect` to the subparsers of an ArgumentParser."""
     parser = subparsers.add_parser(
         "inspect",
+        usage="chipmunk inspect PATH\n       chipmunk inspect --plan (PATH | --model MODEL) [options]",
         help="say what a checkpoint holds",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -34,15 +36,26 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("path", metavar="PATH", nargs="?", help="file or folder")
     add_plan_flags(parser)
-    parser.set_defaults(run=run)
+    usual = vars(parser.parse_args([]))
+    parser.set_defaults(run=lambda args: run(args, usual))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole or a plan that fits, else 1."""
+def run(args: argparse.Namespace, usual: dict[str, Any]) -> int:
+    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole or a plan that fits, else 1.
+
+    Args:
+        args: the flags.
+        usual: they where none is given.
+    """
     if args.plan:
         return run_plan(args)
-    if args.path is None or args.model:
-        raise ValueError("expected PATH, a file or folder, and --model only with --plan")
+    changed = (
+        name for name, value in vars(args).items() if name not in ("path", "run") and (name, value) not in usual.items()
+    )
+    if flags := [f"--{name.replace('_', '-')}" for name in changed]:
+        raise ValueError(f"expected {', '.join(flags)} only with --plan")
+    if args.path is None:
+        raise ValueError("expected PATH, a file or folder")
     found = inspect(args.path)
     print(describe(found))
     return 0 if found.whole else 1

@@ -5,9 +5,10 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
+from chipmunk_jax.sparsity import PARTS, PRESETS, SUFFIXES, Sparsity, load_sparsity
 
 OWN = "the model's own preset"
 
@@ -33,6 +34,7 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None = No
         nargs="?",
         const="",
         metavar="PRESET",
+        type=_preset,
         help=f"preset or file; alone: {own} (default: {default or own})",
     )
     given = dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)  # null is a value, so absent must not be None
@@ -57,6 +59,16 @@ def read_sparsity(args: argparse.Namespace, preset: str | dict[str, Any], *, den
     if dense and args.sparsity is None and not overrides:
         return None
     return load_sparsity(args.sparsity or preset, overrides)
+
+
+def _preset(text: str) -> str:
+    """The word, unless --sparsity, whose value may be left out, has swallowed the checkpoint or the records that follow it."""
+    path = Path(text)
+    if text not in ("", *PRESETS) and (path.is_dir() or (path.is_file() and path.suffix not in SUFFIXES)):
+        what = "a folder" if path.is_dir() else "a file"
+        expected = f"expected a preset or a {', '.join(SUFFIXES)} file"
+        raise argparse.ArgumentTypeError(f"{text} is {what}, {expected}; for none, put {text} before --sparsity")
+    return text
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field]]:
