@@ -129,8 +129,8 @@ def shortage(parts: Parts, room: int, where: str, which: str = "") -> str | None
         return None
     largest = max(parts, key=parts.get)
     return (
-        f"no room on {where}: this takes {need / 1e9:.1f} GB of {room / 1e9:.1f} GB{which}, most of it {largest} "
-        f"({parts[largest] / 1e9:.1f} GB)"
+        f"no room on {where}: this needs {need / 1e9:.1f} GB, JAX has {room / 1e9:.1f} GB{which}; "
+        f"the largest part is {largest} ({parts[largest] / 1e9:.1f} GB)"
     )
 
 

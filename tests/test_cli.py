@@ -501,7 +501,7 @@ def test_whatever_a_plan_says_would_fit_does(flags, largest, capsys, monkeypatch
     small = ["--device", 0.9 * peak / 0.75 * 1e9 / 2**30]
     assert plan(*flags, *small) == 1
     error = capsys.readouterr().out.splitlines()[-1]
-    assert error.startswith("no room on ") and f"most of it {largest}" in error
+    assert error.startswith("no room on ") and f"the largest part is {largest}" in error
     found = [remedy.split() for remedy in error.partition("it fits with ")[2].split(", or with ")]
     assert {"--dense", "--height"} < {remedy[0] for remedy in found} and len(found) >= 5
     for remedy in found:
@@ -515,7 +515,7 @@ def test_whatever_a_plan_says_would_fit_does(flags, largest, capsys, monkeypatch
 def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.01")
     assert plan("--model", "flux-dev", "--device", 1) == 1
-    assert "most of it weights" in (out := capsys.readouterr().out) and "fits either" in out
+    assert "the largest part is weights" in (out := capsys.readouterr().out) and "fits either" in out
 
 
 @pytest.mark.parametrize(
