@@ -321,16 +321,16 @@ def test_compiled_kernels_sample_what_the_references_do(half, cache):
 @pytest.mark.parametrize("sparsity", [SPARSE, SKIPPING], ids=["sparse", "skipping"])
 def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch, sparsity):
     """A copy of a stacked cache at every layer costs more than the delta step saves."""
-    texts, caches_in, run = [], set(), sampling._run
+    texts, caches_in, finished = [], set(), sampling._finished
     names = dict(int32="s32", float32="f32", bfloat16="bf16", float8_e4m3fn="f8e4m3fn")
 
-    def spy(model, cache, *args, **options):
+    def spy(program, model, cache, *args):
         stacked = [leaf for leaf in jax.tree.leaves(cache) if leaf.ndim > 3]
         caches_in.update(f"{names[a.dtype.name]}[{','.join(map(str, a.shape))}]" for a in stacked)
-        texts.append(run.lower(model, cache, *args, **options).compile().as_text())
-        return run(model, cache, *args, **options)
+        texts.append(program.compile().as_text())
+        return finished(program, model, cache, *args)
 
-    monkeypatch.setattr(sampling, "_run", spy)
+    monkeypatch.setattr(sampling, "_finished", spy)
     draw(half, *inputs(), sparsity=sparsity)
     copies = re.findall(r"= (\w+\[[\d,]+\])\S* copy(?:-start)?\(", texts[0])
     assert len(caches_in) > 3 and not caches_in & set(copies)
