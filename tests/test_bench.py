@@ -3,16 +3,18 @@
 import dataclasses
 import importlib.util
 import json
+import math
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from chipmunk_jax.bench import draw, kernels, measure, records, references
 from chipmunk_jax.bench.compare import compare
-from chipmunk_jax.bench.models import MODELS
+from chipmunk_jax.bench.models import MODELS, random_inputs
 from chipmunk_jax.bench.profile import kernel_table, kernel_times
 from chipmunk_jax.bench.schedule import by_schedule, kinds
 from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
@@ -394,6 +396,14 @@ def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
     assert main(["bench", "sample", *given, "--steps", "3", "--sparsity.attention.full-step-schedule", "0,1"]) == 0
     dense, sparse = read(folder / "a.jsonl")
     assert 0 < sparse["density"]["attention"] < 1 and dense["ms"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("wan")])
+def test_inputs_that_are_drawn_fit_the_model(name):
+    entry = MODELS[name]
+    network = nnx.eval_shape(lambda: entry.network(entry.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    tokens = math.prod(entry.grid(entry.sizes(None, None, None)))
+    network.check(*jax.eval_shape(lambda: random_inputs(entry, 2, tokens)))
 
 
 @pytest.mark.parametrize(

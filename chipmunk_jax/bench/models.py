@@ -19,6 +19,8 @@ from chipmunk_jax.sampling import Condition, Model
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 
+CLIP_TOKENS = 257  # of an image, by CLIP's ViT-H/14: 16 x 16 patches and one
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchModel:
@@ -29,7 +31,9 @@ class BenchModel:
     depths: tuple[str, ...]  # its fields that count layers, one a stack
     width: int  # D
     channels: int  # of a token
-    conditions: Callable[[Any, int], dict[str, tuple[int, ...]]]  # config, text -> their shapes, without the batch
+    conditions: Callable[
+        [Any, int, int], dict[str, tuple[int, ...]]
+    ]  # config, text, tokens -> shapes without the batch
     defaults: Defaults
 
     @property
@@ -79,7 +83,7 @@ def _joint(config: FluxConfig | HunyuanVideoConfig, **usual: Any) -> BenchModel:
     )  # fmt: skip
 
 
-def _joint_conditions(config: FluxConfig | HunyuanVideoConfig, text: int) -> dict[str, tuple[int, ...]]:
+def _joint_conditions(config: FluxConfig | HunyuanVideoConfig, text: int, tokens: int) -> dict[str, tuple[int, ...]]:
     shapes = {"text": (text, config.context_in_dim), "pooled": (config.vec_in_dim,)}
     shapes |= {"guidance": ()} if config.guidance_embed else {}
     return shapes | ({"mask": (text,)} if isinstance(config, HunyuanVideoConfig) else {})
@@ -88,18 +92,27 @@ def _joint_conditions(config: FluxConfig | HunyuanVideoConfig, text: int) -> dic
 def _wan(config: WanConfig, **usual: Any) -> BenchModel:
     return BenchModel(
         network=Wan, config=config, depths=("num_layers",), width=config.dim, channels=config.patch * config.out_dim,
-        conditions=lambda config, text: {"text": (text, config.text_dim)},
-        defaults=dataclasses.replace(defaults(config), **usual),
+        conditions=_wan_conditions, defaults=dataclasses.replace(defaults(config), **usual),
     )  # fmt: skip
 
 
+def _wan_conditions(config: WanConfig, text: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"text": (text, config.text_dim)}
+    if config.image_dim:
+        latents = (tokens, config.patch * (config.in_dim - config.out_dim))
+        shapes |= {"image": (CLIP_TOKENS, config.image_dim), "latents": latents}
+    return shapes
+
+
+_WAN_14B = dict(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40)
 _TINY = dict(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4)
 MODELS = {
     "flux-dev": _joint(FluxConfig()),
     "flux-schnell": _joint(FluxConfig(guidance_embed=False)),
     "hunyuan-video": _joint(HunyuanVideoConfig()),
-    "wan-14b": _wan(WanConfig(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40)),
+    "wan-14b": _wan(WanConfig(**_WAN_14B)),
     "wan-1.3b": _wan(WanConfig()),
+    "wan-i2v-14b": _wan(WanConfig(**_WAN_14B, in_dim=36, image_dim=1280)),
     "flux-tiny": _joint(FluxConfig(**_TINY), text=16, patch=(4, 4)),
     "hunyuan-tiny": _joint(HunyuanVideoConfig(**_TINY), text=16, patch=(4, 4, 4)),
     "wan-tiny": _wan(
@@ -159,7 +172,7 @@ def random_model(model: BenchModel, dtype: jnp.dtype) -> Model:
 
 def random_inputs(model: BenchModel, batch: int, tokens: int, seed: int = 1) -> tuple[jax.Array, Condition]:
     """noise [B, N, C] and the conditions [B, ..], f32, unit normal."""
-    shapes = model.conditions(model.config, model.defaults.text)
+    shapes = model.conditions(model.config, model.defaults.text, tokens)
     noise_key, *keys = jax.random.split(jax.random.key(seed), 1 + len(shapes))
     cond = {
         name: jax.random.normal(key, (batch, *shape)) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
