@@ -166,7 +166,8 @@ def _finished(program: jax.stages.Lowered, *args: Any) -> Any:
 
     pool = ThreadPoolExecutor(1, "sample")
     try:
-        return pool.submit(finish, pool.submit(program.compile).result()).result()
+        compiled = pool.submit(program.compile).result()  # apart, so that nothing runs after a Ctrl-C while it compiles
+        return pool.submit(finish, compiled).result()
     finally:
         pool.shutdown(wait=False)
 

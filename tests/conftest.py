@@ -57,7 +57,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained() -> Callable[[str], Path]:
-    """ "mini-flux" or "mini-wan" -> the folder of its weights, 41 MB, which are not part of the repository; skips without."""
+    """Name, mini-flux or mini-wan -> the folder of its weights, 41 MB, which are not part of the repository; skips without."""
 
     def find(name: str) -> Path:
         root, variable = Path(__file__).parents[1], f"CHIPMUNK_{name.replace('-', '_').upper()}"

@@ -103,7 +103,7 @@ MEASURED = sorted(path.name for pattern in ("flux", "hunyuan", "wan") for path i
 def test_predictions_are_within_a_tenth_of_the_measured_peak(name):
     """The most that one GPU had in use while whole samples, or a step of each kind, were timed."""
     *_, record = map(json.loads, (RESULTS / name).read_text().splitlines())
-    model, shape = MODELS[record.get("model") or "flux-dev"], record["shape"]
+    model, shape = MODELS[record["model"]], record["shape"]
     sizes = model.sizes(shape["height"], shape["width"], shape.get("frames"))
     options = dict(steps=shape["steps"], dtype=jnp.dtype(record["dtype"]), sparsity=load_sparsity(record["sparsity"]))
     plan = plan_memory(model, sizes, shape["batch"], **options, implementation="pallas")

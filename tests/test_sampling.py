@@ -336,6 +336,8 @@ def test_no_cache_is_copied_in_the_compiled_program(half, monkeypatch, sparsity)
     draw(half, *inputs(), sparsity=sparsity)
     copies = re.findall(r"= (\w+\[[\d,]+\])\S* copy(?:-start)?\(", texts[0])
     assert len(caches_in) > 3 and not caches_in & set(copies)
+    parts = tuple(f"{kind}[{layers}," for kind in ("s32", "bf16") for layers in (1, 2))  # of one layer, too
+    assert not [copy for copy in copies if copy.count(",") >= 3 and copy.startswith(parts)]
 
 
 @pytest.mark.parametrize(

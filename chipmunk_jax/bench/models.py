@@ -31,9 +31,7 @@ class BenchModel:
     depths: tuple[str, ...]  # its fields that count layers, one a stack
     width: int  # D
     channels: int  # of a token
-    conditions: Callable[
-        [Any, int, int], dict[str, tuple[int, ...]]
-    ]  # config, text, tokens -> shapes without the batch
+    conditions: Callable[[Any, int, int], dict[str, tuple[int, ...]]]  # config, text, tokens -> shapes of an entry
     defaults: Defaults
 
     @property

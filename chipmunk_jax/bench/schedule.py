@@ -19,14 +19,13 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     Each is the record of the dense step with other times, so measured where that was.
 
     Args:
-        entries: records of a file, among them those of the steps of one run.
+        entries: records of the steps of one run.
         steps: of the sampler.
         sparsity: what the steps were timed with, but for its schedules; None: that.
 
     Raises:
         ValueError: steps of several runs, of none, of another sparsity, or a kind that the schedule needs and that has no time.
     """
-    entries = [entry for entry in entries if entry["benchmark"] == "step"]
     timed = {entry["variant"]: entry for entry in entries}
     runs = {json.dumps([entry[key] for key in ("model", "shape", "dtype", "sparsity")]) for entry in entries}
     if len(runs) != 1 or "dense" not in timed:
