@@ -301,13 +301,13 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value}: expected {expected}")
 
 
-_VIDEO = dict(recompute_mask=True, query_stride=4, random_keys=0.01, fixed_random_keys=0.01)
+_VIDEO = dict(recompute_mask=True, query_stride=2, random_keys=0.01, fixed_random_keys=0.01)
 _VOXELS = ((4, 4, 8),)  # a voxel is a group
 
 PRESETS: dict[str, Sparsity] = {
     # FLUX.1 at 4,352 tokens and 50 steps: the paper's values.
     "flux": Sparsity(),
-    # HunyuanVideo at 118,800 tokens and 50 steps: the paper's values, but that keys are judged by every fourth query.
+    # HunyuanVideo at 118,800 tokens and 50 steps: the paper's values, but that keys are judged by every second query.
     "hunyuan-video": Sparsity(
         attention=AttentionSparsity(
             **_VIDEO, top_keys=0.05, text_keys=True, text_queries=True, full_step_schedule=(0, 1, 10, 40)

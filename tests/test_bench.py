@@ -303,6 +303,18 @@ def test_bench_step_times_each_kind(folder, capsys):
     assert "delta" in capsys.readouterr().out
 
 
+def test_bench_step_times_some_kinds_alone(folder, capsys):
+    assert main(["bench", "step", *TINY, "--layers", "4", "--only", "delta,full"]) == 0
+    entries = read(folder / "a.jsonl")
+    assert [entry["variant"] for entry in entries] == ["full", "delta"]
+    assert all(entry["ms"] > 0 and entry["speedup"] is None and entry["rel_err"] < 1e-2 for entry in entries)
+    assert main(["bench", "step", *TINY, "--only", "delta,fool"]) == 2
+    assert "no step 'fool'; expected some of dense, full, select" in capsys.readouterr().err
+    residual = ["--sparsity.mlp.cache", "residual", "--sparsity.mlp.select-every", "10"]
+    assert main(["bench", "step", *TINY, "--only", "select neurons", *residual]) == 2
+    assert "only select neurons: with this sparsity there is no such step" in capsys.readouterr().err
+
+
 def steps_of(**ms):
     common = {"model": "flux-dev", "peak_bytes": None, "benchmark": "step", "dtype": "bfloat16", "kernels": []}
     common |= {"shape": {"height": 32}, "sparsity": to_dict(Sparsity())}

@@ -59,14 +59,14 @@ def test_the_flux_preset_has_the_values_of_the_paper():
 )
 @pytest.mark.parametrize("suffix", ["", "-step-cache"])
 def test_the_video_presets_have_the_values_of_the_paper(preset, suffix, top_keys, local_voxels, text, full_steps):
-    """But that every fourth query judges; Wan 1.3B, of which it has none, is as 14B with a smaller neighbourhood."""
+    """But that every second query judges; Wan 1.3B, of which it has none, is as 14B with a smaller neighbourhood."""
     sparsity = PRESETS[preset + suffix]
     attention = sparsity.attention
     assert (attention.top_keys, attention.local_voxels, attention.local_1d_window) == (top_keys, local_voxels, 0)
     assert (attention.random_keys, attention.fixed_random_keys, attention.max_keys) == (0.01, 0.01, None)
     assert attention.text_keys is attention.text_queries is text
     assert set(np.flatnonzero(attention_phases(attention, 50) != AttentionPhase.DELTA)) == full_steps
-    assert (attention.recompute_mask, attention.query_stride, attention.residual_bits) == (True, 4, 16)
+    assert (attention.recompute_mask, attention.query_stride, attention.residual_bits) == (True, 2, 16)
     assert (attention.first_n_dense_layers, attention.group, sparsity.patches) == (2, 128, ((4, 4, 8),))
     assert sparsity.mlp is None and sparsity.step_cache == (StepCache() if suffix else None)
 

@@ -63,9 +63,9 @@ def column_attention_candidates(
 def dense_colsum_candidates(
     case: AttentionCase, most_sets: int, implementation: Implementation | None
 ) -> list[Candidate]:
-    """Dense attention, and the same with the column sums of every group: of all its queries, and of every fourth."""
+    """Dense attention, and the same with the column sums of every group: of all its queries, every second, every fourth."""
     arrays = input_sets(lambda key: _draw(case, key), jax.random.key(0), most=most_sets)
-    return [_dense(case, arrays, implementation), *(_summed(case, arrays, n, implementation) for n in (1, 4))]
+    return [_dense(case, arrays, implementation), *(_summed(case, arrays, n, implementation) for n in (1, 2, 4))]
 
 
 def _summed(case: AttentionCase, arrays, stride: int, implementation) -> Candidate:

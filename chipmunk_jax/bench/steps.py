@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -26,11 +27,11 @@ from chipmunk_jax.solvers import MOST_STEPS
 from chipmunk_jax.sparsity import Sparsity, StepCache, to_dict
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
-# Rows of the table of steps: the first fills the caches, the others are timed.
+# Rows of the table of steps, in an order that fills the caches: the first measures what the second chooses by.
 PHASES = {
     "first": (AttentionPhase.MEASURE, MlpPhase.FULL),
-    "full": (AttentionPhase.REFRESH, MlpPhase.FULL),
     "select": (AttentionPhase.SELECT, MlpPhase.SELECT_DELTA),  # keys and neurons
+    "full": (AttentionPhase.REFRESH, MlpPhase.FULL),
     "select neurons": (AttentionPhase.DELTA, MlpPhase.SELECT_DELTA),
     "delta": (AttentionPhase.DELTA, MlpPhase.DELTA),
 }
@@ -55,8 +56,9 @@ def bench_step(
     sparsity: Sparsity,
     repeats: int,
     kernels: bool = False,
+    only: Collection[str] = KINDS,
 ) -> list[Record]:
-    """A record of each of KINDS.
+    """A record of each kind.
 
     Args:
         name: of MODELS.
@@ -68,6 +70,7 @@ def bench_step(
         sparsity: of the steps with caches; its schedule does not count.
         repeats: timed runs of each.
         kernels: whether to record in which kernels each kind spends its time, too; on a GPU.
+        only: some of KINDS.
 
     Raises:
         ValueError: sizes that do not fit, or no room, before any work.
@@ -80,10 +83,12 @@ def bench_step(
     skipping = replace(sparsity, step_cache=StepCache())
     fixed = dict(steps=INPUTS, dtype=jnp.dtype(dtype))
     check_room(lambda sparsity: plan_memory(entry, sizes, batch, **fixed, sparsity=sparsity), skipping)
-    kinds = [
-        kind for kind in KINDS if kind != "select neurons" or (sparsity.mlp and sparsity.mlp.cache == "activations")
-    ]
-    with tqdm(total=len(kinds) * (1 + repeats), unit="step", leave=False) as bar:
+    kinds = [kind for kind in KINDS if kind in only]
+    if "select neurons" in kinds and not (sparsity.mlp and sparsity.mlp.cache == "activations"):
+        kinds.remove("select neurons")
+    if not kinds:
+        raise ValueError(f"only {', '.join(only)}: with this sparsity there is no such step")
+    with tqdm(total=len({"dense", "select", *kinds}) + 1 + len(kinds) * repeats, unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")
         steps = _Steps(entry, grid, rows, jnp.dtype(dtype), sparsity, kinds)
         errors = steps.check(TOLERANCES[dtype], bar)
@@ -146,16 +151,18 @@ class _Steps:
         bar.set_postfix_str("compiling")
         inputs = self.inputs[0]
         dense = np.asarray(self.run("dense", inputs))
-        errors = {"dense": judge([dense], [dense], tolerance), "skipped": (None, None)}  # its tokens are another step's
-        self.run("skipped", inputs)
-        bar.update(2)
-        for kind in ("first", "select"):  # the one measures what the other selects by
-            self.run(kind, inputs)
-        for kind in self.kinds[1:-1]:
-            start = time.perf_counter()
-            errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
-            self.last = time.perf_counter() - start
+        errors = {"dense": judge([dense], [dense], tolerance)}
+        bar.update()
+        if "skipped" in self.kinds:
+            self.run("skipped", inputs)
+            errors["skipped"] = None, None  # its tokens are another step's
             bar.update()
+        for kind in PHASES:
+            if kind in ("first", "select", *self.kinds):
+                start = time.perf_counter()
+                errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
+                self.last = time.perf_counter() - start
+                bar.update()
         return errors
 
 

@@ -1,7 +1,7 @@
 """chipmunk bench: measured speed, against dense in one process."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ from chipmunk_jax.bench.quality import Samples, bench_quality, quality_table, re
 from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.schedule import by_schedule
-from chipmunk_jax.bench.steps import bench_step
+from chipmunk_jax.bench.steps import KINDS, bench_step
 from chipmunk_jax.cli.device import keep_compilations
 from chipmunk_jax.cli.images import check_writable
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
@@ -83,6 +83,7 @@ def add_parser(subparsers) -> None:
 
     step = add("step", "", "one step of each kind: dense, full, selecting, delta", STEP)
     _add_model_flags(step)
+    step.add_argument("--only", default=",".join(KINDS), help=f"some of {','.join(KINDS)} (default: all)")
     step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
     step.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
     _add_common(step, repeats=5)
@@ -143,14 +144,10 @@ def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 def run_kernels(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench kernels`."""
-    names = args.only.split(",")
+    names = _only(args, "kernel", CANDIDATES)
     if args.plot and not set(names) & set(PLOTTED):
         raise ValueError(f"--plot with --only {args.only}: nothing to plot; expected {' or '.join(PLOTTED)} among them")
     _check(args, "repeats")
-    if unknown := [name for name in names if name not in CANDIDATES]:
-        raise ValueError(
-            f"--only {args.only}: no kernel {', '.join(map(repr, unknown))}; expected some of {', '.join(CANDIDATES)}"
-        )
     on_gpu = jax.default_backend() == "gpu"
     size = args.size or ("full" if on_gpu else "toy")
     if size == "full" and not on_gpu:
@@ -167,6 +164,7 @@ def run_step(args: argparse.Namespace) -> int:
     if args.kernels and jax.default_backend() != "gpu":
         raise ValueError(f"--kernels: expected a GPU, found {jax.default_backend()}")
     options = _options(args, "height", "width", "frames", "layers", "batch", "dtype", "repeats", "kernels")
+    options["only"] = _only(args, "step", KINDS)
     options["sparsity"] = read_sparsity(args, MODELS[args.model].defaults.preset)
     return _report(args, lambda: [bench_step(args.model, **options)])
 
@@ -224,6 +222,16 @@ def run_plot(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names}
+
+
+def _only(args: argparse.Namespace, what: str, known: Collection[str]) -> list[str]:
+    """The names in --only; raises ValueError for one that is not known."""
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"--only {args.only}: no {what} {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}"
+        )
+    return names
 
 
 def _check(args: argparse.Namespace, *counts: str) -> None:
