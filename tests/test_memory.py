@@ -12,6 +12,7 @@ from flax import nnx
 
 from chipmunk_jax import cache, memory, sample, sampling
 from chipmunk_jax.bench.models import MODELS, model_of, plan_memory, random_inputs, random_model
+from chipmunk_jax.bench.steps import INPUTS
 from chipmunk_jax.memory import DEVICES, NAMES, SMALLER, capacity, savings, shortage, summed, working_set
 from chipmunk_jax.sparsity import load_sparsity
 
@@ -105,8 +106,8 @@ def test_predictions_are_within_a_tenth_of_the_measured_peak(name):
     *_, record = map(json.loads, (RESULTS / name).read_text().splitlines())
     model, shape = MODELS[record["model"]], record["shape"]
     sizes = model.sizes(shape["height"], shape["width"], shape.get("frames"))
-    options = dict(steps=shape["steps"], dtype=jnp.dtype(record["dtype"]), sparsity=load_sparsity(record["sparsity"]))
-    plan = plan_memory(model, sizes, shape["batch"], **options, implementation="pallas")
+    options = dict(steps=shape.get("steps", INPUTS), dtype=jnp.dtype(record["dtype"]), implementation="pallas")
+    plan = plan_memory(model, sizes, shape["batch"], **options, sparsity=load_sparsity(record["sparsity"]))
     assert sum(plan.values()) == pytest.approx(record["peak_bytes"], rel=0.1)
 
 

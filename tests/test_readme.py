@@ -14,62 +14,67 @@ def record(name: str) -> dict:
     return json.loads((ROOT / name).read_text())
 
 
+def records(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+
+
 def test_numbers_of_the_speed_table_are_the_committed_records():
-    lines = (ROOT / "benchmarks/results/flux-dev-1280x768-h100.jsonl").read_text().splitlines()
-    dense, sparse = map(json.loads, lines)
-    assert (dense["variant"], sparse["variant"]) == ("dense", "sparse")
-    for entry in (dense, sparse):
+    dense, sparse = records("flux-dev-1280x768-h100")
+    again, skipping = records("flux-dev-step-cache-1280x768-h100")
+    assert [entry["variant"] for entry in (dense, sparse, again, skipping)] == ["dense", "sparse"] * 2
+    for entry in (dense, sparse, skipping):
         assert f"| {entry['ms'] / 1e3:.2f} s | {entry['ms_per_step']:.1f} ms |" in README
-    assert f"**{sparse['speedup']:.2f} x**" in README
-    assert all(sparse[key] in README for key in ("device", "driver", "jax"))
-    assert f"{100 * sparse['density']['attention']:.1f} % of the keys" in README
+    assert f"the same dense {again['ms'] / 1e3:.2f} s" in README
+    for entry in (sparse, skipping):
+        assert f"**{entry['speedup']:.2f} x**" in README
+        assert all(entry[key] in README for key in ("device", "driver", "jax"))
+    keys, neurons = (f"{100 * sparse['density'][part]:.1f} %" for part in ("attention", "mlp"))
+    skipped = " and ".join(f"{100 * skipping['density'][part]:.1f} %" for part in ("attention", "mlp"))
+    assert f"{keys} of the keys and {neurons} of the neurons, with steps skipped {skipped}." in README
     assert f"Peak memory {sparse['peak_bytes'] / 1e9:.1f} GB" in README
 
 
 def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
     digits = lambda ms: f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}"
-    lines = lambda name: map(json.loads, (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines())
-    entries = {entry["variant"]: entry for entry in lines("flux-dev-step-1280x768-h100")}
+    entries = {entry["variant"]: entry for entry in records("flux-dev-step-1280x768-h100")}
     skipped = entries.pop("skipped")
     steps = {f"| {e['ms']:.1f} | {e['speedup']:.2f} x |" for e in entries.values() if e["benchmark"] == "step"}
-    steps.add(f"skipped (`--sparsity flux-step-cache`) | {skipped['ms']:.1f} |")
-    kernels = [entry for entry in lines("kernels-h100") if entry["ms"]]
+    steps.add(f"skipped | {skipped['ms']:.1f} |")
+    kernels = [entry for entry in records("kernels-h100") if entry["ms"]]
     times = {(digits(e["ms"]), digits(e["baseline_ms"]), f"{e['speedup']:.2f}") for e in kernels}
     table = README[README.index("| step | ms |") : README.index("![speed-up of the kernels")]
     assert len(steps) == 6 and all(row in table for row in steps)
-    dense, skipping = entries["dense, by its steps"], entries["sparse, steps skipped, by its steps"]
-    assert (
-        f"make {skipping['ms'] / 1e3:.2f} s of the dense {dense['ms'] / 1e3:.2f}: **{skipping['speedup']:.2f} x**"
-        in table
-    )
+    sparse, skipping = (entries[f"{name}, by its steps"]["speedup"] for name in ("sparse", "sparse, steps skipped"))
+    assert f"it would be {sparse:.2f} x, and {skipping:.2f} x with steps skipped" in table
     found = re.findall(r"^\| [^|]+ \| ([\d.]+) \| [^|]*, ([\d.]+) \| ([\d.]+) x \|$", table, re.MULTILINE)
-    assert len(found) == 11 and set(found) <= times
+    assert len(found) == 12 and set(found) <= times
 
 
 def test_numbers_of_the_table_of_videos_are_the_committed_records():
     digits = lambda ms: f"{ms / 1e3:.0f}" if ms >= 1e5 else f"{ms / 1e3:#.3g}"
-    rows = re.findall(r"^\| [^|]+\(\[records\]\(([^)]+)\)\) \| (.+) \|$", README, re.MULTILINE)
-    for path, cells in rows:
-        entries = {e["variant"]: e for e in map(json.loads, (ROOT / path).read_text().splitlines())}
+    rows = re.findall(
+        r"^\| [^|]+\(\[records\]\(benchmarks/results/([^)]+)\.jsonl\)\) \| (.+) \|$", README, re.MULTILINE
+    )
+    for name, cells in rows:
+        entries = {entry["variant"]: entry for entry in records(name)}
         times = [digits(entries[kind]["ms"]) for kind in ("dense", "full", "select", "delta", "dense, by its steps")]
         for kind in ("sparse, by its steps", "sparse, steps skipped, by its steps"):
             times += [digits(entries[kind]["ms"]), f"{entries[kind]['speedup']:.2f} x"]
-        assert cells.replace("*", "") == " | ".join(times), path
+        assert cells.replace("*", "") == " | ".join(times), name
         assert f"{entries['delta']['peak_bytes'] / 1e9:.1f}" in README
-    assert len(rows) == 4
+    assert len(rows) == 5
 
 
 def test_numbers_at_the_top_are_those_of_the_tables():
     top = README[: README.index("## Three commands")]
-    video, image = "{0:.0f} s dense, {1:.0f} s sparse, {2:.0f} s where", "1280x768 {0:.1f}, {1:.1f} and {2:.1f} s."
-    for name, words in (("hunyuan-video-720x1280x129-h100", video), ("flux-dev-step-1280x768-h100", image)):
-        lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()[-3:]  # of whole samples
-        assert words.format(*(json.loads(line)["ms"] / 1e3 for line in lines)) in top
+    video = [entry["ms"] / 1e3 for entry in records("hunyuan-video-720x1280x129-h100")[-3:]]  # by its steps
+    assert "{:.0f} s dense, {:.0f} s sparse, {:.0f} s where".format(*video) in top
+    runs = [*records("flux-dev-1280x768-h100"), records("flux-dev-step-cache-1280x768-h100")[-1]]
+    assert "1280x768 {:.1f}, {:.1f} and {:.1f} s.".format(*(entry["ms"] / 1e3 for entry in runs)) in top
 
 
 def test_numbers_of_the_table_of_a_delta_step_are_the_committed_record():
-    lines = (ROOT / "benchmarks/results/flux-dev-step-1280x768-h100.jsonl").read_text().splitlines()
-    (kernels,) = (entry["kernels"] for entry in map(json.loads, lines) if entry["variant"] == "delta")
+    (kernels,) = (e["kernels"] for e in records("flux-dev-step-1280x768-h100") if e["variant"] == "delta")
     total = sum(k["ms"] for k in kernels)
     expected = {(f"{k['calls'] or 0:g}", f"{k['ms']:.2f}", f"{k['ms'] / total:.1%}") for k in kernels}
     text = (ROOT / "benchmarks/README.md").read_text()
@@ -91,9 +96,8 @@ def test_numbers_of_the_fidelity_table_are_the_committed_records():
 
 def test_numbers_of_the_tables_of_quality_are_the_committed_records():
     """In benchmarks/README.md all rows, in their order; in README.md some."""
-    lines = (ROOT / "benchmarks/results/quality-mini-wan-h100.jsonl").read_text().splitlines()
     rows = []
-    for entry in map(json.loads, lines):
+    for entry in records("quality-mini-wan-h100"):
         shares = [f"{100 * entry['density'][part]:.1f} %" for part in ("attention", "mlp")]
         to_first = f"{entry['difference']:+.1f} +- {entry['difference_error']:.1f}"
         rows.append((*shares, f"{entry['mean_psnr']:.1f}", to_first))
