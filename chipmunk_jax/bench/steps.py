@@ -88,7 +88,8 @@ def bench_step(
         kinds.remove("select neurons")
     if not kinds:
         raise ValueError(f"only {', '.join(only)}: with this sparsity there is no such step")
-    with tqdm(total=len({"dense", "select", *kinds}) + 1 + len(kinds) * repeats, unit="step", leave=False) as bar:
+    checked = {"dense", "first", "select", *kinds}
+    with tqdm(total=len(checked) + len(kinds) * repeats, unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")
         steps = _Steps(entry, grid, rows, jnp.dtype(dtype), sparsity, kinds)
         errors = steps.check(TOLERANCES[dtype], bar)
