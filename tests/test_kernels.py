@@ -201,7 +201,8 @@ def test_column_attention_stays_finite_under_drift(implementation, drift):
 
 
 @pytest.mark.parametrize(
-    ("rows", "group", "stride"), [(128, 64, 1), (200, 128, 1), (257, 192, 1), (300, 128, 4), (257, 192, 4)]
+    ("rows", "group", "stride"),
+    [(128, 64, 1), (200, 128, 1), (257, 192, 1), (300, 128, 2), (300, 128, 4), (257, 192, 4)],
 )
 def test_column_sums_are_the_attention_mass_of_each_group(implementation, rows, group, stride):
     rng, width, scale = np.random.default_rng(2), 64, 0.125
