@@ -308,11 +308,33 @@ def test_bench_step_times_some_kinds_alone(folder, capsys):
     entries = read(folder / "a.jsonl")
     assert [entry["variant"] for entry in entries] == ["full", "delta"]
     assert all(entry["ms"] > 0 and entry["speedup"] is None and entry["rel_err"] < 1e-2 for entry in entries)
+    assert main(["bench", "schedule", "a.jsonl"]) == 2
+    assert "no time of a step of kind dense" in capsys.readouterr().err
     assert main(["bench", "step", *TINY, "--only", "delta,fool"]) == 2
-    assert "no step 'fool'; expected some of dense, full, select" in capsys.readouterr().err
+    expected = "expected some of dense, full, select, select neurons, delta, skipped"
+    assert f"only=delta,fool: {expected}" in capsys.readouterr().err
     residual = ["--sparsity.mlp.cache", "residual", "--sparsity.mlp.select-every", "10"]
-    assert main(["bench", "step", *TINY, "--only", "select neurons", *residual]) == 2
-    assert "only select neurons: with this sparsity there is no such step" in capsys.readouterr().err
+    assert main(["bench", "step", *TINY, "--only", "delta,select neurons", *residual]) == 2
+    assert "only=delta,select neurons: expected some of dense, full, select, delta" in capsys.readouterr().err
+
+
+def test_steps_without_caches_want_no_room_for_them(folder, monkeypatch):
+    monkeypatch.setattr("chipmunk_jax.bench.steps.caches", None)
+    monkeypatch.setattr("chipmunk_jax.bench.steps.check_room", lambda plan, sparsity: rooms.append(plan(sparsity)))
+    rooms = []
+    assert main(["bench", "step", *TINY, "--layers", "4", "--only", "dense,skipped"]) == 0
+    assert [entry["variant"] for entry in read(folder / "a.jsonl")] == ["dense", "skipped"]
+    assert "tokens for skipped steps" in rooms[0] and not any("residual" in name for name in rooms[0])
+
+
+def test_a_delta_step_timed_alone_has_neurons(folder):
+    """Where a full step chooses no neurons, a step apart does, and is not left out."""
+    again = ["--sparsity.attention.recompute-mask", "true", "--layers", "4"]
+    assert (
+        main(["bench", "step", *TINY, *again]) == 0 and main(["bench", "step", *TINY, *again, "--only", "delta"]) == 0
+    )
+    *_, delta, _, alone = read(folder / "a.jsonl")
+    assert delta["variant"] == alone["variant"] == "delta" and delta["rel_err"] == alone["rel_err"]
 
 
 def steps_of(**ms):

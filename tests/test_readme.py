@@ -24,7 +24,7 @@ def test_numbers_of_the_speed_table_are_the_committed_records():
     assert [entry["variant"] for entry in (dense, sparse, again, skipping)] == ["dense", "sparse"] * 2
     for entry in (dense, sparse, skipping):
         assert f"| {entry['ms'] / 1e3:.2f} s | {entry['ms_per_step']:.1f} ms |" in README
-    assert f"the same dense {again['ms'] / 1e3:.2f} s" in README
+    assert f"a dense run of {again['ms'] / 1e3:.2f} s" in README
     for entry in (sparse, skipping):
         assert f"**{entry['speedup']:.2f} x**" in README
         assert all(entry[key] in README for key in ("device", "driver", "jax"))
@@ -70,7 +70,7 @@ def test_numbers_at_the_top_are_those_of_the_tables():
     video = [entry["ms"] / 1e3 for entry in records("hunyuan-video-720x1280x129-h100")[-3:]]  # by its steps
     assert "{:.0f} s dense, {:.0f} s sparse, {:.0f} s where".format(*video) in top
     runs = [*records("flux-dev-1280x768-h100"), records("flux-dev-step-cache-1280x768-h100")[-1]]
-    assert "1280x768 {:.1f}, {:.1f} and {:.1f} s.".format(*(entry["ms"] / 1e3 for entry in runs)) in top
+    assert "1280x768 takes {:.1f}, {:.1f} and {:.1f} s.".format(*(entry["ms"] / 1e3 for entry in runs)) in top
 
 
 def test_numbers_of_the_table_of_a_delta_step_are_the_committed_record():

@@ -28,9 +28,9 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     """
     timed = {entry["variant"]: entry for entry in entries}
     runs = {json.dumps([entry[key] for key in ("model", "shape", "dtype", "sparsity")]) for entry in entries}
-    if len(runs) != 1 or "dense" not in timed:
-        raise ValueError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one, dense too")
-    measured = load_sparsity(timed["dense"]["sparsity"])
+    if len(runs) != 1:
+        raise ValueError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one")
+    measured = load_sparsity(entries[0]["sparsity"])
     sparsity = sparsity or measured
     if _without_schedules(sparsity) != _without_schedules(measured):
         given, timed_with = (_flat(_without_schedules(x)) for x in (sparsity, measured))

@@ -27,7 +27,7 @@ from chipmunk_jax.solvers import MOST_STEPS
 from chipmunk_jax.sparsity import Sparsity, StepCache, to_dict
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
-# Rows of the table of steps, in an order that fills the caches: the first measures what the second chooses by.
+# Rows of the table of steps, in an order that fills the caches: the first measures what the second chooses keys by.
 PHASES = {
     "first": (AttentionPhase.MEASURE, MlpPhase.FULL),
     "select": (AttentionPhase.SELECT, MlpPhase.SELECT_DELTA),  # keys and neurons
@@ -56,9 +56,9 @@ def bench_step(
     sparsity: Sparsity,
     repeats: int,
     kernels: bool = False,
-    only: Collection[str] = KINDS,
+    only: Collection[str] | None = None,
 ) -> list[Record]:
-    """A record of each kind.
+    """A record of each of KINDS, or of some.
 
     Args:
         name: of MODELS.
@@ -70,29 +70,25 @@ def bench_step(
         sparsity: of the steps with caches; its schedule does not count.
         repeats: timed runs of each.
         kernels: whether to record in which kernels each kind spends its time, too; on a GPU.
-        only: some of KINDS.
+        only: some of KINDS; None: all that there are with this sparsity.
 
     Raises:
-        ValueError: sizes that do not fit, or no room, before any work.
+        ValueError: a kind that there is not, sizes that do not fit, or no room, before any work.
     """
     entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
     sizes = entry.sizes(height, width, frames)
     grid, rows = entry.grid(sizes), entry.rows(batch)
     entry.defaults.check_sparsity(sparsity, grid)
+    kinds, filling = _kinds(only, sparsity)
     # A skipped step is timed whatever the schedule, so its tokens want room.
-    skipping = replace(sparsity, step_cache=StepCache())
+    skipping = replace(sparsity if filling else Sparsity(attention=None, mlp=None), step_cache=StepCache())
     fixed = dict(steps=INPUTS, dtype=jnp.dtype(dtype))
     check_room(lambda sparsity: plan_memory(entry, sizes, batch, **fixed, sparsity=sparsity), skipping)
-    kinds = [kind for kind in KINDS if kind in only]
-    if "select neurons" in kinds and not (sparsity.mlp and sparsity.mlp.cache == "activations"):
-        kinds.remove("select neurons")
-    if not kinds:
-        raise ValueError(f"only {', '.join(only)}: with this sparsity there is no such step")
-    checked = {"dense", "first", "select", *kinds}
+    checked = {"dense", *filling, *kinds}
     with tqdm(total=len(checked) + len(kinds) * repeats, unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")
-        steps = _Steps(entry, grid, rows, jnp.dtype(dtype), sparsity, kinds)
-        errors = steps.check(TOLERANCES[dtype], bar)
+        steps = _Steps(entry, grid, rows, jnp.dtype(dtype), sparsity, bool(filling))
+        errors = steps.check(checked, TOLERANCES[dtype], bar)
         bar.set_postfix_str("timing")
         right = {kind: Timed(partial(steps.run, kind)) for kind in kinds if errors[kind][0] is None}
         seconds = time_in_turn(right, repeats, warm=steps.last < REPEAT_SECONDS, report=lambda _: bar.update())
@@ -114,19 +110,28 @@ def bench_step(
     ]
 
 
+def _kinds(only: Collection[str] | None, sparsity: Sparsity) -> tuple[list[str], list[str]]:
+    """The kinds to time, and those of PHASES that fill the caches for them."""
+    choosing = sparsity.mlp and sparsity.mlp.cache == "activations"  # of neurons, apart from full steps
+    usual = [kind for kind in KINDS if kind != "select neurons" or choosing]
+    only = usual if only is None else only
+    if not only or not set(only) <= set(usual):
+        raise ValueError(f"only={','.join(only)}: expected some of {', '.join(usual)}")
+    filling = ["first", "select", "select neurons"] if choosing else ["first", "select"]
+    return [kind for kind in usual if kind in only], [] if set(only) <= {"dense", "skipped"} else filling
+
+
 class _Steps:
     """A model with random weights, its caches, and inputs in turn."""
 
-    def __init__(
-        self, entry, grid: tuple[int, ...], batch: int, dtype: jnp.dtype, sparsity: Sparsity, kinds: list[str]
-    ):
-        tokens, self.kinds = math.prod(grid), kinds
+    def __init__(self, entry, grid: tuple[int, ...], batch: int, dtype: jnp.dtype, sparsity: Sparsity, cached: bool):
+        tokens = math.prod(grid)
         inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
         self.model = random_model(entry, dtype)
         stacks = self.model.stacks(tokens, inputs[0][1])
         every = replace(sparsity, step_cache=None)
         self.table = _table(plan_stacks(stacks, every, MOST_STEPS, grid), sparsity)
-        self.cache = caches.zeros(stacks, sparsity, batch, dtype)
+        self.cache = caches.zeros(stacks, sparsity, batch, dtype) if cached else None
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
         times = jnp.broadcast_to(jnp.linspace(0.9, 0.5, INPUTS)[:, None], (INPUTS, batch))
         self.inputs = [
@@ -135,7 +140,7 @@ class _Steps:
         ]
         self.hidden = draw.normal(jax.random.key(0), (batch, tokens, entry.width), dtype)
         self.turn = cycle(self.inputs)
-        self.last = 0.0  # seconds of the last step that was checked: the shortest, with everything compiled
+        self.last = 0.0  # seconds of the last step with caches that was checked, with everything compiled
 
     def run(self, kind: str, inputs=None) -> jax.Array:
         """The velocity of one step; the caches move on."""
@@ -147,23 +152,22 @@ class _Steps:
         velocity, self.cache = _cached_step(self.model, self.cache, *inputs, self.table, list(PHASES).index(kind))
         return velocity
 
-    def check(self, tolerance: float, bar: tqdm) -> dict[str, tuple[str | None, float | None]]:
-        """What is wrong with each kind on one input, or None, and its error relative to the dense step."""
+    def check(self, kinds: set[str], tolerance: float, bar: tqdm) -> dict[str, tuple[str | None, float | None]]:
+        """What is wrong with each of these kinds on one input, or None, and its error relative to the dense step."""
         bar.set_postfix_str("compiling")
         inputs = self.inputs[0]
         dense = np.asarray(self.run("dense", inputs))
         errors = {"dense": judge([dense], [dense], tolerance)}
         bar.update()
-        if "skipped" in self.kinds:
+        if "skipped" in kinds:
             self.run("skipped", inputs)
             errors["skipped"] = None, None  # its tokens are another step's
             bar.update()
-        for kind in PHASES:
-            if kind in ("first", "select", *self.kinds):
-                start = time.perf_counter()
-                errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
-                self.last = time.perf_counter() - start
-                bar.update()
+        for kind in [kind for kind in PHASES if kind in kinds]:
+            start = time.perf_counter()
+            errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
+            self.last = time.perf_counter() - start
+            bar.update()
         return errors
 
 

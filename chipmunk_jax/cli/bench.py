@@ -1,7 +1,7 @@
 """chipmunk bench: measured speed, against dense in one process."""
 
 import argparse
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -33,6 +33,7 @@ examples:
   chipmunk bench kernels --only mlp,topk --compare kernels.jsonl         what did a change bring?
   chipmunk bench step --model flux-dev --layers 6                        one step of each kind of a short model
   chipmunk bench step --model flux-dev --kernels                         and its kernels, the longest first
+  chipmunk bench step --model wan-14b --only dense                       of a model whose caches have no room here
   chipmunk bench step --model hunyuan-video --layers 6 --frames 33       of a video
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample of those steps would take
@@ -83,7 +84,7 @@ def add_parser(subparsers) -> None:
 
     step = add("step", "", "one step of each kind: dense, full, selecting, delta", STEP)
     _add_model_flags(step)
-    step.add_argument("--only", default=",".join(KINDS), help=f"some of {','.join(KINDS)} (default: all)")
+    step.add_argument("--only", metavar="KINDS", help=f"some of {','.join(KINDS)} (default: all)")
     step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
     step.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
     _add_common(step, repeats=5)
@@ -144,10 +145,14 @@ def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 def run_kernels(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench kernels`."""
-    names = _only(args, "kernel", CANDIDATES)
+    names = args.only.split(",")
     if args.plot and not set(names) & set(PLOTTED):
         raise ValueError(f"--plot with --only {args.only}: nothing to plot; expected {' or '.join(PLOTTED)} among them")
     _check(args, "repeats")
+    if unknown := [name for name in names if name not in CANDIDATES]:
+        raise ValueError(
+            f"--only {args.only}: no kernel {', '.join(map(repr, unknown))}; expected some of {', '.join(CANDIDATES)}"
+        )
     on_gpu = jax.default_backend() == "gpu"
     size = args.size or ("full" if on_gpu else "toy")
     if size == "full" and not on_gpu:
@@ -164,7 +169,7 @@ def run_step(args: argparse.Namespace) -> int:
     if args.kernels and jax.default_backend() != "gpu":
         raise ValueError(f"--kernels: expected a GPU, found {jax.default_backend()}")
     options = _options(args, "height", "width", "frames", "layers", "batch", "dtype", "repeats", "kernels")
-    options["only"] = _only(args, "step", KINDS)
+    options["only"] = args.only and args.only.split(",")
     options["sparsity"] = read_sparsity(args, MODELS[args.model].defaults.preset)
     return _report(args, lambda: [bench_step(args.model, **options)])
 
@@ -222,16 +227,6 @@ def run_plot(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names}
-
-
-def _only(args: argparse.Namespace, what: str, known: Collection[str]) -> list[str]:
-    """The names in --only; raises ValueError for one that is not known."""
-    names = args.only.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"--only {args.only}: no {what} {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}"
-        )
-    return names
 
 
 def _check(args: argparse.Namespace, *counts: str) -> None:
