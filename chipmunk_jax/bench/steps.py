@@ -128,10 +128,11 @@ class _Steps:
         tokens = math.prod(grid)
         inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
         self.model = random_model(entry, dtype)
-        stacks = self.model.stacks(tokens, inputs[0][1])
-        every = replace(sparsity, step_cache=None)
-        self.table = _table(plan_stacks(stacks, every, MOST_STEPS, grid), sparsity)
-        self.cache = caches.zeros(stacks, sparsity, batch, dtype) if cached else None
+        if cached:
+            stacks = self.model.stacks(tokens, inputs[0][1])
+            every = replace(sparsity, step_cache=None)
+            self.table = _table(plan_stacks(stacks, every, MOST_STEPS, grid), sparsity)
+            self.cache = caches.zeros(stacks, sparsity, batch, dtype)
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
         times = jnp.broadcast_to(jnp.linspace(0.9, 0.5, INPUTS)[:, None], (INPUTS, batch))
         self.inputs = [
