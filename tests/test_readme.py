@@ -50,6 +50,19 @@ def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
     assert len(found) == 12 and set(found) <= times
 
 
+def test_numbers_of_the_runs_of_the_mlp_are_the_committed_records():
+    runs = [entry for entry in records("kernels-mlp-five-runs-h100") if entry["variant"] == "dense"]
+    assert f"took {min(e['ms'] for e in runs):.3f} to {max(e['ms'] for e in runs):.2f} ms in [five runs]" in README
+    assert len(runs) == len({entry["commit"] for entry in runs}) == 5
+
+
+def test_the_demos_take_what_their_records_say():
+    for name in ("mini-flux", "mini-wan"):
+        path = f"benchmarks/results/{name}-demo-cpu.json"
+        seconds = sum(record(path)[f"{kind}_seconds"] for kind in ("dense", "sparse"))
+        assert re.search(rf"samples for {seconds:.0f} s [^.]*\(\[record\]\({path}\)\)", README)
+
+
 def test_numbers_of_the_table_of_videos_are_the_committed_records():
     digits = lambda ms: f"{ms / 1e3:.0f}" if ms >= 1e5 else f"{ms / 1e3:#.3g}"
     rows = re.findall(
