@@ -1,4 +1,4 @@
-"""The README says what was measured: its numbers are those of the committed records."""
+"""The README says what was measured: its numbers are those of the committed records; and what is shipped."""
 
 import json
 import re
@@ -130,6 +130,12 @@ def test_numbers_of_the_video_are_the_committed_record():
     assert found in README
     right = record("examples/mini-wan/judge.json")["accuracy"]["guidance 3"]["all"]
     assert f"right in {100 * right:.1f} % of the frames" in README
+
+
+def test_both_shipped_models_together_stay_under_40_megabytes():
+    folders = [ROOT / "examples" / name for name in ("mini-flux", "mini-wan")]
+    sizes = [[file.stat().st_size for file in folder.rglob("*.safetensors")] for folder in folders]
+    assert all(sizes) and sum(map(sum, sizes)) < 40e6
 
 
 def test_files_that_the_readme_names_exist():
