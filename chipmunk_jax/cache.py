@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from chipmunk_jax.model import Stack
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Scaled
 from pallas_kernels.groups import group_count
@@ -13,13 +14,13 @@ from pallas_kernels.groups import group_count
 class Columns:
     """Chosen columns of each group: distinct, ascending; only the first counts of them are valid."""
 
-    indices: jax.Array  # i32 [.., G, K]; of PACKED sequences two ids a word, [.., G, K / 2]
+    indices: jax.Array  # i32 [.., G, K]; two ids a word, [.., G, K / 2], for PACKED_LENGTHS
     counts: jax.Array  # i32 [.., G]
     wrap: jax.Array | None = None  # i32 [.., G], of packed lists: see pallas_kernels.pack_lists
 
 
-# Tokens of sequences whose lists of keys are packed: shorter ones have small lists, longer ones ids of more than 17 bits.
-PACKED = range(32_769, 131_073)
+# Sequence lengths whose key lists are packed to 16 bits: shorter ones have small lists, longer ones ids of more than 17 bits.
+PACKED_LENGTHS = range(32_769, 131_073)
 
 
 @struct.dataclass
@@ -50,21 +51,6 @@ class LayerCache:
     mlp: MlpCache | None
 
 
-@struct.dataclass
-class Stack:
-    """Sizes of one stack of equal layers, as the caches need them. All static."""
-
-    layers: int = struct.field(pytree_node=False)  # L
-    tokens: int = struct.field(pytree_node=False)  # N of its attention
-    heads: int = struct.field(pytree_node=False)  # H
-    head_dim: int = struct.field(pytree_node=False)  # d
-    mlp_tokens: int = struct.field(pytree_node=False)  # N of its sparse MLP
-    width: int = struct.field(pytree_node=False)  # D
-    mlp_width: int = struct.field(pytree_node=False)  # F
-    # Rows of the tokens that are text: start, stop.
-    text: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
-
-
 def zeros(stacks: dict[str, Stack], sparsity: Sparsity, batch: int, dtype: jnp.dtype) -> dict[str, LayerCache]:
     """Empty caches of every stack. The first steps of a plan write each entry before any reads it."""
     return {name: _stack_zeros(stack, sparsity, batch, dtype) for name, stack in stacks.items()}
@@ -79,7 +65,7 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
             columns=_no_columns(
                 (*heads, group_count(stack.tokens, config.group)),
                 config.capacity(stack.tokens),
-                packed=stack.tokens in PACKED,
+                packed=stack.tokens in PACKED_LENGTHS,
             ),
             residual=Scaled.zeros(residual) if config.residual_bits == 8 else jnp.zeros(residual, dtype),
             lse=jnp.zeros((*heads, stack.tokens), jnp.float32),

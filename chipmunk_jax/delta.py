@@ -64,7 +64,7 @@ def _measure(q, k, v, cache: AttentionCache, step: Step, valid):
 
 def _select(q, k, v, cache: AttentionCache, step: Step, valid):
     # Before the new log-sum-exp takes the place of the last one.
-    columns, lse = _after((_choose_keys(q, k, cache, step, valid), cache.lse))
+    columns, lse = _together((_choose_keys(q, k, cache, step, valid), cache.lse))
     out, cache = _measure(q, k, v, cache.replace(columns=columns, lse=lse), step, valid)
     return out, _store_residual(out, q, k, v, cache, step, valid)
 
@@ -76,7 +76,7 @@ def _refresh(q, k, v, cache: AttentionCache, step: Step, valid):
 
 def _delta(q, k, v, cache: AttentionCache, step: Step, valid):
     columns, options = _keys(q, cache, step, valid)
-    return _after((column_attention(q, k, v, *columns, residual=cache.residual, **options), cache))
+    return _together((column_attention(q, k, v, *columns, residual=cache.residual, **options), cache))
 
 
 def _dense_with_lse(q, k, v, step: Step, valid):
@@ -86,13 +86,13 @@ def _dense_with_lse(q, k, v, step: Step, valid):
 def _store_residual(out, q, k, v, cache: AttentionCache, step: Step, valid) -> AttentionCache:
     columns, options = _keys(q, cache, step, valid)
     residual = store_attention_residual(out, q, k, v, *columns, residual=cache.residual, **options)
-    residual, lse, lists = _after((residual, cache.lse, cache.columns))
+    residual, lse, lists = _together((residual, cache.lse, cache.columns))
     return cache.replace(residual=residual, lse=lse, columns=lists)
 
 
 def _keys(q, cache: AttentionCache, step: Step, valid) -> tuple[tuple, dict]:
     lists = cache.columns
-    options = dict(lse=cache.lse, wrap=lists.wrap, common=step.attention.common, valid=valid)
+    options = dict(lse=cache.lse, wrap=lists.wrap, pinned=step.attention.pinned, valid=valid)
     return (lists.indices, lists.counts, step.layer), options | _tiling(q, step)
 
 
@@ -101,14 +101,14 @@ def _tiling(q, step: Step) -> dict:
 
 
 def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:
-    """columns with this layer's lists of keys chosen anew, by the attention that they get, none of them padding or common."""
+    """columns with this layer's lists of keys chosen anew, by the attention that they get, none of them padding or pinned."""
     (batch, tokens, heads, _), share = q.shape, step.attention
     groups = group_count(tokens, share.group)
     lucky, free = False, None
     if share.fixed_random is not None:
         lucky = jax.random.bernoulli(step.sample_key, share.fixed_random, (groups, tokens))
-    if share.common is not None:
-        ids, starts = share.common.ids, share.common.starts
+    if share.pinned is not None:
+        ids, starts = share.pinned.ids, share.pinned.starts
         rows = jnp.searchsorted(starts[1:], jnp.arange(len(ids)), side="right")
         free = jnp.ones((1, groups, tokens), bool).at[0, rows, ids].set(False)
     if valid is not None:
@@ -196,7 +196,7 @@ def _select_delta(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     columns = _choose(change, cache.columns, step.mlp, step)
     # Only the chosen neurons' means move on: what the others drift adds up until they are chosen.
     moved = store_group_mean(mean, columns.indices, columns.counts, cached=cache.group_mean, **means)
-    moved, columns = _after((moved, columns))
+    moved, columns = _together((moved, columns))
     return _delta_activations(x, mlp, cache.replace(columns=columns, group_mean=moved), step)
 
 
@@ -204,7 +204,7 @@ def _delta_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     columns, options = _neurons(cache, step)
     change, activations = column_fc1(x, mlp.fc1, mlp.b1, *columns, activations=cache.activations, **options)
     moved, out = move_column_fc2(change, mlp.fc2, *columns, out=cache.out, **options)
-    moved, activations, lists = _after((moved, activations, cache.columns))
+    moved, activations, lists = _together((moved, activations, cache.columns))
     return out, cache.replace(activations=activations, out=moved, columns=lists)
 
 
@@ -217,7 +217,7 @@ def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     columns, options = _neurons(cache, step)
     chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
     residual = store_fc2_residual(out, chosen, mlp.fc2, *columns, residual=cache.out, **options)
-    residual, lists = _after((residual, cache.columns))
+    residual, lists = _together((residual, cache.columns))
     return out, cache.replace(out=residual, columns=lists)
 
 
@@ -273,8 +273,8 @@ def product(x: jax.Array, weights: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x @ weights)
 
 
-def _after(values):
-    """values, none of them before all of them.
+def _together(values):
+    """Returns the values unchanged; none can be used until all are computed.
 
     A branch that updates one cache in place and hands on the lists that the update read must hand them on afterwards: scheduled
     the other way round, XLA copies the lists of all layers, in every branch of the switch and at every layer.

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from chipmunk_jax.common_keys import check_grid
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideoConfig
 from chipmunk_jax.models.wan import WanConfig
+from chipmunk_jax.pinned_keys import check_grid
 from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import Euler, Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.sparsity import PRESETS, Sparsity

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chipmunk_jax.cache import Stack
 from chipmunk_jax.delta import head_portions
+from chipmunk_jax.model import Stack
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import choose

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,52 +18,17 @@ from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax import memory
-from chipmunk_jax.cache import LayerCache, Stack
-from chipmunk_jax.common_keys import check_grid, common_keys
+from chipmunk_jax.cache import LayerCache
+from chipmunk_jax.model import Condition, Model, Stack
 from chipmunk_jax.order import patch_order
+from chipmunk_jax.pinned_keys import check_grid, pinned_keys
 from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan, unless_skipped
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
-Condition = dict[str, jax.Array]
 Callback = Callable[[int, float, np.ndarray], None]
-
-
-class Model(Protocol):
-    """What sample() needs of a network: a pytree of weights, in blocks and a final layer."""
-
-    dtype: jnp.dtype
-    prompted: tuple[str, ...]  # conditions that a prompt makes: zeros are no prompt
-    on_grid: tuple[str, ...]  # conditions of the tokens, each [B, N, ..]
-
-    def hidden(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        cond: Condition,
-        positions: jax.Array,
-        cache: Any,
-        step: Step | None,
-        modulations: Any,
-    ) -> tuple[jax.Array, Any]:
-        """The tokens behind the last block, [B, N, D] in the model's dtype, at x [B, N, C] and t [B]; and the caches."""
-
-    def velocity(self, hidden: jax.Array, modulations: Any) -> jax.Array:
-        """[B, N, C], f32: what the final layer makes of the tokens behind the last block."""
-
-    def modulations(self, t: jax.Array, cond: Condition) -> Any:
-        """What depends on the times t [steps, B] and the conditions alone, the steps in front: computed before the loop."""
-
-    def positions(self, grid: tuple[int, ...]) -> np.ndarray:
-        """Coordinates of every token of the grid in raster order, [N, axes]."""
-
-    def stacks(self, tokens: int, cond: Condition) -> dict[str, Stack]:
-        """Sizes of the stacks of layers, for the caches."""
-
-    def check(self, noise: jax.Array, cond: Condition) -> None:
-        """Raises ValueError unless the arrays fit the network."""
 
 
 @struct.dataclass
@@ -246,8 +211,8 @@ def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: 
     """plan() for a model's stacks, which share their attention's tokens and their MLP's width."""
     first = next(iter(stacks.values()))
     attention = sparsity.attention
-    common = attention and common_keys(attention, grid, sparsity.patches, first.text)
-    return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, common=common)
+    pinned = attention and pinned_keys(attention, grid, sparsity.patches, first.text)
+    return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, pinned=pinned)
 
 
 def check_room(model: Model, noise: jax.Array, cond: Condition, *, sparsity: Sparsity | None, **options) -> None:

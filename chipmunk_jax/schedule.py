@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 
 from chipmunk_jax.sparsity import PRESET_STEPS, SCHEDULES, AttentionSparsity, MlpSparsity, Sparsity
-from pallas_kernels import Common, Implementation
+from pallas_kernels import Implementation, PinnedKeys
 from pallas_kernels.dispatch import choose
 
 
@@ -50,7 +50,7 @@ class Share:
     dense_layers: int = struct.field(pytree_node=False)  # the first layers of the model, always dense
     # Of attention alone:
     fixed_random: jax.Array | None = None  # f32, probability of a key to be kept for the whole sample; None: 0
-    common: Common | None = None  # keys that groups attend to whatever their scores
+    pinned: PinnedKeys | None = None  # keys that groups attend to whatever their scores
     query_stride: int = struct.field(pytree_node=False, default=1)  # one query of so many scores the keys
 
 
@@ -134,7 +134,7 @@ def unless_skipped(step: Step, run: Callable, x: jax.Array, *kept):
     return lax.fori_loop(0, 1 - step.skip.astype(jnp.int32), lambda _, kept: run(x, *kept), kept)
 
 
-def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, common: Common | None = None) -> Step:
+def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned: PinnedKeys | None = None) -> Step:
     """A Step whose phases are arrays i32[steps]: the table that the step loop scans over.
 
     Args:
@@ -142,7 +142,7 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, common:
         steps: of the sampler.
         tokens: N of the attention, text included; its columns.
         mlp_width: F, the columns of the MLP.
-        common: keys that groups of queries attend to whatever their scores.
+        pinned: keys that groups of queries attend to whatever their scores.
 
     Raises:
         ValueError: a schedule that the steps cannot follow.
@@ -152,7 +152,7 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, common:
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
     if share:
         chance = np.float32(attention.fixed_random_keys) if attention.fixed_random_keys else None
-        share = share.replace(query_stride=attention.query_stride, fixed_random=chance, common=common)
+        share = share.replace(query_stride=attention.query_stride, fixed_random=chance, pinned=pinned)
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
@@ -216,10 +216,10 @@ def _density(share: Share, first_delta: IntEnum, layers: int, run: np.ndarray | 
 
 def _kept(share: Share) -> float:
     """Columns a group in the mean."""
-    if share.common is None:
+    if share.pinned is None:
         return float(share.keep)
-    common = np.diff(share.common.starts)
-    return float((common + np.minimum(share.keep, share.columns - common)).mean())
+    pinned = np.diff(share.pinned.starts)
+    return float((pinned + np.minimum(share.keep, share.columns - pinned)).mean())
 
 
 def full_steps(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:

@@ -2,6 +2,6 @@
 
 from chipmunk_jax.convert.checkpoint import load, save
 from chipmunk_jax.convert.convert import convert, read
-from chipmunk_jax.convert.inspect import Inspection, inspect
+from chipmunk_jax.convert.inspection import Inspection, inspect
 
 __all__ = ["Inspection", "convert", "inspect", "load", "read", "save"]

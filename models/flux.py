@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chipmunk_jax.cache import LayerCache, Stack
+from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.delta import attend, product
 from chipmunk_jax.layers import Linear, Mlp, Stacked, each_layer, run_layers, stack_layers
+from chipmunk_jax.model import Stack
 from chipmunk_jax.schedule import Step
 from pallas_kernels import rotary_qkv
 from pallas_kernels.rotary_qkv import Projection
@@ -81,7 +82,7 @@ class Network(nnx.Module):
 class Flux(Network):
     """Velocity of a noisy image, given text: dx/dt at time t, where t = 1 is noise and t = 0 the image."""
 
-    prompted, on_grid = ("text", "pooled"), ()  # see chipmunk_jax.sampling.Model
+    prompted, on_grid = ("text", "pooled"), ()  # see chipmunk_jax.model.Model
 
     def __init__(self, config: FluxConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)

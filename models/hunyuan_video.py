@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chipmunk_jax.cache import LayerCache, Stack
+from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.layers import Linear, run_layers, stack_layers
+from chipmunk_jax.model import Stack
 from chipmunk_jax.models.flux import (
     DoubleBlock,
     Embedder,
@@ -92,7 +93,7 @@ class HunyuanVideoConfig:
 class HunyuanVideo(Network):
     """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
 
-    prompted, on_grid = ("text", "mask", "pooled"), ()  # see chipmunk_jax.sampling.Model
+    prompted, on_grid = ("text", "mask", "pooled"), ()  # see chipmunk_jax.model.Model
 
     def __init__(self, config: HunyuanVideoConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)

@@ -1,7 +1,6 @@
 """Kernels for column-sparse deltas: arrays in, arrays out. A file is a public function, its jnp reference, its Pallas body."""
 
-from pallas_kernels.bit_mask import lists_to_mask, mask_to_lists
-from pallas_kernels.column_attention import Common, Scaled, column_attention, pack_lists, store_attention_residual
+from pallas_kernels.column_attention import PinnedKeys, Scaled, column_attention, pack_lists, store_attention_residual
 from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_activations, store_fc2_residual
 from pallas_kernels.dense_attention import column_sums, dense_attention
 from pallas_kernels.dispatch import Implementation
@@ -10,8 +9,8 @@ from pallas_kernels.rotary_qkv import rotary_qkv
 from pallas_kernels.topk import topk_columns
 
 __all__ = [
-    "Common",
     "Implementation",
+    "PinnedKeys",
     "Scaled",
     "column_attention",
     "column_fc1",
@@ -19,8 +18,6 @@ __all__ = [
     "column_sums",
     "dense_attention",
     "group_mean_change",
-    "lists_to_mask",
-    "mask_to_lists",
     "move_column_fc2",
     "pack_lists",
     "rotary_qkv",

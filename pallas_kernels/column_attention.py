@@ -51,7 +51,7 @@ class Scaled(NamedTuple):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "starts"], meta_fields=["heavy"])
 @dataclass(frozen=True)
-class Common:
+class PinnedKeys:
     """Keys that all heads and layers of a group attend to beside their own lists, which must not name them again."""
 
     ids: jax.Array  # [n], i32: those of group 0, then those of group 1, .., ascending within a group
@@ -72,7 +72,7 @@ def column_attention(
     scale: float,
     residual: jax.Array | Scaled | None = None,
     wrap: jax.Array | None = None,
-    common: Common | None = None,
+    pinned: PinnedKeys | None = None,
     valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
@@ -89,8 +89,8 @@ def column_attention(
         scale: of the logits, usually d ** -0.5.
         residual: [L, B, N, H, d], what the unchosen columns contributed; in the dtype of q, or in 8 bits.
         wrap: [L, B, H, G], i32, for lists of half the size (see pack_lists): entries from there on are less by 65,536.
-        common: keys that groups attend to beside their lists.
-        valid: [B], i32: keys of `common` from there on are padding, and left out; None: there is none.
+        pinned: keys that groups attend to beside their lists.
+        valid: [B], i32: keys of `pinned` from there on are padding, and left out; None: there is none.
         implementation: see dispatch.choose.
 
     Raises:
@@ -98,7 +98,7 @@ def column_attention(
         NotImplementedError: a named implementation cannot take these arguments.
     """
     _check(q, k, v, indices, counts, lse, group, residual)
-    keys = Keys(indices, counts, wrap, common, valid)
+    keys = Keys(indices, counts, wrap, pinned, valid)
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
         out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
@@ -122,7 +122,7 @@ def store_attention_residual(
     scale: float,
     residual: jax.Array | Scaled,
     wrap: jax.Array | None = None,
-    common: Common | None = None,
+    pinned: PinnedKeys | None = None,
     valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array | Scaled:
@@ -138,7 +138,7 @@ def store_attention_residual(
     _check(q, k, v, indices, counts, lse, group, residual)
     if dense.shape != q.shape:
         raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
-    keys = Keys(indices, counts, wrap, common, valid)
+    keys = Keys(indices, counts, wrap, pinned, valid)
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
         out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
@@ -170,7 +170,7 @@ class Keys(NamedTuple):
     indices: jax.Array
     counts: jax.Array
     wrap: jax.Array | None
-    common: Common | None
+    pinned: PinnedKeys | None
     valid: jax.Array | None
 
     def listed(self, layer, keys: int) -> tuple[jax.Array, jax.Array]:
@@ -181,9 +181,9 @@ class Keys(NamedTuple):
             indices = indices.reshape(*indices.shape[:-2], -1)
             indices += WRAP * (jnp.arange(indices.shape[-1]) >= self.wrap[layer][..., None])
         own = jnp.arange(indices.shape[-1]) < counts
-        if self.common is None:
+        if self.pinned is None:
             return indices, own
-        ids, starts = self.common.ids, self.common.starts
+        ids, starts = self.pinned.ids, self.pinned.starts
         places = starts[:-1, None] + jnp.arange(keys)  # [G, N]: a group has no more
         theirs = ids.at[places].get(mode="clip")
         valid = jnp.full(len(indices), keys) if self.valid is None else self.valid
@@ -249,20 +249,20 @@ def _pallas(q, k, v, keys: Keys, lse, layer, *, group, scale, residual, dense=No
     mode = "store" if dense is not None else "new" if residual is None else "add"
     outs, tree = jax.tree.flatten(jax.ShapeDtypeStruct(q.shape, q.dtype) if dense is None else residual)
     wide, narrow = tiles("column_attention", group)
-    own, common, heavy = keys[:3], None, 0
-    if keys.common is not None:
-        common, heavy = _counted(keys.common, keys.valid, len(q)), keys.common.heavy * (group // wide.rows)
+    own, pinned, heavy = keys[:3], None, 0
+    if keys.pinned is not None:
+        pinned, heavy = _counted(keys.pinned, keys.valid, len(q)), keys.pinned.heavy * (group // wide.rows)
     # Tiles of one head run side by side and share its keys in the L2 cache.
     for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], wide, narrow):
         body = functools.partial(_body, mode=mode, part=part, heavy=heavy, group=group, scale=scale)
-        inputs = (q, k, v, own, common, lse, layer, source)
+        inputs = (q, k, v, own, pinned, lse, layer, source)
         outs = launch.run(body, f"column_attention_{mode}", inputs, outs, part, implementation)
     return tree.unflatten(outs)
 
 
-def _counted(common: Common, valid: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _counted(pinned: PinnedKeys, valid: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """ids [n]; where each group's begin [G]; how many of them are valid [B, G]."""
-    ids, starts = common.ids, jnp.asarray(common.starts)
+    ids, starts = pinned.ids, jnp.asarray(pinned.starts)
     if valid is None:
         return ids, starts[:-1], jnp.broadcast_to(starts[1:] - starts[:-1], (batch, len(starts) - 1))
     before = jnp.pad(jnp.cumsum(ids < valid[:, None], axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))[:, starts]
@@ -270,7 +270,7 @@ def _counted(common: Common, valid: jax.Array | None, batch: int) -> tuple[jax.A
 
 
 def _body(
-    q_ref, k_ref, v_ref, own, common, lse_ref, layer_ref, source_ref, *refs, mode, part: Launch, heavy, group, scale
+    q_ref, k_ref, v_ref, own, pinned, lse_ref, layer_ref, source_ref, *refs, mode, part: Launch, heavy, group, scale
 ):
     tile, layer = part.tile.rows, layer_ref[0]
     i, h = _place(part, heavy)
@@ -282,7 +282,7 @@ def _body(
     q = plgpu.load(q_ref.at[at], mask=inside, other=0)
     shift = LOG2E * plgpu.load(lse_ref.at[layer, b, h, rows], mask=rows < rows_total, other=0)
 
-    lists = [_own_list(*own, layer, b, h, g)] + ([] if common is None else [_common_list(*common, b, g)])
+    lists = [_own_list(*own, layer, b, h, g)] + ([] if pinned is None else [_pinned_list(*pinned, b, g)])
     # Gathered rows, 16 bytes a copy, pipelined.
     rows_of = lambda columns: (k_ref[b, columns, h, :], v_ref[b, columns, h, :])
     out, total = _attend(q, shift, rows_of, lists, scale=scale)
@@ -321,8 +321,8 @@ def _own_list(indices_ref, counts_ref, wrap_ref, layer, b, h, g):
     return load, counts_ref[layer, b, h, g]
 
 
-def _common_list(ids_ref, starts_ref, counts_ref, b, g):
-    """The same of a group's common keys."""
+def _pinned_list(ids_ref, starts_ref, counts_ref, b, g):
+    """The same of a group's pinned keys."""
     start = starts_ref[g]
     return lambda slots: plgpu.load(ids_ref.at[start + slots]), counts_ref[b, g]
 

@@ -240,7 +240,7 @@ def test_bench_kernels_runs_every_kernel(folder, capsys, monkeypatch):
     for entry in entries:
         assert entry["error"] is None and entry["ms"] > 0 and entry["speedup"] > 0 and entry["gbps"] > 0
         assert entry["commit"] == "abc" and 0 <= entry["sparsity"] < 1
-        exact = entry["benchmark"] in ("topk", "lists")
+        exact = entry["benchmark"] == "topk"
         assert entry["rel_err"] == 0 if exact else 0 < entry["rel_err"] < measure.BF16_TOLERANCE
         assert (entry["tflops"] is None) == exact
     out = capsys.readouterr().out
@@ -549,7 +549,7 @@ def test_kernels_of_a_run_are_counted():
 BAD = [
     (
         ["kernels", "--only", "mlp,atention"],
-        ["no kernel 'atention'", "column_attention, dense_colsum, topk, lists, mlp"],
+        ["no kernel 'atention'", "column_attention, dense_colsum, topk, mlp"],
     ),
     (["kernels", "--repeats", "0"], ["--repeats 0", "at least 1"]),
     (["kernels", "--compare", "none.jsonl"], ["none.jsonl", "no such file"]),

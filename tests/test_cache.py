@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, cache
-from chipmunk_jax.cache import LayerCache, Stack
+from chipmunk_jax.cache import LayerCache
+from chipmunk_jax.model import Stack
 
 # L, B, N, H, d, D, F; an odd edge everywhere. The first stack's MLP sees fewer tokens than its attention.
 STACKS = {
@@ -95,6 +96,6 @@ def test_a_dense_part_has_no_cache():
 
 
 def test_no_array_is_there_twice_as_sample_donates_them(monkeypatch):
-    monkeypatch.setattr(cache, "PACKED", range(1000))
+    monkeypatch.setattr(cache, "PACKED_LENGTHS", range(1000))
     leaves = jax.tree.leaves(cache.zeros(STACKS, SPARSITY, BATCH, jnp.bfloat16))
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)

@@ -15,9 +15,9 @@ import pytest
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax import delta
-from chipmunk_jax.cache import Stack
-from chipmunk_jax.common_keys import common_keys
 from chipmunk_jax.delta import MlpWeights, attend, feed_forward
+from chipmunk_jax.model import Stack
+from chipmunk_jax.pinned_keys import pinned_keys
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, plan
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
 from pallas_kernels import Scaled
@@ -38,10 +38,10 @@ def drifting(*shape, seed=0):
         x = x + 0.1 * rng.standard_normal(shape)
 
 
-def start(sparsity, common=None):
+def start(sparsity, pinned=None):
     """An empty cache and the plan of a stack's one layer in the middle."""
     cache = caches.zeros({"stack": STACK}, sparsity, B, jnp.float32)["stack"]
-    table = plan(sparsity, STEPS, tokens=N, mlp_width=F, common=common).replace(key=jax.random.key(0))
+    table = plan(sparsity, STEPS, tokens=N, mlp_width=F, pinned=pinned).replace(key=jax.random.key(0))
     return cache, lambda i: table.at_step(i).at_layer(LAYER, LAYER)
 
 
@@ -57,9 +57,9 @@ def naive_top(scores, k):
 class NaiveAttention:
     """Chipmunk, section 3, head by head and group by group."""
 
-    def __init__(self, config, common=None, valid=(N, N)):
+    def __init__(self, config, pinned=None, valid=(N, N)):
         self.config, self.keep, self.valid = config, config.kept(N), valid
-        self.common = common or [[] for _ in range(0, N, GROUP)]  # of every group
+        self.pinned = pinned or [[] for _ in range(0, N, GROUP)]  # of every group
         self.columns, self.residual, self.lse = {}, {}, {}
 
     def __call__(self, phase, q, k, v):
@@ -74,7 +74,7 @@ class NaiveAttention:
                 if phase == AttentionPhase.SELECT:
                     there = min(self.valid[b], rows.stop) - first
                     mass = np.exp(logits[rows] - self.lse[b, h][rows, None])[:there].sum(0)
-                    always = [j for j in self.common[g] if j < self.valid[b]]
+                    always = [j for j in self.pinned[g] if j < self.valid[b]]
                     free = np.setdiff1d(np.arange(self.valid[b]), always)
                     self.columns[at] = np.sort([*always, *free[naive_top(mass[free], self.keep)]]).astype(int)
                 out[b, rows, h] = dense[rows]
@@ -108,22 +108,22 @@ def test_attention_equals_a_naive_one_through_every_phase(recompute_mask):
 
 @pytest.mark.parametrize("portions", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
-def test_common_keys_and_padding_through_every_phase(packed, portions, monkeypatch):
+def test_pinned_keys_and_padding_through_every_phase(packed, portions, monkeypatch):
     """Text behind, of which one of the batch has less; a window along the order; queries of the text see all."""
     if portions > 1:
         monkeypatch.setattr(delta, "SCORES", 1)
         assert delta.head_portions(B, H, 3, N, jnp.float32) == H == portions
     if packed:
-        monkeypatch.setattr(caches, "PACKED", range(N, N + 1))
+        monkeypatch.setattr(caches, "PACKED_LENGTHS", range(N, N + 1))
         monkeypatch.setattr(importlib.import_module("pallas_kernels.column_attention"), "WRAP", 128)
     valid = np.array([N, N - 13])
     config = AttentionSparsity(
         **vars(ATTENTION) | dict(recompute_mask=True, text_keys=True, text_queries=True, local_1d_window=0.02)
     )
-    common = common_keys(config, (N - 20,), (), (N - 20, N))
-    lists = [common.ids[a:b] for a, b in itertools.pairwise(common.starts)]
+    pinned = pinned_keys(config, (N - 20,), (), (N - 20, N))
+    lists = [pinned.ids[a:b] for a, b in itertools.pairwise(pinned.starts)]
     assert len(lists) == 3 and len(lists[0]) < 90 and len(lists[2]) == N
-    cache, step = start(Sparsity(attention=config, mlp=None), common)
+    cache, step = start(Sparsity(attention=config, mlp=None), pinned)
     assert (cache.attention.columns.wrap is not None) == packed
     naive, run = NaiveAttention(config, lists, valid), jax.jit(attend)
     rows = np.arange(N) < valid[:, None]
@@ -156,17 +156,17 @@ def test_a_residual_of_8_bits_rounds_and_no_more():
     assert (error[phases == AttentionPhase.DELTA] > 0).all() and error.max() < 0.04
 
 
-def test_all_keys_are_kept_once_however_many_are_common():
+def test_all_keys_are_kept_once_however_many_are_pinned():
     config = AttentionSparsity(**vars(ATTENTION) | dict(top_keys=1.0, text_keys=True, local_1d_window=0.5))
-    common = common_keys(config, (N - 20,), (), (N - 20, N))
-    cache, step = start(Sparsity(attention=config, mlp=None), common)
+    pinned = pinned_keys(config, (N - 20,), (), (N - 20, N))
+    cache, step = start(Sparsity(attention=config, mlp=None), pinned)
     q, k, v = (next(drifting(B, N, H, D, seed=s)) for s in range(3))
     valid = jnp.array([N, N - 13])
     dense, _ = attend(q, k, v, None, step(0), valid)
     for i in range(STEPS):
         out, cache = attend(q, k, v, cache, step(i), valid)
         np.testing.assert_allclose(out, dense, atol=2e-5)
-    free = N - np.diff(common.starts)  # the padding is among the text, which is common
+    free = N - np.diff(pinned.starts)  # the padding is among the text, which is pinned
     np.testing.assert_array_equal(cache.attention.columns.counts[LAYER], np.broadcast_to(free, (B, H, 3)))
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import cuda_target
 
 from pallas_kernels import (
-    Common,
+    PinnedKeys,
     Scaled,
     column_attention,
     column_fc1,
@@ -115,7 +115,7 @@ def test_column_attention_is_softmax_over_the_listed_columns(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("heavy", [0, 1])
 @pytest.mark.parametrize("rows", [200, 1100])
-def test_common_keys_are_keys_like_those_of_the_lists(implementation, card, packed, heavy, rows, monkeypatch):
+def test_pinned_keys_are_keys_like_those_of_the_lists(implementation, card, packed, heavy, rows, monkeypatch):
     """All but the padding, which is poison, and so is what the lists name behind their counts."""
     monkeypatch.setattr(module, "WRAP", 2048 if rows == 200 else 512)  # packed lists wrap early for once
     rng, group, batch, heads, width = np.random.default_rng(2), 128, 2, 2, 64
@@ -124,18 +124,18 @@ def test_common_keys_are_keys_like_those_of_the_lists(implementation, card, pack
     valid = np.array([rows, rows - 20])
     indices, sizes = draw_lists(rng, (batch, heads, groups), 20, rows - 120, "mixed")
     last = np.arange(rows - 120, rows)
-    common = [(last[:1], last[30:], last, last[:0], last[3:67])[g % 5] for g in range(groups)]
+    pinned = [(last[:1], last[30:], last, last[:0], last[3:67])[g % 5] for g in range(groups)]
     whole, counts = np.zeros((batch, heads, groups, rows), np.int32), np.zeros((batch, heads, groups), np.int32)
     for b, h, g in np.ndindex(counts.shape):
-        chosen = [*np.asarray(indices[LAYER, b, h, g, : sizes[LAYER, b, h, g]]), *common[g][common[g] < valid[b]]]
+        chosen = [*np.asarray(indices[LAYER, b, h, g, : sizes[LAYER, b, h, g]]), *pinned[g][pinned[g] < valid[b]]]
         whole[b, h, g, : len(chosen)], counts[b, h, g] = chosen, len(chosen)
     expected = naive_column_attention(nq, nk, nv, whole, counts, group, scale)
 
     padding = np.arange(rows) >= valid[:, None]
     poison = lambda x: jnp.where(padding[..., None, None], jnp.nan, x).astype(dtype)
-    starts = np.cumsum([0, *map(len, common)])
+    starts = np.cumsum([0, *map(len, pinned)])
     options = dict(group=group, scale=scale, lse=jnp.zeros((LAYERS, batch, heads, rows)), valid=jnp.asarray(valid))
-    options |= dict(common=Common(jnp.asarray(np.concatenate(common)), jnp.asarray(starts), heavy))
+    options |= dict(pinned=PinnedKeys(jnp.asarray(np.concatenate(pinned)), jnp.asarray(starts), heavy))
     if packed:
         indices, options["wrap"] = pack_lists(indices, sizes)
     columns, options["implementation"] = (indices, sizes, LAYER), implementation
@@ -442,7 +442,7 @@ def flux_calls():
         *(ints(*lists), ints(600_000), ints(932), ints(1)),
     ]
     of_video = lambda i, n, l, lse, values, scale, wrap, ids, starts, valid: dict(
-        lse=lse, residual=Scaled(values, scale), wrap=wrap, common=Common(ids, starts, 3), valid=valid
+        lse=lse, residual=Scaled(values, scale), wrap=wrap, pinned=PinnedKeys(ids, starts, 3), valid=valid
     )
     return {
         "column_attention_of_a_video": (

@@ -13,7 +13,6 @@ from chipmunk_jax.bench.attention_kernels import (
     column_attention_candidates,
     dense_colsum_candidates,
 )
-from chipmunk_jax.bench.list_kernels import ListCase, list_candidates
 from chipmunk_jax.bench.measure import Candidate, Ceilings, failed, measure, to_records
 from chipmunk_jax.bench.mlp_kernels import MlpCase, mlp_candidates
 from chipmunk_jax.bench.records import Record
@@ -58,7 +57,6 @@ SIZES = {
                 TopkCase({"G": 34}, 12_288, "F", 4096),
                 TopkCase({"H": 24, "G": 930}, 119_040, "N", 5952, baseline_share=16),
             ),
-            "lists": (ListCase(heads=24, groups=930, columns=119_040, kept=8320),),
             "mlp": (MlpCase(rows=4352, width=3072, mlp_width=12_288, group=128, kept=(3584, 1792)),),
         },
     ),
@@ -78,7 +76,6 @@ SIZES = {
                 TopkCase({"G": 3}, 256, "F", 96),
                 TopkCase({"H": 2, "G": 4}, 320, "N", 40, baseline_share=4),
             ),
-            "lists": (ListCase(heads=2, groups=3, columns=330, kept=41),),
             "mlp": (MlpCase(rows=160, width=64, mlp_width=256, group=64, kept=(128, 64)),),
         },
     ),
@@ -88,7 +85,6 @@ CANDIDATES: dict[str, Callable[[Any, int, Implementation | None], list[Candidate
     "column_attention": column_attention_candidates,
     "dense_colsum": dense_colsum_candidates,
     "topk": topk_candidates,
-    "lists": list_candidates,
     "mlp": mlp_candidates,
 }
 

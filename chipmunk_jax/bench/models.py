@@ -12,10 +12,10 @@ from flax import nnx
 
 from chipmunk_jax import memory, sampling
 from chipmunk_jax.families import Defaults, defaults
+from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from chipmunk_jax.models.wan import Wan, WanConfig
-from chipmunk_jax.sampling import Condition, Model
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 

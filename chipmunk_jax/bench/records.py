@@ -17,7 +17,7 @@ import jaxlib
 class Record:
     """One measurement. None where a number does not apply, or could not be had."""
 
-    benchmark: str  # column_attention, dense_colsum, topk, lists, mlp, step or sample
+    benchmark: str  # column_attention, dense_colsum, topk, mlp, step or sample
     variant: str
     shape: dict[str, int]  # by the letters of the kernels (H, N, d, K, M, D, F, G, group), or height, width, batch, ..
     sparsity: float | dict[str, Any] | None  # fraction of columns left out; of a step or a sample, its configuration

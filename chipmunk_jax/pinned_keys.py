@@ -9,7 +9,7 @@ import numpy as np
 
 from chipmunk_jax.order import patch_order, patch_sides
 from chipmunk_jax.sparsity import AttentionSparsity, Sparsity
-from pallas_kernels import Common
+from pallas_kernels import PinnedKeys
 from pallas_kernels.groups import group_count
 
 Box = tuple[np.ndarray, np.ndarray]  # least and greatest place on every axis, both in it
@@ -18,13 +18,13 @@ SETTINGS = ("group", "local_voxels", "local_1d_window", "text_keys", "text_queri
 Near = Callable[[slice], np.ndarray]
 
 
-def common_keys(
+def pinned_keys(
     config: AttentionSparsity,
     grid: Sequence[int],
     patches: Sequence[int | Sequence[int]],
     text: tuple[int, int] = (0, 0),
-) -> Common | None:
-    """The common keys of a sequence of the tokens of a grid and of a text; None where there are none.
+) -> PinnedKeys | None:
+    """The pinned keys of a sequence of the tokens of a grid and of a text; None where there are none.
 
     NumPy arrays that nobody can write to: the same ones for the same arguments, as those of a long video take a second.
 
@@ -40,11 +40,11 @@ def common_keys(
     # Of the config what matters alone: a sweep over shares of keys makes them once.
     chosen = dataclasses.replace(AttentionSparsity(), **{name: getattr(config, name) for name in SETTINGS})
     grid, patches = tuple(map(int, grid)), tuple(p if isinstance(p, int) else tuple(p) for p in patches)
-    return _common_keys(chosen, grid, patches, tuple(map(int, text)))
+    return _pinned_keys(chosen, grid, patches, tuple(map(int, text)))
 
 
 @functools.lru_cache(maxsize=4)  # 38 MB each for Wan 14B
-def _common_keys(config: AttentionSparsity, grid: tuple, patches: tuple, text: tuple[int, int]) -> Common | None:
+def _pinned_keys(config: AttentionSparsity, grid: tuple, patches: tuple, text: tuple[int, int]) -> PinnedKeys | None:
     start, stop = text
     total = math.prod(grid) + stop - start
     groups = [
@@ -75,7 +75,7 @@ def _common_keys(config: AttentionSparsity, grid: tuple, patches: tuple, text: t
     arrays = np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]).astype(np.int32)
     for array in arrays:
         array.flags.writeable = False
-    return Common(*arrays, heavy)
+    return PinnedKeys(*arrays, heavy)
 
 
 def check_grid(sparsity: Sparsity, grid: Sequence[int]) -> None:

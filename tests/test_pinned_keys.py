@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from chipmunk_jax import AttentionSparsity
-from chipmunk_jax.common_keys import check_voxels, common_keys
 from chipmunk_jax.order import patch_order
+from chipmunk_jax.pinned_keys import check_voxels, pinned_keys
 
 VOXEL = (4, 4, 8)
 
 
-def lists_of(common):
-    return [set(common.ids[a:b].tolist()) for a, b in itertools.pairwise(common.starts)]
+def lists_of(pinned):
+    return [set(pinned.ids[a:b].tolist()) for a, b in itertools.pairwise(pinned.starts)]
 
 
 def along(place, reach, size):
@@ -29,28 +29,28 @@ def along(place, reach, size):
 
 @pytest.mark.parametrize(("grid", "side"), [((8, 16, 24), 1), ((8, 16, 24), 3), ((12, 20, 32), 3), ((20, 8, 16), 5)])
 def test_a_group_that_is_a_voxel_keeps_the_voxels_around_it_and_no_others(grid, side):
-    common = common_keys(AttentionSparsity(local_voxels=side, group=128), grid, (VOXEL,))
+    pinned = pinned_keys(AttentionSparsity(local_voxels=side, group=128), grid, (VOXEL,))
     voxels = [n // s for n, s in zip(grid, VOXEL, strict=True)]
     number = {voxel: n for n, voxel in enumerate(np.ndindex(*voxels))}
-    kept = lists_of(common)
-    assert len(kept) == len(number) and common.heavy == 0
+    kept = lists_of(pinned)
+    assert len(kept) == len(number) and pinned.heavy == 0
     for voxel, g in number.items():
         near = itertools.product(*(along(p, side // 2, n) for p, n in zip(voxel, voxels, strict=True)))
         assert kept[g] == {128 * number[other] + i for other in near for i in range(128)}
 
 
 def test_the_first_voxel_is_not_kept_by_all():
-    common = common_keys(AttentionSparsity(local_voxels=3), (8, 40, 80), (VOXEL,))
-    assert sum(0 in ids for ids in lists_of(common)) == 2 * 2 * 2  # those next to it alone
+    pinned = pinned_keys(AttentionSparsity(local_voxels=3), (8, 40, 80), (VOXEL,))
+    assert sum(0 in ids for ids in lists_of(pinned)) == 2 * 2 * 2  # those next to it alone
 
 
 @pytest.mark.parametrize("grid", [(9, 18, 21), (5, 7, 17), (1, 9, 17)])
 def test_groups_of_ragged_slabs_keep_what_is_near_any_of_their_tokens(grid):
     side, group = 3, 64
-    common = common_keys(AttentionSparsity(local_voxels=side, group=group), grid, (VOXEL,))
+    pinned = pinned_keys(AttentionSparsity(local_voxels=side, group=group), grid, (VOXEL,))
     places = np.stack(np.unravel_index(patch_order(grid, (VOXEL,)), grid), -1) // np.array(VOXEL)
     sizes = places.max(0) + 1
-    for g, kept in enumerate(lists_of(common)):
+    for g, kept in enumerate(lists_of(pinned)):
         rows = places[g * group : (g + 1) * group]
         near = [{q for p in set(rows[:, a]) for q in range(p - 1, p + 2)} & set(range(n)) for a, n in enumerate(sizes)]
         expected = {j for j, place in enumerate(places) if all(p in near[a] for a, p in enumerate(place))}
@@ -62,41 +62,41 @@ def test_groups_of_ragged_slabs_keep_what_is_near_any_of_their_tokens(grid):
 def test_text_is_kept_by_all_and_keeps_all(text):
     start, stop = text
     config = AttentionSparsity(text_keys=True, text_queries=True, group=128)
-    common = common_keys(config, (4, 8, 8), (VOXEL,), text)
-    kept = lists_of(common)
+    pinned = pinned_keys(config, (4, 8, 8), (VOXEL,), text)
+    kept = lists_of(pinned)
     assert len(kept) == 3
     for g, ids in enumerate(kept):
         has_text = g * 128 < stop and (g + 1) * 128 > start
         assert ids == (set(range(326)) if has_text else set(range(start, stop)))
-    assert common.heavy == (1 if start else 0)
+    assert pinned.heavy == (1 if start else 0)
 
 
 def test_text_queries_alone_leave_the_text_to_its_scores():
-    kept = lists_of(common_keys(AttentionSparsity(text_queries=True), (4, 8, 8), (VOXEL,), (256, 300)))
+    kept = lists_of(pinned_keys(AttentionSparsity(text_queries=True), (4, 8, 8), (VOXEL,), (256, 300)))
     assert kept == [set(), set(), set(range(300))]
 
 
 def test_the_window_along_the_order_is_as_wide_for_all():
     config = AttentionSparsity(local_1d_window=0.25, group=64)
-    common = common_keys(config, (8, 8, 16), (VOXEL,), (1024, 1034))
-    for g, kept in enumerate(lists_of(common)):
+    pinned = pinned_keys(config, (8, 8, 16), (VOXEL,), (1024, 1034))
+    for g, kept in enumerate(lists_of(pinned)):
         low = min(max(64 * g - 128, 0), 1024 - 320)
         assert kept == (set(range(low, low + 320)) if g < 16 else set())
 
 
 @pytest.mark.parametrize("patches", [(), (VOXEL,)])
-def test_nothing_in_common_is_none(patches):
-    assert common_keys(AttentionSparsity(), (4, 8, 8), patches, (256, 300)) is None
-    assert common_keys(AttentionSparsity(text_keys=True, text_queries=True), (4, 8, 8), patches) is None
+def test_nothing_pinned_is_none(patches):
+    assert pinned_keys(AttentionSparsity(), (4, 8, 8), patches, (256, 300)) is None
+    assert pinned_keys(AttentionSparsity(text_keys=True, text_queries=True), (4, 8, 8), patches) is None
 
 
 def test_the_same_neighbourhood_is_made_once_and_nobody_can_change_it():
     config = AttentionSparsity(local_voxels=3)
-    common = common_keys(config, (8, 16, 24), (VOXEL,))
-    assert common_keys(config, [8, 16, 24], [list(VOXEL)]) is common
-    assert common_keys(AttentionSparsity(local_voxels=3, top_keys=0.5), (8, 16, 24), (VOXEL,)) is common
-    assert common_keys(AttentionSparsity(local_voxels=1), (8, 16, 24), (VOXEL,)) is not common
-    for array in (common.ids, common.starts):
+    pinned = pinned_keys(config, (8, 16, 24), (VOXEL,))
+    assert pinned_keys(config, [8, 16, 24], [list(VOXEL)]) is pinned
+    assert pinned_keys(AttentionSparsity(local_voxels=3, top_keys=0.5), (8, 16, 24), (VOXEL,)) is pinned
+    assert pinned_keys(AttentionSparsity(local_voxels=1), (8, 16, 24), (VOXEL,)) is not pinned
+    for array in (pinned.ids, pinned.starts):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
 
@@ -106,10 +106,10 @@ def test_neighbourhoods_that_differ_are_not_taken_for_each_other(field):
     """Whatever field is added: one that is left out of SETTINGS must not change what is made."""
     others = dict(group=64, local_voxels=1, local_1d_window=0.5, text_keys=True, text_queries=True)
     if field.name not in others:
-        assert f"config.{field.name}" not in inspect.getsource(sys.modules[common_keys.__module__])
+        assert f"config.{field.name}" not in inspect.getsource(sys.modules[pinned_keys.__module__])
         return
     base = AttentionSparsity(local_voxels=3)
-    lists = [lists_of(common_keys(config, (8, 16, 24), (VOXEL,), (3072, 3100))) for config in (
+    lists = [lists_of(pinned_keys(config, (8, 16, 24), (VOXEL,), (3072, 3100))) for config in (
         base, dataclasses.replace(base, **{field.name: others[field.name]})
     )]  # fmt: skip
     assert lists[0] != lists[1]
@@ -125,7 +125,7 @@ def test_neighbourhoods_that_differ_are_not_taken_for_each_other(field):
 )
 def test_neighbourhoods_that_are_not_there_are_refused(side, patches, message):
     with pytest.raises(ValueError, match=message):
-        common_keys(AttentionSparsity(local_voxels=side), (8, 12, 16), patches)
+        pinned_keys(AttentionSparsity(local_voxels=side), (8, 12, 16), patches)
 
 
 @pytest.mark.parametrize("rows", range(1, 8))
@@ -134,6 +134,6 @@ def test_the_most_voxels_that_a_refusal_names_are_taken(rows):
     with pytest.raises(ValueError, match="expected at most") as error:
         check_voxels(99, grid, (VOXEL,))
     most = int(re.search(r"at most (\d+)", str(error.value))[1])
-    common_keys(AttentionSparsity(local_voxels=most), grid, (VOXEL,))
+    pinned_keys(AttentionSparsity(local_voxels=most), grid, (VOXEL,))
     with pytest.raises(ValueError, match=f"local_voxels={most + 2}: expected at most {most}"):
-        common_keys(AttentionSparsity(local_voxels=most + 2), grid, (VOXEL,))
+        pinned_keys(AttentionSparsity(local_voxels=most + 2), grid, (VOXEL,))

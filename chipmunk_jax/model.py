@@ -1,0 +1,64 @@
+"""What sample() needs of a network: read this to add one."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Condition = dict[str, jax.Array]  # by name, each [B, ..]
+
+
+@struct.dataclass
+class Stack:
+    """Sizes of one stack of equal layers, as the caches need them. All static."""
+
+    layers: int = struct.field(pytree_node=False)  # L
+    tokens: int = struct.field(pytree_node=False)  # N of its attention
+    heads: int = struct.field(pytree_node=False)  # H
+    head_dim: int = struct.field(pytree_node=False)  # d
+    mlp_tokens: int = struct.field(pytree_node=False)  # N of its sparse MLP
+    width: int = struct.field(pytree_node=False)  # D
+    mlp_width: int = struct.field(pytree_node=False)  # F
+    # Rows of the tokens that are text: start, stop.
+    text: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
+
+
+class Model(Protocol):
+    """A network of blocks and a final layer: a pytree of weights that gives the velocity dx/dt of noisy tokens."""
+
+    dtype: jnp.dtype  # of its weights and tokens
+    prompted: tuple[str, ...]  # conditions that a prompt makes: zeros are no prompt
+    on_grid: tuple[str, ...]  # conditions of the tokens, each [B, N, ..]
+    channels: int  # C, values of a token
+
+    def hidden(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: Condition,
+        positions: jax.Array,
+        cache: Any,
+        step: Any,
+        modulations: Any,
+    ) -> tuple[jax.Array, Any]:
+        """The tokens after the last block, [B, N, D] in the model's dtype, at x [B, N, C] and t [B]; and the caches."""
+
+    def velocity(self, hidden: jax.Array, modulations: Any) -> jax.Array:
+        """[B, N, C], f32: what the final layer makes of the tokens after the last block."""
+
+    def modulations(self, t: jax.Array, cond: Condition) -> Any:
+        """What depends on the times t [steps, B] and the conditions alone, the steps in front: computed before the loop."""
+
+    def positions(self, grid: tuple[int, ...]) -> np.ndarray:
+        """Coordinates of every token of the grid in raster order, [N, axes]."""
+
+    def stacks(self, tokens: int, cond: Condition) -> dict[str, Stack]:
+        """Sizes of the stacks of layers, for the caches."""
+
+    def conditions(self, tokens: int, text: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the conditions of one sample of N tokens and so many rows of text, without B."""
+
+    def check(self, noise: jax.Array, cond: Condition) -> None:
+        """Raises InputError unless the arrays fit the network."""
