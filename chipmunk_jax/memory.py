@@ -4,18 +4,23 @@
 
 All but the working set are arrays whose shapes are known. The working set, what one layer holds while it computes, follows XLA's
 buffer assignment: benchmarks/results/memory-aot-h100.json has both for whole compiled samples.
+
+plan() is the one place that counts, check_room() the one that refuses.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from chipmunk_jax import cache as caches
 from chipmunk_jax.delta import head_portions
-from chipmunk_jax.model import Stack
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.model import Condition, Model, Stack, hidden_zeros, modulations_of
+from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import choose
@@ -42,6 +47,62 @@ SMALLER = {"attention.residual": ("attention.residual_bits", 8), "mlp.activation
 
 DEVICES = {"h100": 84_942_979_072, "h200": 150_110_000_000}  # bytes as CUDA counts them: 79.1 and 139.8 GiB
 SHARE = 0.75  # of a device that JAX takes unless it is told otherwise
+
+
+def plan(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    *,
+    steps: int,
+    sparsity: Sparsity | None,
+    guidance: float | None = None,
+    solver: Solver | None = None,
+    implementation: Implementation | None = None,
+) -> Parts:
+    """Bytes by name of all that a sample holds on its device; the arguments are those of sample(), or their shapes alone."""
+    sides = 1 if guidance is None else 2
+    batch, tokens = sides * noise.shape[0], noise.shape[1]
+    stacks = model.stacks(tokens, cond)
+    times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((sides * a.shape[0], *a.shape[1:]), a.dtype), cond)
+    x = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
+    hidden = jax.eval_shape(lambda: hidden_zeros(model, stacks, batch, tokens))
+    state = jax.eval_shape((solver or Euler()).init, x)
+    return {
+        "weights": nbytes(model),
+        "noise and conditions": nbytes((noise, rows)),
+        # x at one step and the next, and the velocity between them.
+        "latents of the solver": 3 * nbytes(x) + nbytes(state),
+        "modulations of all steps": nbytes(modulations_of.eval_shape(model, times, rows)),
+        **caches.nbytes(stacks, sparsity, batch, model.dtype),
+        **({"tokens for skipped steps": nbytes(hidden)} if sparsity and sparsity.step_cache else {}),
+        **of_layers(stacks, sparsity, batch, model.dtype, implementation),
+    }
+
+
+def check_room(
+    model: Model, noise: jax.Array, cond: Condition, *, placed: bool, sparsity: Sparsity | None, **options: Any
+) -> None:
+    """Raises InputError if a sample cannot fit the default device beside what lies there.
+
+    It names settings only where with them there is room.
+
+    Args:
+        model, noise, cond, sparsity, options: as of plan().
+        placed: whether model, noise and conditions are on the device already; else they need room, too.
+    """
+
+    def parts_of(sparsity: Sparsity | None) -> Parts:
+        parts = plan(model, noise, cond, sparsity=sparsity, **options)
+        return {name: size for name, size in parts.items() if not (placed and name in PLACED)}
+
+    parts, free = parts_of(sparsity), free_bytes()
+    if free is not None and (error := shortage(parts, free, str(jax.devices()[0]), " free")):
+        fits = lambda changed: sum(parts_of(changed).values()) <= free
+        settings = next((settings for settings, changed in economize(sparsity, parts) if fits(changed)), {})
+        words = " and ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise InputError(f"{error}; use {words}{words and ', '}a smaller batch or a smaller size")
 
 
 def nbytes(tree: Any) -> int:
@@ -134,19 +195,6 @@ def shortage(parts: Parts, room: int, where: str, which: str = "") -> str | None
     )
 
 
-def check_room(plan: Callable[[Sparsity | None], Parts], sparsity: Sparsity | None) -> None:
-    """Raises ValueError if plan(sparsity) cannot fit the default device beside what lies there.
-
-    It names settings only where with them there is room.
-    """
-    parts, free = plan(sparsity), free_bytes()
-    if free is not None and (error := shortage(parts, free, str(jax.devices()[0]), " free")):
-        fits = lambda changed: sum(plan(changed).values()) <= free
-        settings = next((settings for settings, changed in economize(sparsity, parts) if fits(changed)), {})
-        words = " and ".join(f"{name}={value!r}" for name, value in settings.items())
-        raise ValueError(f"{error}; use {words}{words and ', '}a smaller batch or a smaller size")
-
-
 def free_bytes() -> int | None:
     """Free memory of the default device, None where it does not tell."""
     stats = jax.devices()[0].memory_stats()
@@ -163,7 +211,7 @@ def share() -> float:
     """The fraction of a device that JAX takes, as XLA_PYTHON_CLIENT_MEM_FRACTION has it.
 
     Raises:
-        ValueError: that is no fraction.
+        InputError: that is no fraction.
     """
     given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", str(SHARE))
     try:
@@ -171,7 +219,7 @@ def share() -> float:
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:
-        raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={given}: expected a fraction above 0 and up to 1")
+        raise InputError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={given}: expected a fraction above 0 and up to 1")
     return fraction
 
 
@@ -179,7 +227,7 @@ def capacity(device: str) -> int:
     """Bytes of a device: "h100", "h200", or a number of GiB.
 
     Raises:
-        ValueError: anything else.
+        InputError: anything else.
     """
     if device.lower() in DEVICES:
         return DEVICES[device.lower()]
@@ -188,5 +236,5 @@ def capacity(device: str) -> int:
     except ValueError:
         size = 0.0
     if not 0 < size < 2**60:
-        raise ValueError(f"--device {device}: expected {', '.join(DEVICES)} or a number of GiB")
+        raise InputError(f"--device {device}: expected {', '.join(DEVICES)} or a number of GiB")
     return int(size)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from chipmunk_jax.errors import InputError
+
 
 def patch_order(grid: Sequence[int], patches: Sequence[int | Sequence[int]] = (8, 4)) -> np.ndarray:
     """Raster index of every token of a grid in patch order, i32 [product of the grid].
@@ -20,7 +22,7 @@ def patch_order(grid: Sequence[int], patches: Sequence[int | Sequence[int]] = (8
             section 4: 8, then 4.)
 
     Raises:
-        ValueError: a patch of another number of axes.
+        InputError: a patch of another number of axes.
     """
     sides = patch_sides(grid, patches)
     return _visit(np.arange(math.prod(grid), dtype=np.int32).reshape(grid), sides)
@@ -30,11 +32,11 @@ def patch_sides(grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> 
     """Sides of every patch on all axes of a grid.
 
     Raises:
-        ValueError: a patch of another number of axes.
+        InputError: a patch of another number of axes.
     """
     sides = [(patch,) * len(grid) if isinstance(patch, int) else tuple(patch) for patch in patches]
     if wrong := [side for side in sides if len(side) != len(grid)]:
-        raise ValueError(f"patch {wrong[0]}: expected {len(grid)} sides for the grid {tuple(grid)}")
+        raise InputError(f"patch {wrong[0]}: expected {len(grid)} sides for the grid {tuple(grid)}")
     return sides
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.order import patch_order, patch_sides
 from chipmunk_jax.sparsity import AttentionSparsity, Sparsity
 from pallas_kernels import PinnedKeys
@@ -35,7 +36,7 @@ def pinned_keys(
         text: rows of the sequence that are text instead, from the first to before the second.
 
     Raises:
-        ValueError: a neighbourhood of no voxels, or of more than the grid has.
+        InputError: a neighbourhood of no voxels, or of more than the grid has.
     """
     # Of the config what matters alone: a sweep over shares of keys makes them once.
     chosen = dataclasses.replace(AttentionSparsity(), **{name: getattr(config, name) for name in SETTINGS})
@@ -79,9 +80,9 @@ def _pinned_keys(config: AttentionSparsity, grid: tuple, patches: tuple, text: t
 
 
 def check_grid(sparsity: Sparsity, grid: Sequence[int]) -> None:
-    """Raises ValueError where it is no Sparsity, its patches have other axes than the grid, or a neighbourhood is larger."""
+    """Raises InputError where it is no Sparsity, its patches have other axes than the grid, or a neighbourhood is larger."""
     if not isinstance(sparsity, Sparsity):
-        raise ValueError(f"sparsity={sparsity!r}: expected a Sparsity, as load_sparsity() makes, or None")
+        raise InputError(f"sparsity={sparsity!r}: expected a Sparsity, as load_sparsity() makes, or None")
     patch_sides(grid, sparsity.patches)
     if sparsity.attention and sparsity.attention.local_voxels:
         check_voxels(sparsity.attention.local_voxels, grid, sparsity.patches)
@@ -91,15 +92,15 @@ def check_voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequenc
     """Sides, in tokens, of the voxels of which a neighbourhood has `side` along each axis.
 
     Raises:
-        ValueError: no voxels, or more than the grid has.
+        InputError: no voxels, or more than the grid has.
     """
     if not patches:
-        raise ValueError(f"local_voxels={side} with tokens in rows: expected patches, such as [[4,4,8]]")
+        raise InputError(f"local_voxels={side} with tokens in rows: expected patches, such as [[4,4,8]]")
     voxel = patch_sides(grid, patches)[0]
     voxels = [group_count(n, sides) for n, sides in zip(grid, voxel, strict=True)]
     if side > max(voxels):
         odd = max(voxels) - 1 + max(voxels) % 2  # a neighbourhood has a middle
-        raise ValueError(f"local_voxels={side}: expected at most {odd}, as the grid has {voxels} voxels of {voxel}")
+        raise InputError(f"local_voxels={side}: expected at most {odd}, as the grid has {voxels} voxels of {voxel}")
     return voxel
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chipmunk_jax import memory
 from chipmunk_jax.convert import load
 from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.families import TEXT_ROWS, Family, defaults
 from chipmunk_jax.model import Condition
-from chipmunk_jax.sampling import Callback, check_room, check_seed, plan_stacks, sample
+from chipmunk_jax.sampling import check_seed, plan_stacks, sample
 from chipmunk_jax.schedule import density
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
@@ -147,7 +148,7 @@ class Pipeline:
         seed: int = 0,
         sparsity: Sparsity | None = None,
         progress: bool = False,
-        callback: Callback | None = None,
+        callback: Callable[[int, float, np.ndarray], None] | None = None,
         implementation: Implementation | None = None,
     ) -> np.ndarray:
         """Images [B, height, width, 3] or videos [B, frames, height, width, 3], f32, with values in [0, 1].
@@ -177,7 +178,7 @@ class Pipeline:
         options = dict(steps=settings["steps"], sparsity=sparsity, guidance=scale, implementation=implementation)
         rows = lambda *row: jax.ShapeDtypeStruct((len(prompts), *row), jnp.float32)
         cond = {name: rows(*x.shape[1:]) for name, x in self.encode(prompts[:1]).items()}
-        check_room(self.model, rows(*shape), cond, **options)
+        memory.check_room(self.model, rows(*shape), cond, **options, placed=True)
         cond = self.encode(prompts)
         noise = jnp.stack([jax.random.normal(jax.random.key(seed + i), shape) for i in range(len(prompts))])
         tokens = sample(

@@ -1,10 +1,14 @@
-"""sample(): noise to sample in one compiled scan over the steps, whose carry holds the caches."""
+"""Noise to sample in one scan over the steps, whose carry holds the caches.
 
-import itertools
+    table = plan(model, noise, cond, timesteps=.., grid=..)      what every step does, in NumPy, before anything is traced
+    state = start(model, noise, cond, table)                     pure, as is
+    state = denoise(model, state, cond, table, span=(0, 20))     this: under jit, eval_shape, grad
+
+sample() is all three on the host: checked, compiled once for a shape, with a bar and a callback.
+"""
+
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,32 +17,178 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jax.experimental import io_callback
-from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax import memory
 from chipmunk_jax.cache import LayerCache
-from chipmunk_jax.model import Condition, Model, Stack
-from chipmunk_jax.order import patch_order
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.model import Condition, Model, Stack, hidden_zeros, modulations_of
+from chipmunk_jax.order import inverse, patch_order
 from chipmunk_jax.pinned_keys import check_grid, pinned_keys
-from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan, unless_skipped
+from chipmunk_jax.progress import Callback, Reporter, finished
+from chipmunk_jax.progress import on_step as progress_of
+from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan_steps, unless_skipped
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
-Callback = Callable[[int, float, np.ndarray], None]
+OnStep = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], None]
+
+
+@struct.dataclass
+class Table:
+    """What every step does and is told. All but the solver is data: another table of these shapes compiles nothing."""
+
+    step: Step  # of plan_steps(): a row a step, and what is the same for all
+    timesteps: jax.Array  # f32 [steps + 1], from 1 (noise) to 0
+    times: jax.Array  # f32 [steps], what the network is told of the first `steps` of them
+    order: jax.Array  # i32 [N], raster index of every token as the network gets them
+    back: jax.Array  # i32 [N], the inverse of order
+    positions: jax.Array  # [N, axes], in that order
+    guidance: jax.Array | None  # f32 scalar, scale of two-sided guidance; None: there is one side
+    solver: Solver = struct.field(pytree_node=False)
 
 
 @struct.dataclass
 class SampleState:
     """All that one step hands to the next."""
 
-    x: jax.Array  # f32 [B, N, C], in the order of the plan
-    solver: Any  # state of the solver
+    x: jax.Array  # f32 [B, N, C], tokens in raster order
+    solver: Any  # state of the solver; its tokens are in the table's order, as are the next two's
     cache: dict[str, LayerCache] | None  # of every stack of layers; None for dense sampling
-    hidden: jax.Array | None  # [B, N, D], tokens behind the last block, for steps that run none; None: all do
+    hidden: jax.Array | None  # [B, N, D], tokens after the last block, for steps that run none; None: all do
+
+
+def plan(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    *,
+    timesteps: np.ndarray,
+    grid: tuple[int, ...],
+    sparsity: Sparsity | None = None,
+    guidance: float | None = None,
+    solver: Solver | None = None,
+    seed: int = 0,
+    implementation: Implementation | None = None,
+) -> Table:
+    """The table of a sample; arguments and errors as of sample(). Of noise and cond, the shapes are all that counts."""
+    steps, solver = len(timesteps) - 1, solver or Euler()
+    order = patch_order(grid, sparsity.patches if sparsity else ())
+    step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
+    return Table(
+        step=step.replace(key=jax.random.key(seed), implementation=implementation),
+        timesteps=np.asarray(timesteps, np.float32),
+        times=solver.times(timesteps),
+        order=order,
+        back=inverse(order),
+        positions=model.positions(grid)[order],
+        guidance=None if guidance is None else np.float32(guidance),
+        solver=solver,
+    )
+
+
+def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: tuple[int, ...]) -> Step:
+    """plan_steps() for a model's stacks, which share the tokens of their attention and the width of their MLP."""
+    first = next(iter(stacks.values()))
+    attention = sparsity.attention
+    pinned = attention and pinned_keys(attention, grid, sparsity.patches, first.text)
+    return plan_steps(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, pinned=pinned)
+
+
+def start(
+    model: Model, noise: jax.Array, cond: Condition, table: Table, *, sparsity: Sparsity | None = None
+) -> SampleState:
+    """The state before the first step. Pure.
+
+    Args:
+        model: the network.
+        noise: [B, N, C], unit normal, tokens in raster order.
+        cond: as denoise() takes it.
+        table: of plan().
+        sparsity: that of the table.
+    """
+    x = noise.astype(jnp.float32)
+    stacks = model.stacks(x.shape[1], cond)
+    batch = _entries(x, table)
+    return SampleState(
+        x=x,
+        solver=table.solver.init(x[:, table.order]),
+        cache=caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None,
+        hidden=hidden_zeros(model, stacks, batch, x.shape[1]) if table.step.skip is not None else None,
+    )
+
+
+def denoise(
+    model: Model,
+    state: SampleState,
+    cond: Condition,
+    table: Table,
+    *,
+    span: tuple[int, int] | None = None,
+    on_step: OnStep | None = None,
+) -> SampleState:
+    """The state after some steps. Pure: works under jax.jit, jax.eval_shape and, without sparsity, jax.grad.
+
+    Two spans give the bits of one: denoise(.., span=(0, 10)), then (10, 20) of what that returns.
+
+    Args:
+        model: the network.
+        state: of start(), or of the span before.
+        cond: the network's conditions, those of the tokens in raster order; [B, ..], or with guidance [2 B, ..] of both_sides().
+        table: of plan().
+        span: steps to run, from the first to before the second, static; None: all of them.
+        on_step: called while the loop is traced as on_step(step, t, x, clean) with what the step led to: the time, x
+            [B, N, C] in raster order, and the clean sample that it points at. progress.on_step makes one that tells the host.
+    """
+    order, back, timesteps, guidance = table.order, table.back, table.timesteps, table.guidance
+    steps = len(table.times)
+    first, last = span or (0, steps)
+    if not 0 <= first <= last <= steps:
+        raise InputError(f"span={span}: expected two of the {steps} steps in order, such as (0, {steps})")
+    cond = {name: x[:, order] if name in model.on_grid else x for name, x in cond.items()}
+    times = jnp.broadcast_to(jnp.asarray(table.times)[:, None], (steps, _entries(state.x, table)))
+    modulations = modulations_of(model, times, cond)
+    timesteps = jnp.asarray(timesteps)
+
+    def body(state: SampleState, index: jax.Array):
+        t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
+        step = table.step.at_step(index)
+        x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
+        network = lambda step, x, cache: model.hidden(x, t, cond, table.positions, cache, step, mods)
+        compute = lambda x, hidden, cache: by_kind(step, network, x, cache)
+        hidden, cache = unless_skipped(step, compute, x, state.hidden, state.cache)
+        velocity = model.velocity(hidden, mods)
+        if guidance is not None:
+            prompted, other = jnp.split(velocity, 2)
+            velocity = other + guidance * (prompted - other)
+        x, solver = table.solver.step(state.x, state.solver, velocity, timesteps[index], timesteps[index + 1])
+        if on_step:
+            clean = state.x - timesteps[index] * velocity
+            on_step(index, timesteps[index + 1], x[:, back], clean[:, back])
+        cache, hidden = (None if old is None else new for old, new in ((state.cache, cache), (state.hidden, hidden)))
+        return SampleState(x, solver, cache, hidden), None
+
+    state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(first, last))
+    return state.replace(x=state.x[:, back])
+
+
+def both_sides(model: Model, cond: Condition, uncond: Condition | None = None) -> Condition:
+    """Conditions of both sides of guidance, [2 B, ..]: the prompt's, then the others'.
+
+    Args:
+        model: the network.
+        cond: [B, ..] each.
+        uncond: of the other side; None: the same, with zeros for what a prompt makes.
+    """
+    uncond = uncond or {name: jnp.zeros_like(x) if name in model.prompted else x for name, x in cond.items()}
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
+
+
+def _entries(x: jax.Array, table: Table) -> int:
+    """Entries of the batch that the network sees."""
+    return len(x) if table.guidance is None else 2 * len(x)
 
 
 def sample(
@@ -54,7 +204,7 @@ def sample(
     seed: int = 0,
     solver: Solver | None = None,
     progress: bool = False,
-    callback: Callback | None = None,
+    callback: Callable[[int, float, np.ndarray], None] | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The sample, f32 [B, N, C], tokens in raster order.
@@ -81,119 +231,72 @@ def sample(
         implementation: of the kernels, see pallas_kernels.dispatch.choose.
 
     Raises:
-        ValueError: arguments that do not fit together, or no room for the caches; before anything is compiled.
+        InputError: arguments that do not fit together, or no room for the caches; before anything is compiled.
         KeyboardInterrupt: at once; what was begun runs on, and a process that ends waits for it.
     """
-    steps = len(timesteps) - 1
+    seen = callback and (lambda step, t, x, _: callback(step, t, x))
+    options = dict(timesteps=timesteps, grid=grid, sparsity=sparsity, guidance=guidance, uncond=uncond, seed=seed)
+    options |= dict(solver=solver, progress=progress, implementation=implementation)
+    return run(model, noise, cond, **options, callback=seen)
+
+
+def run(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    *,
+    timesteps: np.ndarray,
+    grid: tuple[int, ...],
+    sparsity: Sparsity | None,
+    guidance: float | None,
+    uncond: Condition | None,
+    seed: int,
+    solver: Solver | None,
+    progress: bool,
+    callback: Callback | None,
+    implementation: Implementation | None,
+) -> jax.Array:
+    """sample(), whose callback sees the predicted clean sample, too: callback(step, t, x, clean)."""
     _check(model, noise, cond, timesteps, grid, guidance, uncond, seed)
+    steps = len(timesteps) - 1
     if sparsity is not None:
         check_grid(sparsity, grid)
         check_schedules(sparsity, steps)
-    options = dict(steps=steps, sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
-    check_room(model, noise, cond, **options)
+    fixed = dict(sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
+    memory.check_room(model, noise, cond, steps=steps, **fixed, placed=True)
     if guidance is not None:
-        uncond = uncond or {name: jnp.zeros_like(x) if name in model.prompted else x for name, x in cond.items()}
-        cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
-    batch, tokens, _ = noise.shape
-    batch = batch if guidance is None else 2 * batch
-    stacks = model.stacks(tokens, cond)
-    table = plan_stacks(stacks, sparsity, steps, grid) if sparsity else Step()
-    solver = solver or Euler()
-    order = patch_order(grid, sparsity.patches if sparsity else ())
-    arrays = dict(
-        noise=noise,
-        cond={name: x[:, order] if name in model.on_grid else x for name, x in cond.items()},
-        timesteps=np.asarray(timesteps, np.float32),
-        times=solver.times(timesteps),
-        guidance=None if guidance is None else np.float32(guidance),
-        positions=model.positions(grid)[order],
-        order=order,
-        table=table.replace(key=jax.random.key(seed), implementation=implementation),
-    )
-    cache = caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None
-    with _Reporter(steps, progress, callback) as reporter:
-        given = model, cache, arrays, reporter.run
-        x, _ = _finished(_run.lower(*given, solver=solver, report=reporter.kind), *given)
+        cond = both_sides(model, cond, uncond)
+    table = plan(model, noise, cond, timesteps=timesteps, grid=grid, seed=seed, **fixed)
+    state = start(model, noise, cond, table, sparsity=sparsity)
+    given = model, state.cache, state.replace(cache=None), cond, table
+    with Reporter(steps, "sparse" if sparsity else "dense", progress, callback) as reporter:
+        x, _ = finished(_run.lower(*given, reporter.run, report=reporter.kind), *given, reporter.run)
     return x
 
 
-def _finished(program: jax.stages.Lowered, *args: Any) -> Any:
-    """What the program returns, once that and all callbacks are over.
-
-    JAX holds a KeyboardInterrupt until the device is done, and crashes in a process that ends while XLA compiles. So this thread
-    only waits, which Ctrl-C ends at once, and another one works, which a process that ends waits for.
-    """
-
-    def finish(compiled: jax.stages.Compiled) -> Any:
-        out = jax.block_until_ready(compiled(*args))
-        jax.effects_barrier()  # of this thread
-        return out
-
-    pool = ThreadPoolExecutor(1, "sample")
-    try:
-        compiled = pool.submit(program.compile).result()  # apart, so that nothing runs after a Ctrl-C while it compiles
-        return pool.submit(finish, compiled).result()
-    finally:
-        pool.shutdown(wait=False)
-
-
-@partial(jax.jit, static_argnames=("solver", "report"), donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
-def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver: Solver, report: str):
-    order, timesteps, guidance = arrays["order"], arrays["timesteps"], arrays["guidance"]
-    back = jnp.argsort(order)
-    batch = len(arrays["noise"]) if guidance is None else 2 * len(arrays["noise"])
-    times = jnp.broadcast_to(arrays["times"][:, None], (len(timesteps) - 1, batch))
-    modulations = modulations_of(model, times, arrays["cond"])
-
-    def body(state: SampleState, index: jax.Array):
-        t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
-        step = arrays["table"].at_step(index)
-        x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
-        network = lambda step, x, cache: model.hidden(x, t, arrays["cond"], arrays["positions"], cache, step, mods)
-        compute = lambda x, hidden, cache: by_kind(step, network, x, cache)
-        hidden, cache = unless_skipped(step, compute, x, state.hidden, state.cache)
-        velocity = model.velocity(hidden, mods)
-        if guidance is not None:
-            conditional, unconditional = jnp.split(velocity, 2)
-            velocity = unconditional + guidance * (conditional - unconditional)
-        x, solver_state = solver.step(state.x, state.solver, velocity, timesteps[index], timesteps[index + 1])
-        if report:
-            seen = (x[:, back],) if report == "samples" else ()
-            io_callback(_report, None, run, index, timesteps[index + 1], *seen, ordered=True)
-        cache, hidden = (None if old is None else new for old, new in ((state.cache, cache), (state.hidden, hidden)))
-        return SampleState(x, solver_state, cache, hidden), None
-
-    x = arrays["noise"][:, order].astype(jnp.float32)
-    stacks = model.stacks(x.shape[1], arrays["cond"])
-    hidden = hidden_zeros(model, stacks, batch, x.shape[1]) if arrays["table"].skip is not None else None
-    state = SampleState(x, solver.init(x), cache, hidden)
-    state, _ = lax.scan(body, state, jnp.arange(len(timesteps) - 1))
-    return state.x[:, back], state.cache
-
-
-def hidden_zeros(model: Model, stacks: dict[str, Stack], batch: int, tokens: int) -> jax.Array:
-    """What stands for the tokens behind the last block before there are any, [B, N, D]."""
-    return jnp.zeros((batch, tokens, next(iter(stacks.values())).width), model.dtype)
-
-
-@jax.jit
-def modulations_of(model: Model, t: jax.Array, cond: Condition) -> Any:
-    """model.modulations(t, cond), traced once for its shapes, and not again by every sample."""
-    return model.modulations(t, cond)
+# The caches alone are donated: the noise is the caller's.
+@partial(jax.jit, static_argnames="report", donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
+def _run(model: Model, cache, state: SampleState, cond: Condition, table: Table, number: jax.Array, *, report: str):
+    state = denoise(model, state.replace(cache=cache), cond, table, on_step=progress_of(number, report))
+    return state.x, state.cache
 
 
 def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond, seed) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((model, noise, cond, uncond, jnp.zeros(())))):
+        raise InputError(
+            "sample() under jit, grad or vmap: use start() and denoise() of chipmunk_jax.sampling, which are pure"
+        )
     whole = all(isinstance(side, (int, np.integer)) and side > 0 for side in grid)
     if noise.ndim != 3 or not grid or not whole or math.prod(grid) != noise.shape[1] or not noise.shape[0]:
-        raise ValueError(f"noise {noise.shape}, grid {tuple(grid)}: expected [B, N, C] with N the product of the grid")
+        raise InputError(f"noise {noise.shape}, grid {tuple(grid)}: expected [B, N, C] with N the product of the grid")
     if len(timesteps) < 2 or not np.all(np.diff(timesteps) < 0):
-        raise ValueError(f"timesteps of length {len(timesteps)}: expected at least two, falling from 1 to 0")
+        raise InputError(f"timesteps of length {len(timesteps)}: expected at least two, falling from 1 to 0")
     if timesteps[0] > 1 or timesteps[-1] < 0:
-        raise ValueError(f"timesteps from {timesteps[0]:g} to {timesteps[-1]:g}: expected them within 1 and 0")
+        raise InputError(f"timesteps from {timesteps[0]:g} to {timesteps[-1]:g}: expected them within 1 and 0")
     if guidance is None and uncond is not None:
-        raise ValueError("uncond without guidance: expected both, or neither")
+        raise InputError("uncond without guidance: expected both, or neither")
     if guidance is not None and not np.isfinite(guidance):
-        raise ValueError(f"guidance={guidance}: expected a finite number")
+        raise InputError(f"guidance={guidance}: expected a finite number")
     check_seed(seed)
     model.check(noise, cond)
     if uncond is not None:
@@ -201,99 +304,7 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
 
 
 def check_seed(seed: int, samples: int = 1) -> None:
-    """Raises ValueError unless so many samples have seeds of their own from this one on; JAX takes them modulo 2^32."""
+    """Raises InputError unless so many samples have seeds of their own from this one on; JAX takes them modulo 2^32."""
     last = 2**32 - samples
     if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= last:
-        raise ValueError(f"seed={seed}: expected a whole number from 0 to {last}")
-
-
-def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: tuple[int, ...]) -> Step:
-    """plan() for a model's stacks, which share their attention's tokens and their MLP's width."""
-    first = next(iter(stacks.values()))
-    attention = sparsity.attention
-    pinned = attention and pinned_keys(attention, grid, sparsity.patches, first.text)
-    return plan(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, pinned=pinned)
-
-
-def check_room(model: Model, noise: jax.Array, cond: Condition, *, sparsity: Sparsity | None, **options) -> None:
-    """Raises ValueError if what plan_memory() says cannot fit the default device; model, noise and conditions lie there."""
-
-    def plan(sparsity: Sparsity | None) -> memory.Parts:
-        parts = plan_memory(model, noise, cond, sparsity=sparsity, **options)
-        return {name: size for name, size in parts.items() if name not in memory.PLACED}
-
-    memory.check_room(plan, sparsity)
-
-
-def plan_memory(
-    model: Model,
-    noise: jax.Array,
-    cond: Condition,
-    *,
-    steps: int,
-    sparsity: Sparsity | None,
-    guidance: float | None = None,
-    solver: Solver | None = None,
-    implementation: Implementation | None = None,
-) -> memory.Parts:
-    """Bytes by name of all that a sample holds on its device, by the arguments of sample(), all of which may be shapes alone."""
-    sides = 1 if guidance is None else 2
-    batch, tokens = sides * noise.shape[0], noise.shape[1]
-    stacks = model.stacks(tokens, cond)
-    times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
-    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((sides * a.shape[0], *a.shape[1:]), a.dtype), cond)
-    x = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
-    hidden = jax.eval_shape(lambda: hidden_zeros(model, stacks, batch, tokens))
-    state = jax.eval_shape((solver or Euler()).init, x)
-    return {
-        "weights": memory.nbytes(model),
-        "noise and conditions": memory.nbytes((noise, rows)),
-        # x at one step and the next, and the velocity between them.
-        "latents of the solver": 3 * memory.nbytes(x) + memory.nbytes(state),
-        "modulations of all steps": memory.nbytes(modulations_of.eval_shape(model, times, rows)),
-        **caches.nbytes(stacks, sparsity, batch, model.dtype),
-        **({"tokens for skipped steps": memory.nbytes(hidden)} if sparsity and sparsity.step_cache else {}),
-        **memory.of_layers(stacks, sparsity, batch, model.dtype, implementation),
-    }
-
-
-@dataclass
-class _Reporter:
-    """The host's side of a run's progress. The compiled program knows it by a number alone, so that it serves every run."""
-
-    steps: int
-    progress: bool
-    callback: Callback | None
-    error: BaseException | None = None  # the first one of the callback, raised when the run is over
-
-    def __enter__(self) -> "_Reporter":
-        self.kind = "samples" if self.callback else "steps" if self.progress else ""
-        self.number = next(_numbers)
-        self.run = np.int32(self.number)
-        self.bar = tqdm(total=self.steps, desc="compiling", unit="step", disable=not self.progress)
-        _reporters[self.number] = self
-        return self
-
-    def __exit__(self, *_) -> None:
-        del _reporters[self.number]
-        self.bar.close()
-        if self.error:
-            raise self.error
-
-    def report(self, step: int, t: float, *x: np.ndarray) -> None:
-        self.bar.set_description("sampling")
-        self.bar.update()
-        if self.callback and not self.error:
-            try:
-                self.callback(step, t, *x)
-            except BaseException as error:  # through the compiled program it would come out as an internal error of XLA
-                self.error = error
-
-
-_numbers = itertools.count()
-_reporters: dict[int, _Reporter] = {}
-
-
-def _report(run, step, t, *x) -> None:
-    if reporter := _reporters.get(int(run)):  # none of a run that was interrupted
-        reporter.report(int(step), float(t), *(np.asarray(a) for a in x))
+        raise InputError(f"seed={seed}: expected a whole number from 0 to {last}")

@@ -1,4 +1,4 @@
-"""What each step does, known before anything is traced: plan() turns a config into a table of phases.
+"""What each step does, known before anything is traced: plan_steps() turns a config into a table of phases.
 
 A `Step` is one row of that table. Its phases, shares of columns and key are data: another schedule or seed never recompiles.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.sparsity import PRESET_STEPS, SCHEDULES, AttentionSparsity, MlpSparsity, Sparsity
 from pallas_kernels import Implementation, PinnedKeys
 from pallas_kernels.dispatch import choose
@@ -40,7 +41,7 @@ class MlpPhase(IntEnum):
 
 @struct.dataclass
 class Share:
-    """How an attention or an MLP is evaluated in one step, all scalars (of plan(): phase [steps])."""
+    """How an attention or an MLP is evaluated in one step, all scalars (of plan_steps(): phase [steps])."""
 
     phase: jax.Array | int  # i32, an AttentionPhase or MlpPhase; a Python int is known to the compiler
     keep: jax.Array  # i32, columns a group
@@ -60,7 +61,7 @@ class Step:
 
     attention: Share | None = None
     mlp: Share | None = None
-    skip: jax.Array | None = None  # bool, whether no block runs (of plan(): [steps]); None: all of them do
+    skip: jax.Array | None = None  # bool, whether no block runs (of plan_steps(): [steps]); None: all of them do
     key: jax.Array | None = None  # PRNG key of this step and layer
     sample_key: jax.Array | None = None  # PRNG key of the whole sample
     layer: jax.Array | int = 0  # i32, the layer's place in its stack
@@ -134,7 +135,9 @@ def unless_skipped(step: Step, run: Callable, x: jax.Array, *kept):
     return lax.fori_loop(0, 1 - step.skip.astype(jnp.int32), lambda _, kept: run(x, *kept), kept)
 
 
-def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned: PinnedKeys | None = None) -> Step:
+def plan_steps(
+    sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned: PinnedKeys | None = None
+) -> Step:
     """A Step whose phases are arrays i32[steps]: the table that the step loop scans over.
 
     Args:
@@ -145,7 +148,7 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned:
         pinned: keys that groups of queries attend to whatever their scores.
 
     Raises:
-        ValueError: a schedule that the steps cannot follow.
+        InputError: a schedule that the steps cannot follow.
     """
     check_schedules(sparsity, steps)
     attention, mlp = sparsity.attention, sparsity.mlp
@@ -161,7 +164,7 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned:
 
 
 def check_schedules(sparsity: Sparsity, steps: int) -> None:
-    """Raises ValueError where a schedule names a step that the sampler does not reach, or skips a full one."""
+    """Raises InputError where a schedule names a step that the sampler does not reach, or skips a full one."""
     skipped = sparsity.step_cache.skip_steps if sparsity.step_cache else ()
     parts = {"attention": sparsity.attention, "mlp": sparsity.mlp}
     schedules = {f"{name}.full_step_schedule": part.full_step_schedule or () for name, part in parts.items() if part}
@@ -170,14 +173,14 @@ def check_schedules(sparsity: Sparsity, steps: int) -> None:
     name = max(latest, key=latest.get)
     if (last := latest[name]) >= steps:
         made = f"; it is made for {PRESET_STEPS} steps" if schedules[name] in SCHEDULES else ""
-        raise ValueError(
+        raise InputError(
             f"{name} names step {last}, but there are {steps} steps (0 to {steps - 1}): expected {last + 1} or more, or "
             f"another {name}{made}"
         )
     for name, config in parts.items():
         full = np.flatnonzero(_filling(config, steps)) if config else ()
         if both := sorted(set(map(int, full)) & set(skipped)):
-            raise ValueError(
+            raise InputError(
                 f"step_cache.skip_steps names step {both[0]}: expected none that the {name} computes in full"
             )
 
@@ -197,7 +200,7 @@ def density(table: Step, layers: int) -> dict[str, float]:
     """Mean share of columns computed over all steps and layers, {"attention": .., "mlp": ..}; 1 is dense, 0 skipped.
 
     Args:
-        table: of plan().
+        table: of plan_steps().
         layers: of the whole model.
     """
     shares = {"attention": (table.attention, AttentionPhase.DELTA), "mlp": (table.mlp, MlpPhase.SELECT_DELTA)}

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from chipmunk_jax.errors import InputError
+
 
 class Solver(Protocol):
     """A rule for one step. Static: hashable, its data live in the state."""
@@ -128,7 +130,7 @@ def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray
         shift: False for FLUX.1-schnell, whose times are evenly spaced.
 
     Raises:
-        ValueError: steps below 1 or above 100,000.
+        InputError: steps below 1 or above 100,000.
     """
     _check_steps(steps)
     t = np.linspace(1.0, 0.0, steps + 1)
@@ -142,7 +144,7 @@ def shifted_timesteps(steps: int, shift: float) -> np.ndarray:
     """Times of HunyuanVideo (shift 7), evenly spaced and then t <- shift t / (1 + (shift - 1) t): 1 to 0, f32 [steps + 1].
 
     Raises:
-        ValueError: steps below 1 or above 100,000, a shift that is not positive.
+        InputError: steps below 1 or above 100,000, a shift that is not positive.
     """
     _check_steps(steps, shift)
     return _shifted(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
@@ -155,7 +157,7 @@ def wan_timesteps(steps: int, shift: float) -> np.ndarray:
     0 at the end. (Wan's own code starts at 0.999 before the shift; its second of 10 times at shift 3 is 0.96394, this one 0.96432.)
 
     Raises:
-        ValueError: as shifted_timesteps.
+        InputError: as shifted_timesteps.
     """
     _check_steps(steps, shift)
     t = _shifted(np.linspace(1.0, 1e-3, steps + 1), shift)
@@ -169,10 +171,10 @@ def _shifted(t: np.ndarray, shift: float) -> np.ndarray:
 
 def _check_steps(steps: int, shift: float = 1.0) -> None:
     if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool):
-        raise ValueError(f"steps={steps!r}: expected a whole number")
+        raise InputError(f"steps={steps!r}: expected a whole number")
     if steps < 1:
-        raise ValueError(f"steps={steps}: expected at least 1")
+        raise InputError(f"steps={steps}: expected at least 1")
     if steps > MOST_STEPS:
-        raise ValueError(f"steps={steps}: expected at most {MOST_STEPS}")
+        raise InputError(f"steps={steps}: expected at most {MOST_STEPS}")
     if not 0 < shift < math.inf:
-        raise ValueError(f"shift={shift}: expected a positive number")
+        raise InputError(f"shift={shift}: expected a positive number")

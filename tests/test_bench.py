@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from chipmunk_jax import memory
 from chipmunk_jax.bench import draw, kernels, measure, records, references
 from chipmunk_jax.bench.compare import compare
 from chipmunk_jax.bench.models import MODELS, random_inputs
@@ -322,7 +323,10 @@ def test_steps_without_caches_want_no_room_for_them(folder, monkeypatch):
     rooms = []
     monkeypatch.setattr("chipmunk_jax.bench.steps.caches", None)
     monkeypatch.setattr("chipmunk_jax.bench.steps.plan_stacks", None)
-    monkeypatch.setattr("chipmunk_jax.bench.steps.check_room", lambda plan, sparsity: rooms.append(plan(sparsity)))
+    monkeypatch.setattr(
+        "chipmunk_jax.bench.steps.check_room",
+        lambda *shapes, placed, **options: rooms.append(memory.plan(*shapes, **options)),
+    )
     assert main(["bench", "step", *TINY, "--layers", "4", "--only", "dense,skipped"]) == 0
     assert [entry["variant"] for entry in read(folder / "a.jsonl")] == ["dense", "skipped"]
     assert "tokens for skipped steps" in rooms[0] and not any("residual" in name for name in rooms[0])

@@ -18,7 +18,7 @@ from chipmunk_jax import delta
 from chipmunk_jax.delta import MlpWeights, attend, feed_forward
 from chipmunk_jax.model import Stack
 from chipmunk_jax.pinned_keys import pinned_keys
-from chipmunk_jax.schedule import AttentionPhase, MlpPhase, plan
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, plan_steps
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
 from pallas_kernels import Scaled
 
@@ -41,7 +41,7 @@ def drifting(*shape, seed=0):
 def start(sparsity, pinned=None):
     """An empty cache and the plan of a stack's one layer in the middle."""
     cache = caches.zeros({"stack": STACK}, sparsity, B, jnp.float32)["stack"]
-    table = plan(sparsity, STEPS, tokens=N, mlp_width=F, pinned=pinned).replace(key=jax.random.key(0))
+    table = plan_steps(sparsity, STEPS, tokens=N, mlp_width=F, pinned=pinned).replace(key=jax.random.key(0))
     return cache, lambda i: table.at_step(i).at_layer(LAYER, LAYER)
 
 
@@ -150,7 +150,9 @@ def test_a_residual_of_8_bits_rounds_and_no_more():
             out, cache = run(*arrays, cache, step(i))
             outs.append(np.asarray(out))
         outputs.append(np.stack(outs))
-    phases = np.asarray(plan(Sparsity(attention=ATTENTION, mlp=None), STEPS, tokens=N, mlp_width=F).attention.phase)
+    phases = np.asarray(
+        plan_steps(Sparsity(attention=ATTENTION, mlp=None), STEPS, tokens=N, mlp_width=F).attention.phase
+    )
     error = np.abs(outputs[0] - outputs[1]).max((1, 2, 3, 4))
     assert not error[phases != AttentionPhase.DELTA].any()
     assert (error[phases == AttentionPhase.DELTA] > 0).all() and error.max() < 0.04

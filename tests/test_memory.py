@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from chipmunk_jax import cache, memory, sample, sampling
-from chipmunk_jax.bench.models import MODELS, model_of, plan_memory, random_inputs, random_model
+from chipmunk_jax.bench.models import MODELS, model_of, plan_memory, random_inputs, random_model, shapes
 from chipmunk_jax.bench.steps import INPUTS
 from chipmunk_jax.memory import DEVICES, NAMES, SMALLER, capacity, savings, shortage, summed, working_set
+from chipmunk_jax.model import Stack
 from chipmunk_jax.sparsity import load_sparsity
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -131,7 +132,7 @@ def test_sample_refuses_what_the_plan_says_and_no_less(monkeypatch):
     def compiled(*_):
         raise InterruptedError
 
-    monkeypatch.setattr(sampling, "_finished", compiled)
+    monkeypatch.setattr(sampling, "finished", compiled)
     monkeypatch.setattr(memory, "free_bytes", lambda: need)
     with pytest.raises(InterruptedError):
         sample(network, noise, cond, **options)
@@ -161,6 +162,9 @@ def test_a_setting_is_proposed_only_where_with_it_there_is_room(monkeypatch):
     """One that is not enough stays beside the next, and none is named where all of them are not enough."""
     sparsity = load_sparsity("flux", {"mlp.cache": "activations"})
     plan = lambda sparsity: tiny("flux-tiny", sparsity=sparsity)[-1]
+    model, sizes, *_ = tiny("flux-tiny")
+    needed = shapes(model, sizes, 1, jnp.dtype(jnp.bfloat16))
+    check = lambda sparsity: memory.check_room(*needed, placed=False, steps=5, sparsity=sparsity)
     settings = savings(plan(sparsity))
     needs = [sum(plan(load_sparsity(sparsity, dict(settings[:n]))).values()) for n in range(3)]
     assert len(settings) == 2 and needs == sorted(needs, reverse=True)
@@ -169,13 +173,13 @@ def test_a_setting_is_proposed_only_where_with_it_there_is_room(monkeypatch):
     for free, words in expected.items():
         monkeypatch.setattr(memory, "free_bytes", lambda free=free: free)
         with pytest.raises(ValueError, match=f"; use {words}a smaller batch or a smaller size$"):
-            memory.check_room(plan, sparsity)
+            check(sparsity)
     monkeypatch.setattr(memory, "free_bytes", lambda: needs[0])
-    memory.check_room(plan, sparsity)
+    check(sparsity)
 
 
 def test_choosing_keys_counts_its_sums_and_lists():
-    stack = cache.Stack(layers=9, tokens=1000, heads=2, head_dim=16, mlp_tokens=1000, width=32, mlp_width=128)
+    stack = Stack(layers=9, tokens=1000, heads=2, head_dim=16, mlp_tokens=1000, width=32, mlp_width=128)
     sparsity = load_sparsity("flux", {"attention.group": 128, "attention.top_keys": 0.128})
     phases = working_set(stack, sparsity, 3, jnp.bfloat16)
     lists = 3 * 2 * 8  # B, H, G = 1000 / 128

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from chipmunk_jax import (
     AttentionSparsity,
+    Euler,
     MlpSparsity,
     Sparsity,
     StepCache,
@@ -33,7 +34,9 @@ from chipmunk_jax import (
 )
 from chipmunk_jax.convert import read
 from chipmunk_jax.convert.networks import leaves_of
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.sampling import both_sides, denoise, plan, start
 
 GRID, TEXT, STEPS = (9, 14), 5, 6  # neither patches nor groups fit
 TOKENS = GRID[0] * GRID[1]
@@ -264,6 +267,77 @@ def test_ctrl_c_is_raised_while_the_program_runs_and_the_next_sample_is_whole(mo
     assert seen == [0]  # the program that was interrupted has run on, and told nobody
 
 
+def table_of(model, noise, cond, sparsity=None, **options):
+    options = dict(timesteps=flux_timesteps(STEPS, TOKENS), grid=GRID) | options
+    return plan(model, noise, cond, sparsity=sparsity, **options)
+
+
+@pytest.mark.parametrize("sparsity", [None, SKIPPING], ids=["dense", "skipping"])
+@pytest.mark.parametrize("solver", [Euler(), UniPC()], ids=lambda solver: type(solver).__name__)
+def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver):
+    noise, cond = inputs()
+    options = dict(timesteps=wan_timesteps(STEPS, 3.0), solver=solver, guidance=2.0)
+    table, both = table_of(model, noise, cond, sparsity, **options), both_sides(model, cond)
+    run = jax.jit(denoise, static_argnames="span")
+    begin = start(model, noise, both, table, sparsity=sparsity)
+    middle = run(model, begin, both, table, span=(0, 4))
+    whole, parts = run(model, begin, both, table), run(model, middle, both, table, span=(4, STEPS))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.any(np.asarray(middle.x) != np.asarray(whole.x))
+    np.testing.assert_array_equal(draw(model, noise, cond, sparsity=sparsity, **options), whole.x)
+
+
+def test_denoise_has_the_shapes_that_eval_shape_says(model):
+    noise, cond = inputs()
+    table = table_of(model, noise, cond, SPARSE)
+    begin = jax.eval_shape(lambda model, noise: start(model, noise, cond, table, sparsity=SPARSE), model, noise)
+    end = jax.eval_shape(denoise, model, begin, cond, table)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), end) == jax.tree.map(lambda a: (a.shape, a.dtype), begin)
+    assert end.x.shape == noise.shape and end.cache["double"].mlp.out.shape == (1, 2, TOKENS, 64)
+
+
+def test_the_gradient_with_respect_to_the_noise_is_that_of_small_differences(model):
+    noise, cond = inputs(1)
+    table = table_of(model, noise, cond)
+    loss = jax.jit(lambda noise: jnp.sum(denoise(model, start(model, noise, cond, table), cond, table).x ** 2))
+    gradient = jax.grad(loss)(noise)
+    direction = jax.random.normal(jax.random.key(5), noise.shape) / noise.size**0.5
+    along = (loss(noise + 0.05 * direction) - loss(noise - 0.05 * direction)) / 0.1
+    # Float32 sums of 756 squares differ by some 1e-5 of 1,000, divided by 0.1.
+    np.testing.assert_allclose(jnp.vdot(gradient, direction), along, rtol=2e-2)
+
+
+@pytest.mark.parametrize("span", [(-1, 3), (3, 2), (0, STEPS + 1)])
+def test_a_span_beyond_the_steps_is_refused(model, span):
+    noise, cond = inputs(1)
+    table = table_of(model, noise, cond)
+    with pytest.raises(InputError, match="expected two of the 6 steps in order"):
+        denoise(model, start(model, noise, cond, table), cond, table, span=span)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+def test_sample_inside_a_trace_names_the_function_to_use(model, transform):
+    noise, cond = inputs(1)
+    noise = noise[None] if transform is jax.vmap else noise
+    with pytest.raises(InputError, match=r"sample\(\) under jit, grad or vmap: use .* denoise\(\)"):
+        transform(lambda noise: sample(model, noise, cond, timesteps=flux_timesteps(2, TOKENS), grid=GRID).sum())(noise)
+
+
+def test_a_step_hook_sees_the_clean_sample_that_the_velocity_points_at(model):
+    """With Euler every step moves x to (t_next / t) x + (1 - t_next / t) clean."""
+    noise, cond = inputs(1)
+    seen, times = [], flux_timesteps(STEPS, TOKENS)
+    fixed = dict(uncond=None, guidance=None, solver=None, seed=0, progress=False, implementation=None, sparsity=SPARSE)
+    sampling.run(model, noise, cond, timesteps=times, grid=GRID, **fixed, callback=lambda *args: seen.append(args))
+    x = np.asarray(noise)
+    for (_, t, after, clean), before in zip(seen, times, strict=False):
+        np.testing.assert_allclose(after, t / before * x + (1 - t / before) * clean, **CLOSE)
+        x = after
+    assert [step for step, *_ in seen] == list(range(STEPS))
+    np.testing.assert_allclose(seen[-1][3], x, **CLOSE)  # at t = 0 there is nothing left to do
+
+
 INTERRUPTED = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
@@ -322,7 +396,7 @@ def test_compiled_kernels_sample_what_the_references_do(cache):
 @pytest.mark.parametrize("sparsity", [SPARSE, SKIPPING], ids=["sparse", "skipping"])
 def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
     """A copy of a stacked cache at every layer costs more than the delta step saves. (Of one layer, the stack is its part.)"""
-    texts, caches_in, finished = [], set(), sampling._finished
+    texts, caches_in, finished = [], set(), sampling.finished
     names = dict(int32="s32", float32="f32", bfloat16="bf16", float8_e4m3fn="f8e4m3fn")
 
     def spy(program, model, cache, *args):
@@ -331,7 +405,7 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
         texts.append(program.compile().as_text())
         return finished(program, model, cache, *args)
 
-    monkeypatch.setattr(sampling, "_finished", spy)
+    monkeypatch.setattr(sampling, "finished", spy)
     draw(half(depth=2, depth_single_blocks=3), *inputs(), sparsity=sparsity)
     copies = re.findall(r"= (\w+\[[\d,]+\])\S* copy(?:-start)?\(", texts[0])
     assert len(caches_in) > 3 and not caches_in & set(copies)

@@ -1,11 +1,11 @@
-"""plan(): the phases of every step, against tables written by hand."""
+"""plan_steps(): the phases of every step, against tables written by hand."""
 
 import jax
 import numpy as np
 import pytest
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache
-from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, attention_phases, density, mlp_phases, plan
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, attention_phases, density, mlp_phases, plan_steps
 from chipmunk_jax.sparsity import PRESETS
 
 # Letters of the tables below.
@@ -85,8 +85,8 @@ def test_recomputed_masks_are_selected_at_every_full_step():
 )
 def test_a_schedule_beyond_the_steps_is_one_error(sparsity):
     with pytest.raises(ValueError, match=r"^(attention|mlp).full_step_schedule names step 28, but there are 28 steps"):
-        plan(sparsity, 28, tokens=100, mlp_width=100)
-    plan(sparsity, 29, tokens=100, mlp_width=100)
+        plan_steps(sparsity, 28, tokens=100, mlp_width=100)
+    plan_steps(sparsity, 29, tokens=100, mlp_width=100)
 
 
 @pytest.mark.parametrize("preset", [name for name, sparsity in PRESETS.items() if sparsity.step_cache])
@@ -94,16 +94,16 @@ def test_a_preset_that_skips_steps_beyond_the_steps_says_how_many_it_takes(prese
     """40 steps are what Wan's image to video usually has."""
     sizes = dict(tokens=1000, mlp_width=1000)
     with pytest.raises(ValueError, match=r"there are 40 steps \(0 to 39\): expected 44 or more, or another") as error:
-        plan(PRESETS[preset], 40, **sizes)
-    plan(PRESETS[preset], 44, **sizes)
+        plan_steps(PRESETS[preset], 40, **sizes)
+    plan_steps(PRESETS[preset], 44, **sizes)
     assert "\n" not in str(error.value)
 
 
 def test_a_plan_skips_the_steps_that_are_named_and_no_others():
     caching = StepCache(skip_steps=(7, 5, 5))
-    table = plan(Sparsity(step_cache=caching), 9, tokens=100, mlp_width=100)
+    table = plan_steps(Sparsity(step_cache=caching), 9, tokens=100, mlp_width=100)
     assert np.flatnonzero(table.skip).tolist() == [5, 7] and table.at_step(5).skip and not table.at_step(6).skip
-    assert plan(Sparsity(), 9, tokens=100, mlp_width=100).skip is None
+    assert plan_steps(Sparsity(), 9, tokens=100, mlp_width=100).skip is None
 
 
 @pytest.mark.parametrize(("part", "step"), [("attention", 1), ("attention", 10), ("mlp", 20)])
@@ -111,18 +111,18 @@ def test_a_full_step_cannot_be_skipped(part, step):
     dense = {"attention": None, "mlp": None}
     parts = dense | {part: AttentionSparsity() if part == "attention" else MlpSparsity()}
     with pytest.raises(ValueError, match=rf"^step_cache.skip_steps names step {step}: expected none that the {part}"):
-        plan(Sparsity(**parts, step_cache=StepCache(skip_steps=(3, step))), 28, tokens=100, mlp_width=100)
+        plan_steps(Sparsity(**parts, step_cache=StepCache(skip_steps=(3, step))), 28, tokens=100, mlp_width=100)
 
 
 def test_the_presets_skip_every_second_of_fifty_steps_and_no_full_one():
     for name in ("flux", "hunyuan-video", "wan-14b", "wan-1.3b"):
-        table = plan(PRESETS[f"{name}-step-cache"], 50, tokens=10_000, mlp_width=12_288)
+        table = plan_steps(PRESETS[f"{name}-step-cache"], 50, tokens=10_000, mlp_width=12_288)
         assert table.skip.sum() == 25
 
 
 def test_a_plan_holds_what_the_config_says():
     sparsity = Sparsity(attention=AttentionSparsity(top_keys=0.5, first_n_dense_layers=3, group=64), mlp=None)
-    table = plan(sparsity, 12, tokens=1000, mlp_width=7)
+    table = plan_steps(sparsity, 12, tokens=1000, mlp_width=7)
     assert table.mlp is None and table.attention.columns == 1000 and table.attention.group == 64
     assert (table.attention.keep, table.attention.dense_layers, table.attention.random) == (512, 3, 0)
     assert table.attention.phase.shape == (12,)
@@ -140,7 +140,7 @@ def test_density_is_the_mean_over_layers_and_steps(layers, steps, cache):
             full = {"attention": step < 2 or step % 10 == 0 or layer < 2, "mlp": step % 10 == 0 or layer < 1}
             expected["attention"].append(1 if full["attention"] else 192 / tokens)  # 0.165 x 1111 = 183
             expected["mlp"].append(1 if full["mlp"] else 4096 / neurons)
-    found = density(plan(sparsity, steps, tokens=tokens, mlp_width=neurons), layers)
+    found = density(plan_steps(sparsity, steps, tokens=tokens, mlp_width=neurons), layers)
     assert found.keys() == expected.keys()
     for name, shares in expected.items():
         # The sums differ by the rounding of float64.
@@ -149,12 +149,12 @@ def test_density_is_the_mean_over_layers_and_steps(layers, steps, cache):
 
 def test_a_skipped_step_computes_nothing():
     sparsity = Sparsity(mlp=None, step_cache=StepCache(skip_steps=(3, 4)))
-    table = plan(sparsity, 6, tokens=1111, mlp_width=100)
+    table = plan_steps(sparsity, 6, tokens=1111, mlp_width=100)
     assert density(table, 4) == {"attention": pytest.approx((2 + 2 * (2 + 2 * 192 / 1111) / 4) / 6), "mlp": 4 / 6}
 
 
 def test_density_of_a_dense_part_is_one():
-    table = plan(Sparsity(attention=None, mlp=None), 10, tokens=100, mlp_width=100)
+    table = plan_steps(Sparsity(attention=None, mlp=None), 10, tokens=100, mlp_width=100)
     assert density(table, 5) == {"attention": 1.0, "mlp": 1.0}
 
 
@@ -164,7 +164,7 @@ def test_the_first_layers_and_only_they_are_dense(dense_layers):
         attention=AttentionSparsity(first_n_dense_layers=dense_layers),
         mlp=MlpSparsity(first_n_dense_layers=0),
     )
-    table = plan(sparsity, 12, tokens=100, mlp_width=100).replace(key=jax.random.key(0))
+    table = plan_steps(sparsity, 12, tokens=100, mlp_width=100).replace(key=jax.random.key(0))
     for index in range(12):
         depths = []
         for first, layers in ((0, 1), (1, 4)):
@@ -179,7 +179,7 @@ def test_the_first_layers_and_only_they_are_dense(dense_layers):
 
 
 def test_every_layer_of_every_step_has_a_key_of_its_own():
-    table = plan(Sparsity(), 4, tokens=100, mlp_width=100).replace(key=jax.random.key(0))
+    table = plan_steps(Sparsity(), 4, tokens=100, mlp_width=100).replace(key=jax.random.key(0))
     keys = [table.at_step(i).at_layer(0, depth).key for i in range(4) for depth in range(3)]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 12
 

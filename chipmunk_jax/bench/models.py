@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chipmunk_jax import memory, sampling
+from chipmunk_jax import memory
 from chipmunk_jax.families import Defaults, defaults
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.flux import Flux, FluxConfig
@@ -147,11 +147,15 @@ def plan_memory(
         sparsity: None for dense.
         implementation: of the kernels, see pallas_kernels.dispatch.choose.
     """
-    network = nnx.eval_shape(lambda: model.network(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
-    noise, cond = jax.eval_shape(lambda: random_inputs(model, batch, math.prod(model.grid(sizes))))
     usual = model.defaults
     options = dict(steps=steps, sparsity=sparsity, guidance=usual.guidance, solver=usual.solver)
-    return sampling.plan_memory(network, noise, cond, **options, implementation=implementation)
+    return memory.plan(*shapes(model, sizes, batch, dtype), **options, implementation=implementation)
+
+
+def shapes(model: BenchModel, sizes: dict[str, int], batch: int, dtype: jnp.dtype):
+    """The network, noise and conditions of a sample of these sizes, shapes in place of arrays."""
+    network = nnx.eval_shape(lambda: model.network(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return network, *jax.eval_shape(lambda: random_inputs(model, batch, math.prod(model.grid(sizes))))
 
 
 def random_model(model: BenchModel, dtype: jnp.dtype) -> Model:

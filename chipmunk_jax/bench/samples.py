@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
+from chipmunk_jax.bench.models import MODELS, random_inputs, random_model, shapes
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.memory import check_room
@@ -50,11 +50,12 @@ def bench_sample(
     tokens = math.prod(grid)
     timesteps = usual.timesteps(steps, tokens)
     usual.check_sparsity(sparsity, grid, steps)
-    fixed = dict(steps=steps, dtype=jnp.dtype(dtype))
-    check_room(lambda sparsity: plan_memory(entry, sizes, batch, **fixed, sparsity=sparsity), sparsity)
+    options = dict(solver=usual.solver, guidance=usual.guidance)
+    needed = shapes(entry, sizes, batch, jnp.dtype(dtype))
+    check_room(*needed, placed=False, steps=steps, sparsity=sparsity, **options)
     model = random_model(entry, jnp.dtype(dtype))
     noise, cond = random_inputs(entry, batch, tokens)
-    options = dict(timesteps=timesteps, grid=grid, solver=usual.solver, guidance=usual.guidance)
+    options |= dict(timesteps=timesteps, grid=grid)
     kinds = {
         kind: lambda s=s: sample(model, noise, cond, sparsity=s, **options)
         for kind, s in (("dense", None), ("sparse", sparsity))

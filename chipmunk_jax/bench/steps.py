@@ -15,13 +15,14 @@ from tqdm import tqdm
 from chipmunk_jax import cache as caches
 from chipmunk_jax.bench import draw
 from chipmunk_jax.bench.measure import judge
-from chipmunk_jax.bench.models import MODELS, plan_memory, random_inputs, random_model
+from chipmunk_jax.bench.models import MODELS, random_inputs, random_model, shapes
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import REPEAT_SECONDS, Timed, time_in_turn
 from chipmunk_jax.memory import check_room
+from chipmunk_jax.model import modulations_of
 from chipmunk_jax.order import patch_order
-from chipmunk_jax.sampling import modulations_of, plan_stacks
+from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, by_kind
 from chipmunk_jax.solvers import MOST_STEPS
 from chipmunk_jax.sparsity import Sparsity, StepCache, to_dict
@@ -82,8 +83,9 @@ def bench_step(
     kinds, filling = _kinds(only, sparsity)
     # A skipped step is timed whatever the schedule, so its tokens want room.
     skipping = replace(sparsity if filling else Sparsity(attention=None, mlp=None), step_cache=StepCache())
-    fixed = dict(steps=INPUTS, dtype=jnp.dtype(dtype))
-    check_room(lambda sparsity: plan_memory(entry, sizes, batch, **fixed, sparsity=sparsity), skipping)
+    needed = shapes(entry, sizes, batch, jnp.dtype(dtype))
+    usual = entry.defaults
+    check_room(*needed, placed=False, steps=INPUTS, sparsity=skipping, guidance=usual.guidance, solver=usual.solver)
     checked = {"dense", *filling, *kinds}
     with tqdm(total=len(checked) + len(kinds) * repeats, unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")

@@ -1,0 +1,89 @@
+"""What the host shows and does while a sample runs: a bar, a callback, Ctrl-C. Nothing pure knows of it."""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import io_callback
+from tqdm import tqdm
+
+Callback = Callable[[int, float, np.ndarray, np.ndarray], None]  # step, t, x, the clean sample that it leads to
+Kind = Literal["", "steps", "samples"]  # what a run reports: nothing, that a step is over, or also its samples
+
+
+@dataclass
+class Reporter:
+    """The host's side of a run's progress, a context around it.
+
+    The compiled program knows a run by its number alone, so that one program serves every run: it looks up the number here.
+    """
+
+    steps: int
+    title: str  # of the bar: "dense" or "sparse"
+    progress: bool
+    callback: Callback | None
+    error: BaseException | None = None  # the first one of the callback, raised when the run is over
+
+    def __enter__(self) -> "Reporter":
+        self.kind: Kind = "samples" if self.callback else "steps" if self.progress else ""
+        self.run = np.int32(next(_numbers))
+        self.bar = tqdm(total=self.steps, desc=f"{self.title}: compiling", unit="step", disable=not self.progress)
+        _reporters[int(self.run)] = self
+        return self
+
+    def __exit__(self, *_) -> None:
+        del _reporters[int(self.run)]
+        self.bar.close()
+        if self.error:
+            raise self.error
+
+    def report(self, step: int, t: float, *samples: np.ndarray) -> None:
+        self.bar.set_description(f"{self.title}: sampling")
+        self.bar.update()
+        if self.callback and not self.error:
+            try:
+                self.callback(step, t, *samples)
+            except BaseException as error:  # through the compiled program it would come out as an internal error of XLA
+                self.error = error
+
+
+_numbers = itertools.count()
+_reporters: dict[int, Reporter] = {}
+
+
+def on_step(run: jax.Array, kind: Kind) -> Callable[..., None] | None:
+    """What denoise() calls after each step so that the Reporter of this number hears of it, ordered; None for nothing."""
+
+    def tell(step: jax.Array, t: jax.Array, *samples: jax.Array) -> None:
+        io_callback(_report, None, run, step, t, *(samples if kind == "samples" else ()), ordered=True)
+
+    return tell if kind else None
+
+
+def _report(run, step, t, *samples) -> None:
+    if reporter := _reporters.get(int(run)):  # none for a run that was interrupted
+        reporter.report(int(step), float(t), *map(np.asarray, samples))
+
+
+def finished(program: jax.stages.Lowered, *args: Any) -> Any:
+    """What the program returns, once that and all callbacks are over.
+
+    JAX holds a KeyboardInterrupt until the device is done, and crashes in a process that ends while XLA compiles. So this thread
+    only waits, which Ctrl-C ends at once, and another one works, which a process that ends waits for.
+    """
+
+    def finish(compiled: jax.stages.Compiled) -> Any:
+        out = jax.block_until_ready(compiled(*args))
+        jax.effects_barrier()  # of this thread
+        return out
+
+    pool = ThreadPoolExecutor(1, "sample")
+    try:
+        compiled = pool.submit(program.compile).result()  # apart, so that nothing runs after a Ctrl-C while it compiles
+        return pool.submit(finish, compiled).result()
+    finally:
+        pool.shutdown(wait=False)
