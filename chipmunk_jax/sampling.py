@@ -22,9 +22,10 @@ from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.model import Condition, Model, Stack
 from chipmunk_jax.order import patch_order
 from chipmunk_jax.pinned_keys import check_grid, pinned_keys
-from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan, unless_skipped
+from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
+from chipmunk_jax.step_cache import unless_skipped
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
@@ -151,7 +152,7 @@ def _run(model: Model, cache, arrays: dict[str, Any], run: jax.Array, *, solver:
         x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
         network = lambda step, x, cache: model.hidden(x, t, arrays["cond"], arrays["positions"], cache, step, mods)
         compute = lambda x, hidden, cache: by_kind(step, network, x, cache)
-        hidden, cache = unless_skipped(step, compute, x, state.hidden, state.cache)
+        hidden, cache = unless_skipped(step.skip, compute, x, state.hidden, state.cache)
         velocity = model.velocity(hidden, mods)
         if guidance is not None:
             conditional, unconditional = jnp.split(velocity, 2)

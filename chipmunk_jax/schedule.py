@@ -16,6 +16,7 @@ from jax import lax
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.sparsity import PRESET_STEPS, PRESETS, AttentionSparsity, MlpSparsity, Sparsity
+from chipmunk_jax.step_cache import skipped
 from pallas_kernels import Implementation, PinnedKeys
 from pallas_kernels.dispatch import choose
 
@@ -127,14 +128,6 @@ def by_kind(step: Step, run: Callable, *operands):
     return lax.switch(place, branches, *operands)
 
 
-def unless_skipped(step: Step, run: Callable, x: jax.Array, *kept):
-    """run(x, *kept) -> kept, or in a step that runs no block what was kept before."""
-    if step.skip is None:
-        return run(x, *kept)
-    # A loop of one or no turn: through a conditional XLA copies every cache.
-    return lax.fori_loop(0, 1 - step.skip.astype(jnp.int32), lambda _, kept: run(x, *kept), kept)
-
-
 def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned: PinnedKeys | None = None) -> Step:
     """A Step whose phases are arrays i32[steps]: the table that the step loop scans over.
 
@@ -157,7 +150,7 @@ def plan(sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned:
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
-        skip=sparsity.step_cache and np.isin(np.arange(steps), sparsity.step_cache.skip_steps),
+        skip=sparsity.step_cache and skipped(sparsity.step_cache, steps),
     )
 
 
