@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from chipmunk_jax import cache as caches
 from chipmunk_jax.delta import head_portions
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.model import Condition, Model, Stack, hidden_zeros, modulations_of
+from chipmunk_jax.model import Condition, Model, Stack, modulations_of
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.step_cache import hidden_zeros
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import choose
 from pallas_kernels.groups import group_count

@@ -64,11 +64,6 @@ class Model(Protocol):
         """Raises InputError unless the arrays fit the network."""
 
 
-def hidden_zeros(model: Model, stacks: dict[str, Stack], batch: int, tokens: int) -> jax.Array:
-    """Zeros in place of the tokens after the last block before there are any, [B, N, D]."""
-    return jnp.zeros((batch, tokens, next(iter(stacks.values())).width), model.dtype)
-
-
 @jax.jit
 def modulations_of(model: Model, t: jax.Array, cond: Condition) -> Any:
     """model.modulations(t, cond), traced once for its shapes, and not again by every sample."""

@@ -22,14 +22,15 @@ from chipmunk_jax import cache as caches
 from chipmunk_jax import memory
 from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.model import Condition, Model, Stack, hidden_zeros, modulations_of
+from chipmunk_jax.model import Condition, Model, Stack, modulations_of
 from chipmunk_jax.order import inverse, patch_order
 from chipmunk_jax.pinned_keys import check_grid, pinned_keys
 from chipmunk_jax.progress import Callback, Reporter, finished
 from chipmunk_jax.progress import on_step as progress_of
-from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan_steps, unless_skipped
+from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan_steps
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
+from chipmunk_jax.step_cache import hidden_zeros, unless_skipped
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
@@ -158,7 +159,7 @@ def denoise(
         x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
         network = lambda step, x, cache: model.hidden(x, t, cond, table.positions, cache, step, mods)
         compute = lambda x, hidden, cache: by_kind(step, network, x, cache)
-        hidden, cache = unless_skipped(step, compute, x, state.hidden, state.cache)
+        hidden, cache = unless_skipped(step.skip, compute, x, state.hidden, state.cache)
         velocity = model.velocity(hidden, mods)
         if guidance is not None:
             prompted, other = jnp.split(velocity, 2)

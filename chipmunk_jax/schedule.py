@@ -15,7 +15,8 @@ from flax import struct
 from jax import lax
 
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.sparsity import PRESET_STEPS, SCHEDULES, AttentionSparsity, MlpSparsity, Sparsity
+from chipmunk_jax.sparsity import PRESET_STEPS, PRESETS, AttentionSparsity, MlpSparsity, Sparsity
+from chipmunk_jax.step_cache import skipped
 from pallas_kernels import Implementation, PinnedKeys
 from pallas_kernels.dispatch import choose
 
@@ -127,14 +128,6 @@ def by_kind(step: Step, run: Callable, *operands):
     return lax.switch(place, branches, *operands)
 
 
-def unless_skipped(step: Step, run: Callable, x: jax.Array, *kept):
-    """run(x, *kept) -> kept, or in a step that runs no block what was kept before."""
-    if step.skip is None:
-        return run(x, *kept)
-    # A loop of one or no turn: through a conditional XLA copies every cache.
-    return lax.fori_loop(0, 1 - step.skip.astype(jnp.int32), lambda _, kept: run(x, *kept), kept)
-
-
 def plan_steps(
     sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned: PinnedKeys | None = None
 ) -> Step:
@@ -159,30 +152,40 @@ def plan_steps(
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
-        skip=sparsity.step_cache and np.isin(np.arange(steps), sparsity.step_cache.skip_steps),
+        skip=sparsity.step_cache and skipped(sparsity.step_cache, steps),
     )
 
 
 def check_schedules(sparsity: Sparsity, steps: int) -> None:
     """Raises InputError where a schedule names a step that the sampler does not reach, or skips a full one."""
-    skipped = sparsity.step_cache.skip_steps if sparsity.step_cache else ()
-    parts = {"attention": sparsity.attention, "mlp": sparsity.mlp}
-    schedules = {f"{name}.full_step_schedule": part.full_step_schedule or () for name, part in parts.items() if part}
-    schedules["step_cache.skip_steps"] = skipped
+    schedules = _schedules(sparsity)
     latest = {name: max(numbers, default=0) for name, numbers in schedules.items()}
     name = max(latest, key=latest.get)
     if (last := latest[name]) >= steps:
-        made = f"; it is made for {PRESET_STEPS} steps" if schedules[name] in SCHEDULES else ""
+        of_preset = any(_schedules(preset).get(name) == schedules[name] for preset in PRESETS.values())
+        made = f"; it is made for {PRESET_STEPS} steps" if of_preset else ""
         raise InputError(
             f"{name} names step {last}, but there are {steps} steps (0 to {steps - 1}): expected {last + 1} or more, or "
             f"another {name}{made}"
         )
-    for name, config in parts.items():
-        full = np.flatnonzero(_filling(config, steps)) if config else ()
-        if both := sorted(set(map(int, full)) & set(skipped)):
+    for part, config in _parts(sparsity).items():
+        full = map(int, np.flatnonzero(_filling(config, steps)))
+        if both := sorted(set(full) & set(schedules["step_cache.skip_steps"])):
             raise InputError(
-                f"step_cache.skip_steps names step {both[0]}: expected none that the {name} computes in full"
+                f"step_cache.skip_steps names step {both[0]}: expected none that the {part} computes in full"
             )
+
+
+def _schedules(sparsity: Sparsity) -> dict[str, tuple[int, ...]]:
+    """The steps that a config names, by the option that names them."""
+    named = {f"{part}.full_step_schedule": config.full_step_schedule or () for part, config in _parts(sparsity).items()}
+    return named | {"step_cache.skip_steps": sparsity.step_cache.skip_steps if sparsity.step_cache else ()}
+
+
+def _parts(sparsity: Sparsity) -> dict[str, AttentionSparsity | MlpSparsity]:
+    """Those of attention and MLP that are sparse."""
+    parts = {"attention": sparsity.attention, "mlp": sparsity.mlp}
+    return {name: config for name, config in parts.items() if config}
 
 
 def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns: int) -> Share:

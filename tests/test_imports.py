@@ -121,3 +121,20 @@ def test_all_imports_work_in_another_folder_without_pytorch(tmp_path):
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, "sample\n"), done.stderr
+
+
+def test_sparsity_and_its_flags_are_read_without_jax():
+    """In a new process: a command line that is wrong says so at once."""
+    program = """
+import argparse, sys
+from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.sparsity import PRESETS, load_sparsity
+parser = argparse.ArgumentParser()
+add_sparsity_flags(parser)
+read_sparsity(parser.parse_args(["--sparsity", "wan-14b"]), "flux")
+assert all(PRESETS.values())
+print(sorted({"jax", "jaxlib", "flax", "pallas_kernels"} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, attention_phases, density, mlp_phases, plan_steps
 from chipmunk_jax.sparsity import PRESETS
 
@@ -84,7 +85,7 @@ def test_recomputed_masks_are_selected_at_every_full_step():
     ],
 )
 def test_a_schedule_beyond_the_steps_is_one_error(sparsity):
-    with pytest.raises(ValueError, match=r"^(attention|mlp).full_step_schedule names step 28, but there are 28 steps"):
+    with pytest.raises(InputError, match=r"^(attention|mlp).full_step_schedule names step 28, but there are 28 steps"):
         plan_steps(sparsity, 28, tokens=100, mlp_width=100)
     plan_steps(sparsity, 29, tokens=100, mlp_width=100)
 
@@ -93,10 +94,18 @@ def test_a_schedule_beyond_the_steps_is_one_error(sparsity):
 def test_a_preset_that_skips_steps_beyond_the_steps_says_how_many_it_takes(preset):
     """40 steps are what Wan's image to video usually has."""
     sizes = dict(tokens=1000, mlp_width=1000)
-    with pytest.raises(ValueError, match=r"there are 40 steps \(0 to 39\): expected 44 or more, or another") as error:
+    with pytest.raises(InputError, match=r"there are 40 steps \(0 to 39\): expected 44 or more, or another") as error:
         plan_steps(PRESETS[preset], 40, **sizes)
     plan_steps(PRESETS[preset], 44, **sizes)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).endswith("; it is made for 50 steps")
+
+
+def test_a_schedule_of_no_preset_is_made_for_no_steps_that_are_known():
+    own = Sparsity(attention=AttentionSparsity(full_step_schedule=(0, 1, 10, 41)), mlp=None)
+    preset = Sparsity(attention=PRESETS["hunyuan-video"].attention, mlp=None)
+    for sparsity, made in ((own, ""), (preset, "; it is made for 50 steps")):
+        with pytest.raises(InputError, match=rf"or another attention.full_step_schedule{made}$"):
+            plan_steps(sparsity, 40, tokens=1000, mlp_width=1000)
 
 
 def test_a_plan_skips_the_steps_that_are_named_and_no_others():
@@ -110,7 +119,7 @@ def test_a_plan_skips_the_steps_that_are_named_and_no_others():
 def test_a_full_step_cannot_be_skipped(part, step):
     dense = {"attention": None, "mlp": None}
     parts = dense | {part: AttentionSparsity() if part == "attention" else MlpSparsity()}
-    with pytest.raises(ValueError, match=rf"^step_cache.skip_steps names step {step}: expected none that the {part}"):
+    with pytest.raises(InputError, match=rf"^step_cache.skip_steps names step {step}: expected none that the {part}"):
         plan_steps(Sparsity(**parts, step_cache=StepCache(skip_steps=(3, step))), 28, tokens=100, mlp_width=100)
 
 

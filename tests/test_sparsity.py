@@ -1,15 +1,24 @@
 """Configs: presets are the paper's, files and overrides say the same as code, and what is wrong is one sentence."""
 
+import argparse
+import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache, load_sparsity
+from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache, config_file, load_sparsity
+from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.schedule import AttentionPhase, attention_phases
-from chipmunk_jax.sparsity import PRESETS, to_dict
+from chipmunk_jax.sparsity import PARTS as CONFIGS
+from chipmunk_jax.sparsity import PRESET_STEPS, PRESETS, to_dict
+
+ROOT = Path(__file__).parents[1]
 
 PARTS = [AttentionSparsity, MlpSparsity]
 # Every field away from its default.
@@ -31,11 +40,93 @@ OTHER = Sparsity(
 
 
 def fails(act, *words):
-    """act() raises one ValueError of one line that holds all words."""
-    with pytest.raises(ValueError) as error:
+    """act() raises one InputError of one line that holds all words."""
+    with pytest.raises(InputError) as error:
         act()
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+# Every field of every preset, as it was measured.
+KEYS = {
+    "top_keys": 0.165,
+    "random_keys": 0.0,
+    "max_keys": None,
+    "first_n_dense_layers": 2,
+    "full_step_every": 10,
+    "full_step_schedule": None,
+    "group": 128,
+    "recompute_mask": False,
+    "query_stride": 1,
+    "residual_bits": 16,
+    "fixed_random_keys": 0.0,
+    "text_keys": False,
+    "text_queries": False,
+    "local_voxels": 0,
+    "local_1d_window": 0.0,
+}
+NEURONS = {
+    "top_keys": 0.3,
+    "random_keys": 0.05,
+    "max_keys": None,
+    "first_n_dense_layers": 2,
+    "full_step_every": 10,
+    "full_step_schedule": None,
+    "group": 128,
+    "select_every": 2,
+    "cache": "activations",
+}
+SKIPPED = [7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43]
+OF_VIDEOS = {"recompute_mask": True, "query_stride": 2, "random_keys": 0.01, "fixed_random_keys": 0.01}
+OF_HUNYUAN = {"top_keys": 0.05, "text_keys": True, "text_queries": True, "full_step_schedule": [0, 1, 10, 40]}
+OF_MINIS = {"group": 64, "full_step_every": 5}
+VALUES = {
+    "flux": (KEYS, NEURONS, [8, 4]),
+    "hunyuan-video": (KEYS | OF_VIDEOS | OF_HUNYUAN, None, [[4, 4, 8]]),
+    "wan-14b": (KEYS | OF_VIDEOS | {"top_keys": 0.1, "local_voxels": 5}, None, [[4, 4, 8]]),
+    "wan-1.3b": (KEYS | OF_VIDEOS | {"top_keys": 0.1, "local_voxels": 3}, None, [[4, 4, 8]]),
+    "mini-flux": (KEYS | OF_MINIS, NEURONS | OF_MINIS, [8, 4]),
+    "mini-wan": (KEYS | OF_MINIS | {"recompute_mask": True}, None, [[4, 4, 4]]),
+}
+STEP_CACHES = {f"{name}-step-cache": VALUES[name] for name in ("flux", "hunyuan-video", "wan-14b", "wan-1.3b")}
+
+
+def test_the_presets_are_these():
+    assert list(PRESETS) == sorted(VALUES | STEP_CACHES) and len(PRESETS) == 10
+    with pytest.raises(KeyError):
+        PRESETS["fluks"]
+    with pytest.raises(TypeError):
+        PRESETS["flux"] = Sparsity()
+
+
+@pytest.mark.parametrize("name", VALUES | STEP_CACHES)
+def test_every_field_of_the_presets_is_as_it_was_measured(name):
+    attention, mlp, patches = (VALUES | STEP_CACHES)[name]
+    step_cache = {"skip_steps": SKIPPED} if name in STEP_CACHES else None
+    assert to_dict(PRESETS[name]) == {"attention": attention, "mlp": mlp, "step_cache": step_cache, "patches": patches}
+    assert load_sparsity(name) == PRESETS[name]
+
+
+def test_names_of_presets_are_known_without_reading_them(monkeypatch):
+    monkeypatch.setattr(config_file, "read_config", lambda file: pytest.fail(f"{file} was read"))
+    presets = type(PRESETS)()
+    assert "flux" in presets and "fluks" not in presets and len(list(presets)) == len(presets) == 10
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "chipmunk_jax/presets").iterdir()), ids=lambda file: file.stem)
+def test_a_preset_file_names_its_source_and_a_measurement_that_is_there(file):
+    text = file.read_text()
+    assert file.suffix == ".yaml" and "\n# Source: " in text and "\n# Measured" in text
+    records = re.findall(r"benchmarks/results/[\w.-]+\.jsonl?", text)
+    assert records and all((ROOT / record).is_file() for record in records)
+    bases = re.findall(r"[\w.-]+\.yaml", text)
+    assert all((file.parent / base).is_file() for base in bases)
+
+
+def test_presets_that_name_steps_fit_into_the_steps_that_they_are_made_for():
+    last = [max(p.attention.full_step_schedule or (0,)) for p in PRESETS.values()]
+    last += [max(p.step_cache.skip_steps) for p in PRESETS.values() if p.step_cache]
+    assert max(last) < PRESET_STEPS
 
 
 def test_the_flux_preset_has_the_values_of_the_paper():
@@ -88,6 +179,113 @@ def test_keys_left_out_keep_their_defaults(tmp_path):
     (tmp_path / "a.yml").write_text("attention: {top_keys: 0.2}\nmlp: null\n")
     assert load_sparsity(tmp_path / "a.yml") == Sparsity(attention=AttentionSparsity(top_keys=0.2), mlp=None)
     assert load_sparsity({}) == Sparsity()
+
+
+def test_a_file_may_change_a_preset_or_another_file(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.yaml").write_text("preset: wan-14b\nattention: {top_keys: 0.2}\nstep_cache: {}\n")
+    (tmp_path / "folder/b.json").write_text('{"preset": "../a.yaml", "attention": {"group": 192}, "mlp": {}}')
+    overrides = {"attention.top_keys": 0.2, "step_cache": {}}
+    a = load_sparsity("wan-14b", overrides)
+    b = load_sparsity("wan-14b", overrides | {"attention.group": 192, "mlp": {}})
+    assert a.attention.local_voxels == 5 and a.step_cache == StepCache() and b.mlp == MlpSparsity()
+    assert load_sparsity(tmp_path / "a.yaml") == a and load_sparsity(tmp_path / "folder/b.json") == b
+    monkeypatch.chdir(tmp_path)
+    assert load_sparsity("a.yaml") == a and load_sparsity("folder/b.json") == b
+    assert load_sparsity({"preset": "folder/b.json", "patches": []}) == dataclasses.replace(b, patches=())
+    source = {"preset": "flux", "attention": None}
+    assert load_sparsity(source) == Sparsity(attention=None) and source == {"preset": "flux", "attention": None}
+    assert load_sparsity({"preset": None}) == Sparsity()
+
+
+def test_files_that_change_each_other_are_one_error(tmp_path):
+    (tmp_path / "a.yaml").write_text("preset: b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"preset: ../{tmp_path.name}/a.yaml\n")  # spelled otherwise
+    (tmp_path / "c.yaml").write_text("preset: c.yaml\n")
+    for name in "abc":
+        fails(lambda name=name: load_sparsity(tmp_path / f"{name}.yaml"), f"{name}.yaml", "based on this file itself")
+
+
+@pytest.mark.parametrize("preset", ["fluks", 3, ["flux"], {"mlp": None}, True])
+def test_a_file_that_changes_no_known_preset_is_one_error(tmp_path, preset):
+    (tmp_path / "a.yaml").write_text(json.dumps({"preset": preset}))
+    fails(lambda: load_sparsity(tmp_path / "a.yaml"), repr(preset), "one of flux, ")
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such file"):
+        load_sparsity({"preset": "none.yaml"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "mlp: null\nattention: {}\nmlp: {}\n"),
+        ("a.yaml", "attention:\n  mlp: 0.2\n  mlp: 0.2\n"),
+        ("a.yml", "attention: {group: 64, mlp: 0.2, mlp: 0.3}"),
+        ("a.json", '{"mlp": null, "attention": null, "mlp": {}}'),
+        ("a.json", '{"attention": {"mlp": 1, "mlp": 1}}'),
+    ],
+)
+def test_a_key_given_twice_is_one_error(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    fails(lambda: load_sparsity(tmp_path / name), name, "key mlp is given twice")
+
+
+def test_yaml_may_merge_one_mapping_into_another(tmp_path):
+    (tmp_path / "a.yaml").write_text("attention: &a {group: 64, top_keys: 0.2}\nmlp: {<<: *a, group: 192}\n")
+    keys, neurons = AttentionSparsity(group=64, top_keys=0.2), MlpSparsity(group=192, top_keys=0.2)
+    assert load_sparsity(tmp_path / "a.yaml") == Sparsity(attention=keys, mlp=neurons)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"attention.top_keys.x": 1}, ["sparsity.attention.top_keys={'x': 1}", "a number"]),
+        ({"attention.random_keys.x.y": 1}, ["sparsity.attention.random_keys={'x': {'y': 1}}", "a number"]),
+        ({"attention.max_keys.x": None}, ["sparsity.attention.max_keys={'x': None}", "a number"]),
+        ({"patches.x": 1}, ["sparsity.patches={'x': 1}", "list of whole numbers"]),
+        ({"attention.top_keys": 0.2, "attention.top_keys.x": 1}, ["attention.top_keys.x=1", "no other override"]),
+        ({"attention.top_keys.x": 1, "attention.top_keys": 0.2}, ["attention.top_keys=0.2", "no other override"]),
+        ({"mlp": None, "mlp.top_keys": 0.2}, ["mlp.top_keys=0.2", "no other override"]),
+        ({"mlp.top_keys": 0.2, "mlp": None}, ["mlp=None", "no other override"]),
+    ],
+)
+@pytest.mark.parametrize("source", ["flux", {"attention": {"max_keys": 1.0}}, Sparsity()])
+def test_no_override_is_swallowed(source, overrides, words):
+    fails(lambda: load_sparsity(source, overrides), *words)
+
+
+def test_an_override_by_a_dictionary_changes_what_it_names():
+    overrides = {"mlp": {"cache": "residual"}, "mlp.group": 192}
+    assert load_sparsity("flux", overrides).mlp == MlpSparsity(cache="residual", group=192)
+    assert overrides["mlp"] == {"cache": "residual"}  # the caller's own is left alone
+    assert load_sparsity(OTHER, {"mlp": {"group": 64}}).mlp == dataclasses.replace(OTHER.mlp, group=64)
+
+
+def words_of(text):
+    """The words, however the lines were wrapped."""
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("kind", [*PARTS, StepCache, Sparsity])
+def test_the_docstring_explains_every_field_with_its_default(kind):
+    for field in dataclasses.fields(kind):
+        assert f" {field.name}: {field.metadata['help']}" in words_of(kind.__doc__)
+        part = dataclasses.is_dataclass(field.default)
+        default = f"{type(field.default).__name__}()" if part else json.dumps(field.default).strip('"')
+        assert field.metadata["help"].endswith(f" (default: {default})")
+
+
+def test_the_help_of_a_flag_is_that_of_the_docstring():
+    parser = argparse.ArgumentParser()
+    add_sparsity_flags(parser)
+    flags = {action.dest: action.help for action in parser._actions if action.dest.startswith("sparsity.")}
+    kinds = {f"sparsity.{part}.": kind for part, kind in CONFIGS.items()} | {"sparsity.": Sparsity}
+    expected = {
+        f"{prefix}{field.name}": field.metadata["help"]
+        for prefix, kind in kinds.items()
+        for field in dataclasses.fields(kind)
+        if not (kind is Sparsity and field.name in CONFIGS)
+    }
+    assert flags == expected and "%" not in "".join(flags.values())  # which argparse would format
 
 
 def test_overrides_by_dotted_names_win():

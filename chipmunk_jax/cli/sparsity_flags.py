@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.sparsity import PARTS, PRESETS, SUFFIXES, Sparsity, load_sparsity
+from chipmunk_jax.config_file import SUFFIXES
+from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 
 OWN = "the model's own preset"
 
@@ -25,6 +26,7 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None = No
         "sparsity",
         textwrap.fill(f"What is recomputed at each step: {', '.join(PRESETS)},", 96, break_on_hyphens=False) + "\n"
         "or a YAML or JSON file such as\n"
+        "  preset: flux                      # what the rest changes; without it, the defaults below\n"
         "  attention: {top_keys: 0.2, full_step_every: 10}\n"
         "  mlp: null\n"
         "A flag wins over it; its VALUE is a number, true, false, null, a word, or a list as 0,1,10 or [8].",
@@ -52,7 +54,7 @@ def read_sparsity(args: argparse.Namespace, preset: str | dict[str, Any], *, den
         dense: whether no flags at all mean None, dense sampling, instead.
 
     Raises:
-        ValueError, FileNotFoundError: see load_sparsity.
+        InputError, FileNotFoundError: see load_sparsity.
     """
     given = vars(args)
     overrides = {name: given[f"sparsity.{name}"] for name, _ in _fields() if f"sparsity.{name}" in given}

@@ -1,0 +1,117 @@
+"""Configs as plain trees: YAML and JSON files, each of which may change another one, and overrides by dotted names."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from chipmunk_jax.errors import InputError
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def read_layers(source: str | Path | dict[str, Any], presets: Mapping[str, Traversable]) -> list[dict[str, Any]]:
+    """The trees that make up a config, each of which changes those before it.
+
+    Args:
+        source: the name of a preset, a path, or the tree itself. Its key `preset`, which is left out of the result, names what
+            it changes: a preset, or a path relative to the file that says so.
+        presets: their files by name.
+
+    Raises:
+        InputError: no such preset, files that change each other, and see read_config.
+        FileNotFoundError: no such file.
+    """
+    layers, read, folder = [], set(), Path()
+    while not layers or source is not None:
+        if isinstance(source, dict) and not layers:
+            layer = dict(source)
+        else:
+            file = _file(source, folder, presets)
+            if (place := os.path.realpath(str(file))) in read:
+                raise InputError(f"{file}: expected no preset that is based on this file itself")
+            layer, folder = read_config(file), Path(str(file)).parent
+            read.add(place)
+        layers.insert(0, layer)
+        source = layer.pop("preset", None)
+    return layers
+
+
+def _file(source: str | Path, folder: Path, presets: Mapping[str, Traversable]) -> Traversable | Path:
+    if isinstance(source, str) and source in presets:
+        return presets[source]
+    path = folder / source if isinstance(source, (str, Path)) else None
+    if path is None or path.suffix not in SUFFIXES:
+        given = str(source) if path else source
+        raise InputError(f"preset {given!r}: expected one of {', '.join(presets)}, or a .yaml or .json file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree {"a": {"b": 1}} of overrides {"a.b": 1}.
+
+    Raises:
+        InputError: two that exclude each other, such as "a" and "a.b".
+    """
+    tree: dict[str, Any] = {}
+    for name, value in overrides.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf in node:
+            raise InputError(f"{name}={value}: expected no other override that contains it or that it contains")
+        node[leaf] = dict(value) if isinstance(value, dict) else value
+    return tree
+
+
+def read_config(file: Path | Traversable) -> dict[str, Any]:
+    """The keys and values of a file, JSON if its name ends in .json, else YAML.
+
+    A key given twice is refused, as both formats would let the second replace the first without a word.
+
+    Raises:
+        InputError: the file is neither, gives a key twice, or holds something other than keys and values.
+        OSError: it cannot be read.
+    """
+    try:
+        # YAML 1.1 takes JSON's 1e-1 for a string.
+        tree = (_json if PurePath(file.name).suffix == ".json" else _yaml)(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{file}: expected YAML or JSON, each key once ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: expected keys and values, such as attention: {{top_keys: 0.2}}")
+    return tree
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"key {next(name for name in names if names.count(name) > 1)} is given twice")
+    return tree
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise InputError(f"key {key.value} is given twice, line {key.start_mark.line + 1}")
+            seen.add((key.tag, key.value))
+        return node
