@@ -32,7 +32,7 @@ from chipmunk_jax import (
     wan_timesteps,
 )
 from chipmunk_jax.convert import read
-from chipmunk_jax.convert.networks import leaves_of
+from chipmunk_jax.models.checkpoint import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
 
 GRID, TEXT, STEPS = (9, 14), 5, 6  # neither patches nor groups fit
