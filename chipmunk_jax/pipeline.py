@@ -13,11 +13,10 @@ import numpy as np
 from flax import nnx
 
 from chipmunk_jax import memory
-from chipmunk_jax.convert import load
-from chipmunk_jax.convert.checkpoint import describe
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.families import TEXT_ROWS, Family, defaults
 from chipmunk_jax.model import Condition
+from chipmunk_jax.models.checkpoint import describe, load
 from chipmunk_jax.sampling import check_seed, plan_stacks, sample
 from chipmunk_jax.schedule import density
 from chipmunk_jax.sparsity import Sparsity

@@ -1,7 +1,7 @@
-"""Checkpoints: PyTorch's in two layouts read without PyTorch, this library's written and loaded."""
+"""PyTorch's checkpoints in two layouts, read without PyTorch; load and save are chipmunk_jax.models.checkpoint's."""
 
-from chipmunk_jax.convert.checkpoint import load, save
 from chipmunk_jax.convert.convert import convert, read
 from chipmunk_jax.convert.inspection import Inspection, inspect
+from chipmunk_jax.models.checkpoint import load, save
 
 __all__ = ["Inspection", "convert", "inspect", "load", "read", "save"]

@@ -9,11 +9,10 @@ import jax
 from flax import nnx
 from tqdm import tqdm
 
-from chipmunk_jax.convert.checkpoint import replacing, write
-from chipmunk_jax.convert.networks import abstract, leaves_of, nest, parse_dtype, with_arrays
 from chipmunk_jax.convert.rules import Match, fill
 from chipmunk_jax.convert.source import Source, open_source
 from chipmunk_jax.memory import nbytes
+from chipmunk_jax.models.checkpoint import abstract, leaves_of, nest, parse_dtype, replacing, with_arrays, write
 
 # The small trained models take prompts from a table of words instead of a text encoder.
 WORD_TABLE = ("words.json", "word_embeddings.safetensors")

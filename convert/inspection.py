@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.convert.checkpoint import compare, describe, is_checkpoint
-from chipmunk_jax.convert.networks import abstract, leaves_of
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.memory import nbytes
+from chipmunk_jax.models.checkpoint import abstract, compare, describe, is_checkpoint, leaves_of
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from chipmunk_jax.convert.safetensors import Tensor, Weights, repeated
+from chipmunk_jax.errors import listed
 
 # A transposed copy goes in bands of this many rows: each destination row gets one cache line or more at a time.
 # 12,288 x 3,072 bf16: 2.0 ns an element, against 7.0 for the whole matrix at once.
 BAND = 64
-SHOWN = 6  # names of each kind that an error lists
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,3 @@ def torch_shape(target: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def along(axis: int, low: int, high: int) -> tuple[slice, ...]:
     """An index of [low, high) on `axis` and of everything elsewhere."""
     return (*(slice(None),) * axis, slice(low, high))
-
-
-def listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.convert import flux, hunyuan_video, wan
-from chipmunk_jax.convert.checkpoint import is_checkpoint
-from chipmunk_jax.convert.networks import abstract, leaves_of
-from chipmunk_jax.convert.rules import Layout, Match, listed, match
+from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
 from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
+from chipmunk_jax.errors import listed
+from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
 LAYOUTS = (*flux.LAYOUTS, *hunyuan_video.LAYOUTS, *wan.LAYOUTS)
 PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like

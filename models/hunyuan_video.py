@@ -1,7 +1,7 @@
-"""HunyuanVideo's transformer (Tencent, 2024): FLUX's blocks on [video, text] tokens, behind a refiner of the text.
+"""HunyuanVideo's transformer (Tencent, 2024): FLUX's blocks on [video, text] tokens, after a refiner of the text.
 
 A token is a patch of latent pixels, 2 x 2 of one frame in the published model; its channels are in the order of the output:
-channel, frame, row, column. The text stands behind the video, so that what pads its end is past the last valid token.
+channel, frame, row, column. The text stands after the video, so that what pads its end is past the last valid token.
 """
 
 import math
@@ -13,164 +13,91 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chipmunk_jax.cache import LayerCache
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.layers import Linear, run_layers, stack_layers
-from chipmunk_jax.model import Stack
-from chipmunk_jax.models.flux import (
-    DoubleBlock,
+from chipmunk_jax.model import Condition
+from chipmunk_jax.models.blocks import (
     Embedder,
-    Flux,
     Modulation,
-    Modulations,
-    Network,
-    SingleBlock,
     add_gated,
-    check_conditions,
-    check_guidance,
-    check_text,
     grid_positions,
     layer_norm,
     merge_heads,
-    rotary_table,
     time_embedding,
 )
+from chipmunk_jax.models.mmdit import MMDiT, MMDiTConfig
 from chipmunk_jax.schedule import Step
 from pallas_kernels import dense_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class HunyuanVideoConfig:
+class HunyuanVideoConfig(MMDiTConfig):
     """Sizes of a HunyuanVideo transformer, named as FLUX's; the defaults are those of the published text-to-video model."""
 
     in_channels: int = 16  # of a latent pixel
     patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of a token
-    vec_in_dim: int = 768  # pooled text
-    context_in_dim: int = 4096  # text tokens
-    hidden_size: int = 3072  # D
-    mlp_ratio: float = 4.0
-    num_heads: int = 24
-    depth: int = 20  # double-stream blocks
+    depth: int = 20
     depth_single_blocks: int = 40
     refiner_depth: int = 2
-    axes_dim: tuple[int, ...] = (16, 56, 56)  # of a head, rotated by (frame, row, column)
     theta: float = 256.0
-    guidance_embed: bool = True  # distilled guidance
 
     def __post_init__(self):
-        for name in ("patch_size", "axes_dim"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
-            raise ValueError(f"patch_size={self.patch_size}: expected frames, rows and columns of a token")
-        if len(self.axes_dim) != 3 or any(width < 2 or width % 2 for width in self.axes_dim):
-            raise ValueError(f"axes_dim={self.axes_dim}: expected three even widths, of frame, row and column")
-        if self.hidden_size != self.num_heads * self.head_dim:
-            raise ValueError(
-                f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, axes_dim={self.axes_dim}: "
-                "expected hidden_size = num_heads * sum(axes_dim)"
-            )
+            raise InputError(f"patch_size={self.patch_size}: expected frames, rows and columns of a token")
 
     @property
-    def head_dim(self) -> int:
-        """d."""
-        return sum(self.axes_dim)
-
-    @property
-    def mlp_width(self) -> int:
-        """F."""
-        return int(self.hidden_size * self.mlp_ratio)
-
-    @property
-    def text_rows(self) -> int:
-        """Rows of text that the published model was trained with, at most."""
-        return 256
+    def text_rows(self) -> tuple[int, int]:
+        """Fewest and most rows of text: as many as the published model was trained with, or fewer."""
+        return 1, 256
 
     @property
     def token_channels(self) -> int:
-        """Channels of a token."""
+        """Values of a token."""
         return self.in_channels * math.prod(self.patch_size)
 
 
-class HunyuanVideo(Network):
-    """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
+class HunyuanVideo(MMDiT):
+    """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video.
 
-    prompted, on_grid = ("text", "mask", "pooled"), ()  # see chipmunk_jax.model.Model
+    Conditions: "text" [B, T, context_in_dim]; "mask" [B, T], bool, True for the prompt and False for the padding after it,
+    which is never read; "pooled" [B, vec_in_dim]; "guidance" [B], f32, the plain scale, where guidance_embed.
+    """
 
-    def __init__(self, config: HunyuanVideoConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
-        c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.config, self.dtype, self.unroll = config, dtype, False
-        self.img_in = nnx.Linear(c.token_channels, c.hidden_size, **kw)
-        self.txt_in = TokenRefiner(c, **kw)
-        self.time_in = Embedder(256, c.hidden_size, **kw)
-        self.vector_in = Embedder(c.vec_in_dim, c.hidden_size, **kw)
-        self.guidance_in = Embedder(256, c.hidden_size, **kw) if c.guidance_embed else None
-        self.double_blocks = stack_layers(lambda r: DoubleBlock(c, dtype, r, text_first=False), c.depth, rngs)
-        self.single_blocks = stack_layers(lambda r: SingleBlock(c, dtype, r), c.depth_single_blocks, rngs)
-        self.final = Modulation(c.hidden_size, 2, dtype, rngs)
-        self.img_out = nnx.Linear(c.hidden_size, c.token_channels, **kw)
+    config_class = HunyuanVideoConfig
+    prompted = ("text", "mask", "pooled")
+    text_first = False
 
-    def hidden(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        cond: dict[str, jax.Array],
-        positions: jax.Array,
-        cache: dict[str, LayerCache] | None,
-        step: Step | None,
-        mods: Modulations,
-    ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
-        """The video's tokens behind the last block, [B, N, D], and the caches.
+    @property
+    def channels(self) -> int:
+        """Values of a token."""
+        return self.config.token_channels
 
-        Args:
-            x: [B, N, token_channels], tokens in any order that positions follow.
-            t: [B], f32, 1 (noise) to 0 (video).
-            cond: "text" [B, T, context_in_dim]; "mask" [B, T], bool, True for the prompt and False for the padding behind it,
-                which is never read; "pooled" [B, vec_in_dim]; "guidance" [B], f32, the plain scale, where guidance_embed.
-            positions: [N, 3], f32 or i32: (frame, row, column) of every token.
-            cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
-            step: what this step computes; None for the dense network.
-            mods: of self.modulations(t, cond).
-        """
-        cache, tokens = cache or {"double": None, "single": None}, x.shape[1]
-        text = self.txt_in(cond["text"], cond["mask"], t, step)
-        x = self.img_in(x.astype(self.dtype))
-        args = self.rotations(positions, text.shape[1]), tokens + cond["mask"].sum(-1, dtype=jnp.int32)
-        run = partial(run_layers, step=step, unroll=self.unroll)
-        (x, text), double = run(self.double_blocks, (x, text), cache["double"], *args, per_layer=mods["double"])
-        x, first = jnp.concatenate([x, text], axis=1), self.config.depth
-        x, single = run(self.single_blocks, x, cache["single"], *args, per_layer=mods["single"], first=first)
-        return x[:, :tokens], {"double": double, "single": single}
+    def text_embedder(self, **linear) -> "TokenRefiner":
+        """The token refiner."""
+        return TokenRefiner(self.config, **linear)
 
-    # Both networks have these layers, under these names; the text's own layers are far too few to gain from it.
-    modulations, velocity = Flux.modulations, Flux.velocity
-
-    def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
-        """Sizes of the two stacks of layers for so many video tokens, for the caches."""
-        return {
-            name: stack.replace(text=(tokens, stack.tokens)) for name, stack in Flux.stacks(self, tokens, cond).items()
-        }
-
-    def rotations(self, positions: jax.Array, text_tokens: int) -> tuple[jax.Array, jax.Array]:
-        """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [N + T, d] each; text is not turned."""
-        return rotary_table(jnp.pad(positions, ((0, text_tokens), (0, 0))), self.config.axes_dim, self.config.theta)
+    def text_tokens(self, cond: Condition, t: jax.Array, step: Step | None) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D], and how many of them are the prompt's, i32 [B]."""
+        return self.txt_in(cond["text"], cond["mask"], t, step), cond["mask"].sum(-1, dtype=jnp.int32)
 
     def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
         return grid_positions(grid, axes=3)
 
-    def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:
-        """Raises ValueError unless noise [B, N, C] and the conditions fit."""
-        c, batch = self.config, noise.shape[0]
-        if noise.shape[-1] != c.token_channels:
-            raise ValueError(f"noise {noise.shape}: expected {c.token_channels} channels a token")
-        shapes = {"text": (batch, "T", c.context_in_dim), "mask": (batch, "T"), "pooled": (batch, c.vec_in_dim)}
-        check_conditions(cond, shapes | ({"guidance": (batch,)} if c.guidance_embed else {}))
-        if cond["mask"].dtype != bool:
-            raise ValueError(f"condition mask {cond['mask'].dtype}: expected bool")
-        check_text(cond["text"], most=c.text_rows)
-        check_guidance(cond)
+    def conditions(self, tokens: int, text: int | str) -> dict[str, tuple[int | str, ...]]:
+        """Shapes of the conditions of one sample of N tokens and so many rows of text, without B; a letter is any number."""
+        return super().conditions(tokens, text) | {"mask": (text,)}
+
+    def check(self, noise: jax.Array, cond: Condition) -> None:
+        """Raises InputError unless noise [B, N, C] and the conditions fit, and every mask is a prompt and then padding."""
+        super().check(noise, cond)
         mask = np.asarray(cond["mask"])
+        if mask.dtype != bool:
+            raise InputError(f"condition mask {mask.dtype}: expected bool")
         if (rows := np.flatnonzero(np.any(mask[:, 1:] & ~mask[:, :-1], axis=1))).size:
-            raise ValueError(
+            raise InputError(
                 f"condition mask: row {rows[0]} has a valid token behind padding, expected all padding at its end"
             )
 

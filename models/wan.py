@@ -13,17 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.delta import attend
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.layers import Linear, Mlp, run_layers, stack_layers
-from chipmunk_jax.model import Stack
-from chipmunk_jax.models.flux import (
+from chipmunk_jax.model import Condition, Stack
+from chipmunk_jax.models.blocks import (
+    Caches,
     Embedder,
     Network,
     Qkv,
     add_gated,
-    check_conditions,
-    check_text,
     grid_positions,
     layer_norm,
     merge_heads,
@@ -35,6 +34,7 @@ from chipmunk_jax.schedule import Step
 from pallas_kernels import dense_attention, rotary_qkv
 from pallas_kernels.rotary_qkv import rms_norm
 
+CLIP_TOKENS = 257  # of an image, by CLIP's ViT-H/14: 16 x 16 patches and one
 UMT5_WIDTH = 4096  # of the text encoder of all published models
 
 
@@ -57,7 +57,7 @@ class WanConfig:
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f"dim={self.dim}, num_heads={self.num_heads}: expected even heads of 6 or more")
+            raise InputError(f"dim={self.dim}, num_heads={self.num_heads}: expected even heads of 6 or more")
 
     @property
     def head_dim(self) -> int:
@@ -65,12 +65,12 @@ class WanConfig:
         return self.dim // self.num_heads
 
     @property
-    def text_rows(self) -> int | None:
-        """Rows of text, zeros behind the prompt, in all published models; None: any number, in one without UMT5.
+    def text_rows(self) -> tuple[int, int | None]:
+        """Fewest and most rows of text: exactly 512 in all published models, zeros after the prompt, as zeros too are attended to.
 
-        By design: neither its config nor its weights say how many it was trained with.
+        None, any number, in a model without UMT5: neither its config nor its weights say how many it was trained with.
         """
-        return 512 if self.text_dim == UMT5_WIDTH else None
+        return (512, 512) if self.text_dim == UMT5_WIDTH else (1, None)
 
     @property
     def patch(self) -> int:
@@ -87,7 +87,8 @@ class WanConfig:
 class Wan(Network):
     """Velocity of a noisy video, given text: dx/dt at time t, where t = 1 is noise and t = 0 the video."""
 
-    prompted, on_grid = ("text",), ("latents",)  # see chipmunk_jax.model.Model
+    config_class, depths = WanConfig, ("num_layers",)
+    prompted, on_grid = ("text",), ("latents",)
 
     def __init__(self, config: WanConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -104,23 +105,28 @@ class Wan(Network):
         self.final = nnx.Param(jnp.zeros((2, c.dim)))  # f32: shift, scale
         self.head = nnx.Linear(c.dim, c.patch * c.out_dim, **kw)
 
+    @property
+    def channels(self) -> int:
+        """Values of a token."""
+        return self.config.patch * self.config.out_dim
+
     def hidden(
         self,
         x: jax.Array,
         t: jax.Array,
-        cond: dict[str, jax.Array],
+        cond: Condition,
         positions: jax.Array,
-        cache: dict[str, LayerCache] | None,
+        cache: Caches | None,
         step: Step | None,
         mods: dict[str, jax.Array],
-    ) -> tuple[jax.Array, dict[str, LayerCache | None]]:
-        """The tokens behind the last block, [B, N, D], and the caches.
+    ) -> tuple[jax.Array, Caches]:
+        """The tokens after the last block, [B, N, D], and the caches.
 
         Args:
             x: [B, N, patch out_dim], tokens in any order that positions follow.
             t: [B], f32, 1 for noise and 0 for the video.
             cond: "text" [B, T, text_dim], all of whose rows are attended to (512 in the published models, zeros
-                behind the prompt); for image to video also "image" [B, M, image_dim], tokens of CLIP, and
+                after the prompt); for image to video also "image" [B, M, image_dim], tokens of CLIP, and
                 "latents" [B, N, patch (in_dim - out_dim)], mask and image in the order of x.
             positions: [N, 3], f32 or i32: (frame, row, column) of every token.
             cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
@@ -138,11 +144,11 @@ class Wan(Network):
         return x, {"blocks": blocks}
 
     def velocity(self, hidden: jax.Array, mods: dict[str, jax.Array]) -> jax.Array:
-        """[B, N, patch out_dim], f32, of the tokens behind the last block."""
+        """[B, N, patch out_dim], f32, of the tokens after the last block."""
         shift, scale = jnp.split(self.final[...] + mods["final"], 2, axis=-2)
         return self.head(modulate(hidden, shift, scale)).astype(jnp.float32)
 
-    def modulations(self, t: jax.Array, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def modulations(self, t: jax.Array, cond: Condition) -> dict[str, jax.Array]:
         """What every block and the last layer add to their shifts, scales and gates, f32: [.., B, 6, D] and [.., B, 1, D]."""
         e = self.time_in(sinusoids(1000 * t.astype(jnp.float32), self.config.freq_dim))
         return {"blocks": self.time_projection(jax.nn.silu(e)).reshape(*e.shape[:-1], 6, -1), "final": e[..., None, :]}
@@ -155,23 +161,22 @@ class Wan(Network):
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
         return grid_positions(grid, axes=3)
 
-    def stacks(self, tokens: int, cond: dict[str, jax.Array]) -> dict[str, Stack]:
+    def stacks(self, tokens: int, cond: Condition) -> dict[str, Stack]:
         """Sizes of the stack of layers for so many tokens, for the caches."""
         c = self.config
         sizes = dict(heads=c.num_heads, head_dim=c.head_dim, width=c.dim, mlp_width=c.ffn_dim)
         return {"blocks": Stack(layers=c.num_layers, tokens=tokens, mlp_tokens=tokens, **sizes)}
 
-    def check(self, noise: jax.Array, cond: dict[str, jax.Array]) -> None:
-        """Raises ValueError unless noise [B, N, C] and the conditions fit."""
-        c, (batch, tokens, channels) = self.config, noise.shape
-        if channels != c.patch * c.out_dim:
-            raise ValueError(f"noise {noise.shape}: expected {c.patch * c.out_dim} channels a token")
-        shapes = {"text": (batch, "T", c.text_dim)}
+    def conditions(self, tokens: int, text: int | str) -> dict[str, tuple[int | str, ...]]:
+        """Shapes of the conditions of one sample of N tokens and so many rows of text, without B.
+
+        Where text is a letter, any number of rows, so is the image's: the published models take one image or two.
+        """
+        c, shapes = self.config, {"text": (text, self.config.text_dim)}
         if c.image_dim:
-            latents = (batch, tokens, c.patch * (c.in_dim - c.out_dim))
-            shapes |= {"image": (batch, "M", c.image_dim), "latents": latents}
-        check_conditions(cond, shapes)
-        check_text(cond["text"], most=c.text_rows, least=c.text_rows or 1)  # zeros, too, are attended to
+            image = "M" if isinstance(text, str) else CLIP_TOKENS
+            shapes |= {"image": (image, c.image_dim), "latents": (tokens, c.patch * (c.in_dim - c.out_dim))}
+        return shapes
 
 
 class Block(nnx.Module):

@@ -14,7 +14,7 @@ from test_safetensors import write_safetensors, write_shards
 from chipmunk_jax.cli import convert as cli_convert
 from chipmunk_jax.cli import inspect as cli_inspect
 from chipmunk_jax.convert import convert, inspect, load, read, save
-from chipmunk_jax.convert.networks import leaves_of
+from chipmunk_jax.models.checkpoint import leaves_of
 
 D, F, HEAD, DEPTH, SINGLES = 32, 48, 16, 2, 3
 CONFIG = {

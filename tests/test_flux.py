@@ -12,7 +12,7 @@ from flax import nnx
 
 from chipmunk_jax.convert import read
 from chipmunk_jax.layers import run_layers
-from chipmunk_jax.models import flux
+from chipmunk_jax.models import flux, mmdit
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = {"diffusers": "flux_{0}/transformer", "original": "flux_{0}/original/flux1-{0}.safetensors"}
@@ -106,7 +106,7 @@ def activations(model, *arguments):
             outputs.append(x)
         return x, cache
 
-    with mock.patch.object(flux, "run_layers", run):
+    with mock.patch.object(mmdit, "run_layers", run):
         model(*arguments)
     return outputs
 

@@ -16,10 +16,10 @@ from test_torch_pickle import emit, tensor, write_archive
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, sample, shifted_timesteps
 from chipmunk_jax.convert import convert, load, read
 from chipmunk_jax.convert import hunyuan_video as tables
-from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.layers import run_layers
-from chipmunk_jax.models import hunyuan_video
+from chipmunk_jax.models import hunyuan_video, mmdit
+from chipmunk_jax.models.checkpoint import leaves_of
 from chipmunk_jax.pipeline import Pipeline
 
 GOLDEN = Path(__file__).parent / "golden/hunyuan_video"
@@ -94,7 +94,8 @@ def test_every_block_equals_the_original(model, golden, monkeypatch):
             seen.append(x)
         return x, cache
 
-    monkeypatch.setattr(hunyuan_video, "run_layers", run_each)
+    for module in (hunyuan_video, mmdit):  # the refiner is in the one, the joint blocks in the other
+        monkeypatch.setattr(module, "run_layers", run_each)
     x, t, cond = inputs(golden)
     model(x, t, cond, model.positions(GRID))
     valid = np.asarray(cond["mask"])

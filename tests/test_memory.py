@@ -206,9 +206,9 @@ def test_a_checkpoint_of_other_sizes_is_planned_by_its_config():
 
 def abstract_config(name):
     """The default config of a network."""
-    from chipmunk_jax.convert.networks import NETWORKS
+    from chipmunk_jax import models
 
-    return NETWORKS[name].config()
+    return models.MODELS[name].config_class()
 
 
 @pytest.mark.parametrize("given", ["0", "-0.5", "1.5", "75%", "nan", ""])

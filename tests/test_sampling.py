@@ -33,8 +33,8 @@ from chipmunk_jax import (
     wan_timesteps,
 )
 from chipmunk_jax.convert import read
-from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.models.checkpoint import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.sampling import both_sides, denoise, plan, start
 

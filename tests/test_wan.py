@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 from chipmunk_jax import AttentionSparsity, Euler, MlpSparsity, Sparsity, UniPC, sample, wan_timesteps
 from chipmunk_jax.convert import convert, load, read
 from chipmunk_jax.convert import wan as tables
-from chipmunk_jax.convert.networks import leaves_of
 from chipmunk_jax.layers import run_layers
 from chipmunk_jax.models import wan
+from chipmunk_jax.models.checkpoint import leaves_of
 from chipmunk_jax.pipeline import Pipeline
 
 GOLDEN = Path(__file__).parent / "golden"

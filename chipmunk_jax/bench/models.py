@@ -15,11 +15,9 @@ from chipmunk_jax.families import Defaults, defaults
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
-from chipmunk_jax.models.wan import Wan, WanConfig
+from chipmunk_jax.models.wan import CLIP_TOKENS, Wan, WanConfig
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
-
-CLIP_TOKENS = 257  # of an image, by CLIP's ViT-H/14: 16 x 16 patches and one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from typing import Any
 
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
-from chipmunk_jax.convert.networks import NETWORKS
 from chipmunk_jax.families import Defaults, defaults
+from chipmunk_jax.models import MODELS
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
@@ -68,7 +68,7 @@ def describe(found: Inspection) -> str:
         "parameters": f"{found.parameters / 1e6:,.2f} M",
         "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
         **{name: str(value) for name, value in found.config.items()},
-        "usual sample": usual(defaults(NETWORKS[found.model].config(**found.config))),
+        "usual sample": usual(defaults(MODELS[found.model].config_class(**found.config))),
     }
     for kind in ("missing", "unknown", "doubled", "misshapen"):
         if names := getattr(found, kind):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from chipmunk_jax import memory
 from chipmunk_jax.bench.models import MODELS, BenchModel, model_of, plan_memory
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.convert.checkpoint import describe
+from chipmunk_jax.models.checkpoint import describe
 from chipmunk_jax.sparsity import Sparsity
 
 RESERVE = "reserve, a fortieth of these"  # what XLA or a GPU had in use was up to 2.3 % more (tests/test_memory.py)

@@ -1,0 +1,182 @@
+"""The parts of textbook transformers: the base class of a network, embedders, modulation, norms, positions, checks of inputs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chipmunk_jax.cache import LayerCache
+from chipmunk_jax.delta import product
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.layers import Linear, Stacked
+from chipmunk_jax.model import Condition
+from chipmunk_jax.schedule import Step
+from pallas_kernels.rotary_qkv import Projection
+
+Caches = dict[str, LayerCache | None]  # by stack
+
+
+class Network(nnx.Module):
+    """A network of blocks and a final layer: what all have in common of chipmunk_jax.model.Model, whose rest a network defines.
+
+    Called as network(config, dtype=.., rngs=..), it keeps `config` and `dtype`. A config says in `text_rows` how many rows of
+    text the network takes: (fewest, most), None for any number.
+    """
+
+    config_class: type
+    depths: tuple[str, ...]  # fields of the config that count layers, one for each stack
+    prompted: tuple[str, ...]
+    on_grid: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: Condition,
+        positions: jax.Array,
+        cache: Caches | None = None,
+        step: Step | None = None,
+        modulations: Any = None,
+    ) -> tuple[jax.Array, Caches]:
+        """velocity [B, N, C], f32, and the caches; modulations are those of self.modulations(t, cond), the rest as in hidden()."""
+        modulations = modulations or self.modulations(t, cond)
+        hidden, cache = self.hidden(x, t, cond, positions, cache, step, modulations)
+        return self.velocity(hidden, modulations), cache
+
+    def check(self, noise: jax.Array, cond: Condition) -> None:
+        """Raises InputError unless noise [B, N, C] and the conditions fit."""
+        batch, tokens, channels = noise.shape
+        if channels != self.channels:
+            raise InputError(f"noise {noise.shape}: expected {self.channels} channels a token")
+        # A letter is any size: the config alone bounds the rows of text.
+        check_conditions(cond, {name: (batch, *shape) for name, shape in self.conditions(tokens, "T").items()})
+        check_text(cond["text"], *self.config.text_rows)
+        check_guidance(cond)
+
+
+class Embedder(nnx.Module):
+    """Linear, SiLU, linear, in float32 [.., D]."""
+
+    def __init__(self, in_dim: int, width: int, **linear):  # of nnx.Linear
+        linear |= dict(preferred_element_type=jnp.float32)
+        self.in_layer = nnx.Linear(in_dim, width, **linear)
+        self.out_layer = nnx.Linear(width, width, **linear)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+class Modulation(nnx.Module):
+    """n vectors side by side, [.., 1, n D], f32, from the already activated condition [.., D]: shifts, scales and gates."""
+
+    def __init__(self, width: int, n: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        # bf16 weights, float32 sums and result.
+        self.linear = nnx.Linear(
+            width, n * width, dtype=dtype, param_dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, vec: jax.Array) -> jax.Array:
+        return self.linear(vec)[..., None, :].astype(jnp.float32)
+
+
+class Qkv(nnx.Module):
+    """Queries, keys and values of all heads, and the weights of their norms over `normed` features, as `rotary_qkv` takes them."""
+
+    def __init__(self, width: int, normed: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.linear = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.linear.bias = Stacked(jnp.zeros(3 * width, dtype))
+        self.query_norm = Stacked(jnp.ones(normed, dtype))
+        self.key_norm = Stacked(jnp.ones(normed, dtype))
+
+    def __call__(self, x: jax.Array) -> Projection:
+        linear = self.linear
+        return Projection(product(x, linear.kernel[...]), linear.bias[...], self.query_norm[...], self.key_norm[...])
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """(1 + scale) LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
+    return layer_norm(x, scale=1 + scale, shift=shift)
+
+
+def layer_norm(x: jax.Array, *, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """scale LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
+    return (scale * y + shift).astype(x.dtype)
+
+
+def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
+    """x + gate * y, added in float32, in the dtype of x."""
+    return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, N, H, d] as [B, N, D]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def time_embedding(t: jax.Array, width: int = 256) -> jax.Array:
+    """[cos, sin] of 1000 t at geometric frequencies, f32 [.., width]."""
+    return sinusoids(1000.0 * t.astype(jnp.float32), width)
+
+
+def sinusoids(x: jax.Array, width: int) -> jax.Array:
+    """[cos, sin] of x, f32, at geometric frequencies, [.., width]."""
+    # Rounded once from float64: at angles of 3,500 (guidance) a device's own float32 power would show in the result.
+    frequencies = (10_000.0 ** (-np.arange(width // 2) / (width // 2))).astype(np.float32)
+    angles = x[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotary_table(positions: jax.Array, axes_dim: tuple[int, ...], theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [N, d] each, of positions [N, axes]."""
+    positions = positions.astype(jnp.float32)
+    axes = [
+        positions[:, axis, None] * theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        for axis, width in enumerate(axes_dim)
+    ]
+    angles = jnp.repeat(jnp.concatenate(axes, axis=-1), 2, axis=-1)
+    return jnp.cos(angles), jnp.sin(angles) * jnp.tile(jnp.array([-1.0, 1.0]), angles.shape[-1] // 2)
+
+
+def grid_positions(grid: tuple[int, ...], axes: int) -> np.ndarray:
+    """Coordinates of every token of a grid, in raster order, f32 [N, axes].
+
+    Raises:
+        InputError: a grid of another number of axes.
+    """
+    if len(grid) != axes:
+        names = ("frames", "rows", "columns")[-axes:]
+        raise InputError(f"grid {tuple(grid)}: expected {axes} sides, {', '.join(names)}")
+    axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
+    return np.stack(axes, axis=-1).reshape(-1, len(grid))
+
+
+def check_conditions(cond: Condition, shapes: dict[str, tuple[int | str, ...]]) -> None:
+    """Raises InputError unless cond has arrays of these names and shapes; a letter is any size, everywhere the same."""
+    if cond.keys() != shapes.keys():
+        raise InputError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
+    known: dict[int | str, int] = {}
+    for name, shape in shapes.items():
+        found, expected = cond[name].shape, [known.get(n, n) for n in shape]
+        fits = lambda size, wanted: isinstance(wanted, str) or size == wanted
+        if len(found) != len(shape) or not all(map(fits, found, expected)):
+            raise InputError(f"condition {name} {found}: expected {expected}")
+        known |= {n: m for m, n in zip(found, shape, strict=True) if isinstance(n, str)}
+
+
+def check_text(text: jax.Array, least: int, most: int | None) -> None:
+    """Raises InputError unless text [B, T, ..] has from `least` to `most` rows; None: any number."""
+    rows = text.shape[1]
+    if rows < least or (most is not None and rows > most):
+        expected = f"at least {least}" if most is None else f"{least} to {most}" if least < most else f"exactly {most}"
+        raise InputError(f"condition text of {rows} rows: expected {expected}")
+
+
+def check_guidance(cond: Condition) -> None:
+    """Raises InputError where a guidance that is a condition is not finite."""
+    if "guidance" in cond and not np.isfinite(scales := np.asarray(cond["guidance"], np.float32)).all():
+        raise InputError(f"condition guidance {scales.tolist()}: expected finite numbers")
