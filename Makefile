@@ -29,13 +29,19 @@ test: .venv/tested
 	@$(PYTHON) -c 'import sys; sys.exit("%s is Python %d.%d: expected 3.11 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)" % (sys.executable, *sys.version_info[:2]) if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 
+# A line for each download of megabytes and for each stage: --quiet is minutes of silence, and all that pip says a hundred lines.
+define install
+	@rm -f $@
+	@echo "installing $(1) and the packages it needs into .venv: some 200 MB, a minute or more the first time"
+	@{ $(BIN)/python -m pip install --editable '$(1)' && touch $@; } | grep --line-buffered -oE \
+		'(Downloading|Using cached) [^ ]+ \([0-9.]+ MB\)|Installing [a-z ]+|Successfully installed'; test -f $@
+endef
+
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
-	@touch $@
+	$(call install,.)
 
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	@touch $@
+	$(call install,.[test])
 
 clean:
 	rm -rf .venv demo

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideoConfig
 from chipmunk_jax.models.wan import WanConfig
@@ -59,20 +60,20 @@ class Defaults:
         """Frames (of a video alone), height, width, steps and guidance; the defaults where those given are None or none are.
 
         Raises:
-            ValueError: frames of an image, or another name.
+            InputError: frames of an image, or another name.
         """
         if not self.video and (frames := settings.pop("frames", None)) is not None:
-            raise ValueError(f"frames={frames}: expected none, as this model makes images")
+            raise InputError(f"frames={frames}: expected none, as this model makes images")
         usual = {name: getattr(self, name) for name in (*self.axes, "steps", "guidance")}
         if unknown := settings.keys() - usual.keys():
-            raise ValueError(f"unknown setting {', '.join(sorted(unknown))}; known are {', '.join(usual)}")
+            raise InputError(f"unknown setting {', '.join(sorted(unknown))}; known are {', '.join(usual)}")
         return usual | {name: value for name, value in settings.items() if value is not None}
 
     def grid(self, settings: dict[str, Any] | None = None) -> tuple[int, ...]:
         """Tokens along each side of a sample of such frames, height and width; None: of the usual ones.
 
         Raises:
-            ValueError: a side that tokens do not fill.
+            InputError: a side that tokens do not fill.
         """
         settings = self.complete() if settings is None else settings
         return tuple(self._tokens(name, side, settings[name]) for name, side in zip(self.axes, self.patch, strict=True))
@@ -84,22 +85,22 @@ class Defaults:
             unit = "" if name == "frames" else " pixels"
             expected = f"a positive multiple of {side}{unit}" if side > 1 else "at least 1"
             expected = f"a multiple of {side}, and one" if lone else expected
-            raise ValueError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
+            raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
         return lone + (pixels - lone) // side
 
     def check_sparsity(self, sparsity: Sparsity, grid: tuple[int, ...], steps: int | None = None) -> None:
-        """Raises ValueError where a Sparsity does not fit grid or steps; it names the model's own preset if that one does."""
+        """Raises InputError where a Sparsity does not fit grid or steps; it names the model's own preset if that one does."""
         if error := _misfit(sparsity, grid, steps):
             advice = (
                 "" if _misfit(PRESETS[self.preset], grid, steps) else f"; the model's own preset, {self.preset}, fits"
             )
-            raise ValueError(f"{error}{advice}")
+            raise InputError(f"{error}{advice}")
 
     def timesteps(self, steps: int | None = None, tokens: int | None = None) -> np.ndarray:
         """Times for sample(), f32 [steps + 1], of the usual steps and tokens where these are None.
 
         Raises:
-            ValueError: steps below 1, or absurdly many.
+            InputError: steps below 1, or absurdly many.
         """
         steps = self.steps if steps is None else steps
         if self.shift is None:
@@ -112,7 +113,7 @@ def _misfit(sparsity: Sparsity, grid: tuple[int, ...], steps: int | None) -> str
         check_grid(sparsity, grid)
         if steps is not None:
             check_schedules(sparsity, steps)
-    except ValueError as error:
+    except InputError as error:
         return str(error)
     return None
 
@@ -227,4 +228,4 @@ def _nearest(config: FluxConfig | HunyuanVideoConfig | WanConfig) -> Defaults:
             return PUBLISHED["wan-i2v-14b"]
         case WanConfig():
             return PUBLISHED["wan-1.3b" if config.dim <= WanConfig.dim else "wan-14b"]
-    raise ValueError(f"config {type(config).__name__}: expected a FluxConfig, HunyuanVideoConfig or WanConfig")
+    raise InputError(f"config {type(config).__name__}: expected a FluxConfig, HunyuanVideoConfig or WanConfig")

@@ -14,6 +14,7 @@ from flax import nnx
 
 from chipmunk_jax import memory
 from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.families import TEXT_ROWS, Family, defaults
 from chipmunk_jax.model import Condition
 from chipmunk_jax.models.checkpoint import describe, load
@@ -38,12 +39,12 @@ class WordTable:
         """Of a converted checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: there is no such checkpoint, it has no word table, or a bad one.
+            FileNotFoundError, InputError: there is no such checkpoint, it has no word table, or a bad one.
         """
         folder = Path(folder)
         describe(folder)
         if not (folder / "words.json").is_file():
-            raise ValueError(
+            raise InputError(
                 f"{folder}: no words.json; prompts need a checkpoint with a word table, there is no text encoder and no VAE yet"
             )
         try:
@@ -51,10 +52,10 @@ class WordTable:
             attributes, words = tuple(content["attributes"]), tuple(map(tuple, content["words"]))
             embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: bad word table: {error}") from error
+            raise InputError(f"{folder}: bad word table: {error}") from error
         total = sum(map(len, words))
         if not len(attributes) == len(words) <= TEXT_ROWS or embeddings.shape[:-1] != (total,):
-            raise ValueError(
+            raise InputError(
                 f"{folder}: bad word table: {len(attributes)} attributes, {len(words)} lists of {total} words, embeddings "
                 f"{embeddings.shape}; expected a list an attribute, {TEXT_ROWS} at most, and an embedding a word"
             )
@@ -64,7 +65,7 @@ class WordTable:
         """{"text": [B, 16, C], "pooled": [B, C]}, f32, of sentences with one word of each attribute.
 
         Raises:
-            ValueError: a prompt without a word of an attribute, with two, or with a word that is not in the table.
+            InputError: a prompt without a word of an attribute, with two, or with a word that is not in the table.
         """
         rows = np.stack([self.embeddings[self._ids(prompt)] for prompt in prompts])  # [B, attributes, C]
         padded = np.pad(rows, ((0, 0), (0, TEXT_ROWS - rows.shape[1]), (0, 0)))
@@ -76,12 +77,12 @@ class WordTable:
             found = [word for word in words if word in said]
             if len(found) != 1:
                 given = f"both {' and '.join(found)}" if found else "none"
-                raise ValueError(f"prompt {prompt!r}: expected one {attribute} of {', '.join(words)}; found {given}")
+                raise InputError(f"prompt {prompt!r}: expected one {attribute} of {', '.join(words)}; found {given}")
             ids.append(start + words.index(found[0]))
             start += len(words)
         if unknown := [word for word in said if word not in GLUE.union(*self.words)]:
             known = "; ".join(", ".join(words) for words in self.words)
-            raise ValueError(f"prompt {prompt!r}: unknown word {', '.join(unknown)}; known are {known}")
+            raise InputError(f"prompt {prompt!r}: unknown word {', '.join(unknown)}; known are {known}")
         return ids
 
 
@@ -89,11 +90,11 @@ def family_of(folder: str | Path) -> Family:
     """How a converted checkpoint turns tokens into pixels.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such checkpoint, or it is of a model without such a small one.
+        FileNotFoundError, InputError: there is no such checkpoint, or it is of a model without such a small one.
     """
     family = defaults((found := describe(folder)).config)
     if not isinstance(family, Family):
-        raise ValueError(
+        raise InputError(
             f"{folder}: a {found.model} model, whose text encoders and VAE are not here yet; prompts need them"
         )
     return family
@@ -116,7 +117,7 @@ class Pipeline:
             dtype: "bfloat16" or "float32"; None: float32 on a CPU, which is faster there, else as it was saved.
 
         Raises:
-            FileNotFoundError, ValueError: no such checkpoint, half a one, one of another model, or without a word table.
+            FileNotFoundError, InputError: no such checkpoint, half a one, one of another model, or without a word table.
         """
         family, words = family_of(folder), WordTable.load(folder)
         model = load(folder, dtype or ("float32" if jax.default_backend() == "cpu" else None))
@@ -165,7 +166,7 @@ class Pipeline:
         Where frames, height, width, steps or guidance is None, it is the family's.
 
         Raises:
-            ValueError: a prompt, size or setting that does not fit, before anything is compiled.
+            InputError: a prompt, size or setting that does not fit, before anything is compiled.
         """
         family = self.family
         settings = family.complete(frames=frames, height=height, width=width, steps=steps, guidance=guidance)
@@ -205,19 +206,19 @@ def check_request(
     sparsity: Sparsity | None,
     **settings: int | float | None,
 ) -> None:
-    """Raises ValueError unless Pipeline(model, words, family) can be called with these, so that none is loaded in vain."""
+    """Raises InputError unless Pipeline(model, words, family) can be called with these, so that none is loaded in vain."""
     if isinstance(prompts, str):
-        raise ValueError(f"prompts={prompts!r}: expected a list of sentences")
+        raise InputError(f"prompts={prompts!r}: expected a list of sentences")
     if not prompts:
-        raise ValueError("no prompts: expected at least one")
+        raise InputError("no prompts: expected at least one")
     if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-        raise ValueError(f"prompt {wrong[0]!r}: expected a sentence")
+        raise InputError(f"prompt {wrong[0]!r}: expected a sentence")
     words.encode(list(dict.fromkeys(prompts)))  # each of a batch once
     settings = family.complete(**settings)
     grid = family.grid(settings)
     family.timesteps(settings["steps"], math.prod(grid))
     if not isinstance(settings["guidance"], numbers.Real) or not np.isfinite(settings["guidance"]):
-        raise ValueError(f"guidance={settings['guidance']}: expected a finite number")
+        raise InputError(f"guidance={settings['guidance']}: expected a finite number")
     check_seed(seed, len(prompts))
     if sparsity is not None:
         family.check_sparsity(sparsity, grid, settings["steps"])

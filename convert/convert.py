@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from chipmunk_jax.convert.rules import Match, fill
 from chipmunk_jax.convert.source import Source, open_source
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models.checkpoint import abstract, leaves_of, nest, parse_dtype, replacing, with_arrays, write
 
@@ -34,7 +35,7 @@ def convert(
 
     Raises:
         FileNotFoundError: there is no `source`.
-        ValueError: a bad source, one that does not fit its model, or a target that cannot be written.
+        InputError: a bad source, one that does not fit its model, or a target that cannot be written.
     """
     opened, dtype = open_source(source), parse_dtype(dtype)
     found = opened.check()
@@ -42,7 +43,7 @@ def convert(
         need = bytes_of(opened, dtype)
         free = shutil.disk_usage(partial).free
         if free < need:
-            raise ValueError(f"{target}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free on its disk")
+            raise InputError(f"{target}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free on its disk")
         with jax.default_device(jax.devices("cpu")[0]):
             model = materialize(opened, found, dtype, progress)
         if progress:

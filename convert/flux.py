@@ -11,6 +11,7 @@ from typing import Any
 
 from chipmunk_jax.convert.naming import Sizes, count_layers, linear, measure, mlp
 from chipmunk_jax.convert.rules import Layout, Rule, swap_halves
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.flux import FluxConfig
 
 
@@ -143,12 +144,12 @@ def configure(
         stated: diffusers' config.json; empty where there is none.
 
     Raises:
-        ValueError: the config says other than the tensors, or neither tells.
+        InputError: the config says other than the tensors, or neither tells.
     """
     width, mlp_width, head_dim = (measure(shapes, sizes[name]) for name in ("hidden_size", "mlp_width", "head_dim"))
     depth, depth_single = count_layers(shapes, double), count_layers(shapes, single)
     if not (width and mlp_width and head_dim and depth and depth_single) or width % head_dim:
-        raise ValueError(
+        raise InputError(
             f"no FLUX model has width {width}, MLP width {mlp_width}, head width {head_dim}, {depth} double and "
             f"{depth_single} single blocks, as the tensors say"
         )
@@ -173,7 +174,7 @@ def configure(
     if sum(axes) != head_dim:
         wrong.append(f"axes_dims_rope={list(axes)} where the tensors have heads of {head_dim}")
     if wrong:
-        raise ValueError(f"config.json does not fit the tensors: {', '.join(wrong)}")
+        raise InputError(f"config.json does not fit the tensors: {', '.join(wrong)}")
     return FluxConfig(
         in_channels=derived["in_channels"],
         vec_in_dim=derived["pooled_projection_dim"],
@@ -192,13 +193,13 @@ def rotary_axes(stated: Mapping[str, Any], name: str, head_dim: int) -> tuple[in
     """How RoPE splits a head, as config.json states under `name` or as all published models do.
 
     Raises:
-        ValueError: neither tells.
+        InputError: neither tells.
     """
     axes = stated.get(name, DEFAULT_AXES.get(head_dim, ()))
     if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
-        raise ValueError(f"{name}={axes!r} in config.json: expected a list of whole numbers")
+        raise InputError(f"{name}={axes!r} in config.json: expected a list of whole numbers")
     if not axes:
-        raise ValueError(
+        raise InputError(
             f"the tensors do not tell how RoPE splits a head of {head_dim}: expected a config.json with {name}"
         )
     return tuple(axes)

@@ -15,6 +15,7 @@ import numpy as np
 from chipmunk_jax.convert.flux import DIFFUSERS_BLOCKS, rotary_axes, single_output
 from chipmunk_jax.convert.naming import count_layers, linear, measure, mlp
 from chipmunk_jax.convert.rules import Layout, Rule
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.hunyuan_video import HunyuanVideoConfig
 
 
@@ -144,7 +145,7 @@ def configure(
         stated: diffusers' config.json; empty where there is none.
 
     Raises:
-        ValueError: the tensors are of no HunyuanVideo model, or of one from image to video.
+        InputError: the tensors are of no HunyuanVideo model, or of one from image to video.
     """
     size = lambda *places: measure(shapes, places) or 1  # a missing tensor is named by the match
     double = lambda name: f"{n['double']}*.{n[name]}"
@@ -152,14 +153,14 @@ def configure(
     mlp_width, head_dim = size((f"{double('fc1')}.bias", 0)), size((f"{double('norm')}.weight", 0))
     depth, depth_single, refiner_depth = (count_layers(shapes, n[name]) for name in ("double", "single", "refiner"))
     if not (depth and depth_single and refiner_depth) or width % head_dim:
-        raise ValueError(
+        raise InputError(
             f"no HunyuanVideo model has width {width}, head width {head_dim}, {depth} double, {depth_single} single and "
             f"{refiner_depth} refiner blocks, as the tensors say"
         )
     channels, *patch = (size((f"{n['patch']}.weight", axis)) for axis in (1, 2, 3, 4))
     out = measure(shapes, ((f"{n['out']}.bias", 0),))
     if stated.get("image_condition_type") or out not in (None, channels * math.prod(patch)):
-        raise ValueError(
+        raise InputError(
             f"a HunyuanVideo model from image to video ({channels} latent channels in, "
             f"image_condition_type={stated.get('image_condition_type')}): expected one from text to video"
         )

@@ -40,7 +40,7 @@ def inspect(path: str | Path) -> Inspection:
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: half-written or bad files, an unknown layout, or a config.json that does not fit.
+        InputError: half-written or bad files, an unknown layout, or a config.json that does not fit.
     """
     path = Path(path)
     return inspect_converted(path) if is_checkpoint(path) or (path / "weights").is_dir() else inspect_source(path)

@@ -9,6 +9,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from chipmunk_jax.errors import InputError
+
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -72,7 +74,7 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: a folder without weights, a bad header, a truncated file, an index whose shards or tensors are not
+        InputError: a folder without weights, a bad header, a truncated file, an index whose shards or tensors are not
             there.
     """
     path = Path(path)
@@ -86,7 +88,7 @@ def read_weights(path: str | Path) -> Weights:
     for name, shard in shards.items():
         absent = {key for key, place in placed.items() if place == name} - {tensor.name for tensor in shard}
         if absent:
-            raise ValueError(
+            raise InputError(
                 f"{file}: says that {min(absent)} is in {name}, which does not hold it ({len(absent)} such)"
             )
     return gather(path, [tensor for shard in shards.values() for tensor in shard])
@@ -103,8 +105,8 @@ def choose_file(folder: Path) -> Path:
             return files[0]
         if files:
             names = ", ".join(file.name for file in files)
-            raise ValueError(f"{folder}: holds {len(files)} files ending in {suffix} ({names}); name the one to read")
-    raise ValueError(f"{folder}: holds no .safetensors file")
+            raise InputError(f"{folder}: holds {len(files)} files ending in {suffix} ({names}); name the one to read")
+    raise InputError(f"{folder}: holds no .safetensors file")
 
 
 def read_index(file: Path) -> dict[str, str]:
@@ -113,9 +115,9 @@ def read_index(file: Path) -> dict[str, str]:
         placed = dict(json.loads(file.read_text())["weight_map"])
         absent = sorted(name for name in set(placed.values()) if not (file.parent / name).is_file())
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected JSON with a weight_map from tensor names to files") from error
+        raise InputError(f"{file}: expected JSON with a weight_map from tensor names to files") from error
     if absent:
-        raise ValueError(
+        raise InputError(
             f"{file}: names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not in its folder"
         )
     return placed
@@ -128,20 +130,20 @@ def read_header(file: Path) -> list[Tensor]:
         length = int.from_bytes(stream.read(8), "little")
         start = 8 + length
         if start > size:
-            raise ValueError(f"{file}: not a safetensors file, or truncated: {size:,} bytes end within its header")
+            raise InputError(f"{file}: not a safetensors file, or truncated: {size:,} bytes end within its header")
         text = stream.read(length)
     try:
         # Pairs, not dicts: a dict would drop the first of two equal names.
         entries = json.loads(text, object_pairs_hook=list)
     except ValueError as error:
-        raise ValueError(f"{file}: bad safetensors header: it is no JSON") from error
+        raise InputError(f"{file}: bad safetensors header: it is no JSON") from error
     try:
         tensors = [parse_entry(file, start, name, dict(entry)) for name, entry in entries if name != "__metadata__"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: bad safetensors header: {error}") from error
+        raise InputError(f"{file}: bad safetensors header: {error}") from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors), default=start)
     if size < end:
-        raise ValueError(f"{file}: truncated: its header describes {end:,} bytes and the file has {size:,}")
+        raise InputError(f"{file}: truncated: its header describes {end:,} bytes and the file has {size:,}")
     return tensors
 
 
@@ -149,10 +151,10 @@ def parse_entry(file: Path, start: int, name: str, entry: dict) -> Tensor:
     """One tensor of a header whose data begin at byte `start`."""
     begin, end = entry["data_offsets"]
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        raise InputError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
     tensor = Tensor(name, file, tuple(entry["shape"]), DTYPES[entry["dtype"]], start + begin)
     if begin < 0 or end - begin != tensor.nbytes:
-        raise ValueError(f"{name} spans bytes {begin} to {end}, expected {tensor.nbytes} bytes")
+        raise InputError(f"{name} spans bytes {begin} to {end}, expected {tensor.nbytes} bytes")
     return tensor
 
 

@@ -9,7 +9,7 @@ from chipmunk_jax.convert import flux, hunyuan_video, wan
 from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
 from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
-from chipmunk_jax.errors import listed
+from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
 LAYOUTS = (*flux.LAYOUTS, *hunyuan_video.LAYOUTS, *wan.LAYOUTS)
@@ -33,11 +33,11 @@ class Source:
         """The match of a checkpoint that fits.
 
         Raises:
-            ValueError: naming every missing, unknown, doubled and misshapen tensor.
+            InputError: naming every missing, unknown, doubled and misshapen tensor.
         """
         found = self.match()
         if found.summary():
-            raise ValueError(f"{self.weights.path} ({self.layout.model}, {self.layout.name} layout): {found.summary()}")
+            raise InputError(f"{self.weights.path} ({self.layout.model}, {self.layout.name} layout): {found.summary()}")
         return found
 
 
@@ -50,11 +50,11 @@ def open_source(path: str | Path) -> Source:
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: bad files, an unknown layout, or a config.json that does not fit the tensors.
+        InputError: bad files, an unknown layout, or a config.json that does not fit the tensors.
     """
     path = Path(path)
     if is_checkpoint(path):
-        raise ValueError(f"{path}: already converted")
+        raise InputError(f"{path}: already converted")
     below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
     if below and not list(path.glob(f"{STEM}*")):
         path = below
@@ -62,14 +62,14 @@ def open_source(path: str | Path) -> Source:
     layout = next((layout for layout in LAYOUTS if any(mark in weights.tensors for mark in layout.marks)), None)
     if layout is None:
         known = ", ".join(f"{layout.model} ({layout.name})" for layout in LAYOUTS)
-        raise ValueError(
+        raise InputError(
             f"{path}: unknown layout, expected one of {known}; it holds {listed(sorted(weights.tensors)) or 'nothing'}"
         )
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
         return Source(weights, layout, layout.configure(shapes, read_config(path, layout.class_name)))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_any(path: Path) -> Weights:
@@ -80,7 +80,7 @@ def read_any(path: Path) -> Weights:
         return read_weights(path)
     if len(pickles) > 1:
         names = ", ".join(file.name for file in pickles)
-        raise ValueError(
+        raise InputError(
             f"{path}: holds no .safetensors file and {len(pickles)} files ending in {' or '.join(SUFFIXES)} ({names}); "
             "name the one to read"
         )
@@ -94,11 +94,11 @@ def check_unscaled(weights: Weights) -> Weights:
     factors that no shape tells. The float8 .safetensors that people share are plain casts.
 
     Raises:
-        ValueError: one is.
+        InputError: one is.
     """
     scaled = [tensor for tensor in weights.tensors.values() if tensor.dtype.name.startswith("float8")]
     if scaled:
-        raise ValueError(
+        raise InputError(
             f"{weights.path}: {scaled[0].name} is {scaled[0].dtype.name}, one of {len(scaled)} such tensors whose scales are "
             "not in the file (HunyuanVideo's are in its _map.pt): expected the checkpoint in bfloat16"
         )
@@ -124,8 +124,8 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     try:
         content = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file.name} is not a JSON object") from error
+        raise InputError(f"{file.name} is not a JSON object") from error
     found = content.get("_class_name")
     if path.is_dir() and found not in (None, class_name):
-        raise ValueError(f"config.json is of a {found}, expected {class_name}")
+        raise InputError(f"config.json is of a {found}, expected {class_name}")
     return content if path.is_dir() or found == class_name else {}

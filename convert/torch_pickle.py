@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from chipmunk_jax.convert.safetensors import Tensor, Weights
+from chipmunk_jax.errors import InputError
 
 SUFFIXES = (".pt", ".pth")
 # Keys under which training code puts the weights, in the order in which they are looked for.
@@ -65,14 +66,14 @@ def read_torch_pickle(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no archive of torch.save, a truncated one, no dictionary of tensors, or a pickle that does anything else.
+        InputError: no archive of torch.save, a truncated one, no dictionary of tensors, or a pickle that does anything else.
     """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             root = next((name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if root is None:
-                raise ValueError(f"{path}: no data.pkl in the archive, expected one of torch.save")
+                raise InputError(f"{path}: no data.pkl in the archive, expected one of torch.save")
             content = interpret(archive.read(f"{root}data.pkl"))
             runs = {
                 name: (start, entry.file_size)
@@ -81,17 +82,17 @@ def read_torch_pickle(path: str | Path) -> Weights:
             }
             order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.namelist() else b"little"
     except zipfile.BadZipFile as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: not a zip archive of torch.save, or truncated (PyTorch before 1.6 wrote none: save it anew)"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     if order != b"little":
-        raise ValueError(f"{path}: byte order {order.decode(errors='replace')}, expected little")
+        raise InputError(f"{path}: byte order {order.decode(errors='replace')}, expected little")
     try:
         return Weights(path, {name: place(path, runs, name, layout) for name, layout in tensors_of(content)})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def tensors_of(content: Any) -> Iterator[tuple[str, Layout]]:
@@ -102,7 +103,7 @@ def tensors_of(content: Any) -> Iterator[tuple[str, Layout]]:
         if tensors:
             return iter(tensors)
     held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-    raise ValueError(
+    raise InputError(
         f"no dictionary of tensors, at the top or under {', '.join(WRAPPERS)}; it holds {held or 'nothing'}"
     )
 
@@ -110,22 +111,22 @@ def tensors_of(content: Any) -> Iterator[tuple[str, Layout]]:
 def place(path: Path, runs: dict[str, tuple[int, int]], name: str, layout: Layout) -> Tensor:
     """The tensor where it lies in the file."""
     if layout.storage.key not in runs:
-        raise ValueError(f"{name} lies in storage {layout.storage.key}, which is not in the archive")
+        raise InputError(f"{name} lies in storage {layout.storage.key}, which is not in the archive")
     start, size = runs[layout.storage.key]
     contiguous = [math.prod(layout.shape[axis + 1 :]) for axis in range(len(layout.shape))]
     if any(n > 1 and a != b for n, a, b in zip(layout.shape, layout.strides, contiguous, strict=True)):
-        raise ValueError(f"{name} {layout.shape} has strides {layout.strides}, expected contiguous ones")
+        raise InputError(f"{name} {layout.shape} has strides {layout.strides}, expected contiguous ones")
     offset = layout.first * layout.dtype.itemsize
     tensor = Tensor(name, path, layout.shape, layout.dtype, start + offset)
     if layout.first < 0 or min((0, *layout.shape)) < 0 or offset + tensor.nbytes > size:
-        raise ValueError(f"{name} {layout.shape} goes beyond its storage of {size:,} bytes")
+        raise InputError(f"{name} {layout.shape} goes beyond its storage of {size:,} bytes")
     return tensor
 
 
 def data_start(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin in the file."""
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{entry.filename} is compressed, expected stored bytes")
+        raise InputError(f"{entry.filename} is compressed, expected stored bytes")
     archive.fp.seek(entry.header_offset + 26)
     name, extra = struct.unpack("<HH", archive.fp.read(4))
     return entry.header_offset + 30 + name + extra
@@ -135,7 +136,7 @@ def interpret(data: bytes) -> Any:
     """What a pickle builds, out of dictionaries, lists, tuples, numbers, strings and tensors.
 
     Raises:
-        ValueError: an instruction or a call that builds none of these; a broken pickle.
+        InputError: an instruction or a call that builds none of these; a broken pickle.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -200,21 +201,21 @@ def interpret(data: bytes) -> Any:
                     if not isinstance(
                         stack[-1], dict
                     ):  # of a dictionary it only sets attributes, as PyTorch's _metadata
-                        raise ValueError(f"it sets the state of a {type(stack[-1]).__name__}")
+                        raise InputError(f"it sets the state of a {type(stack[-1]).__name__}")
                 case _:
-                    raise ValueError(f"it has the instruction {op.name}")
+                    raise InputError(f"it has the instruction {op.name}")
     except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError("a broken pickle") from error
+        raise InputError("a broken pickle") from error
     except ValueError as error:
-        raise ValueError(f"refused, its pickle is not one of tensors alone: {error}") from error
-    raise ValueError("a broken pickle")
+        raise InputError(f"refused, its pickle is not one of tensors alone: {error}") from error
+    raise InputError("a broken pickle")
 
 
 def storage(reference: Any) -> Storage:
     """Of a persistent id: ("storage", type, key, device, elements)."""
     kind, (_, name), key, *_ = reference
     if kind != "storage" or name not in DTYPES:
-        raise ValueError(f"it refers to a {kind} of {name}")
+        raise InputError(f"it refers to a {kind} of {name}")
     return Storage(DTYPES[name], key)
 
 
@@ -227,7 +228,7 @@ def build(callee: Any, args: Any) -> Any:
         case Global("torch._utils", "_rebuild_tensor_v3"):
             held, first, shape, strides, _, _, (_, dtype), *_ = args
             if dtype not in DTYPES:
-                raise ValueError(f"it holds a tensor of {dtype}")
+                raise InputError(f"it holds a tensor of {dtype}")
             return Layout(held, DTYPES[dtype], first, tuple(shape), tuple(strides))
         case Global("torch._utils", "_rebuild_parameter"):
             return args[0]
@@ -236,5 +237,5 @@ def build(callee: Any, args: Any) -> Any:
         case Global("torch", "Size"):
             return tuple(*args)
         case Global(module, name):
-            raise ValueError(f"it calls {module}.{name}")
-    raise ValueError(f"it calls a {type(callee).__name__}")
+            raise InputError(f"it calls {module}.{name}")
+    raise InputError(f"it calls a {type(callee).__name__}")

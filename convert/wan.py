@@ -13,6 +13,7 @@ import numpy as np
 
 from chipmunk_jax.convert.naming import count_layers, linear, measure, mlp
 from chipmunk_jax.convert.rules import Layout, Rule
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.wan import WanConfig
 
 
@@ -110,14 +111,14 @@ def configure(n: dict[str, str], shapes: Mapping[str, tuple[int, ...]], stated: 
         stated: config.json, of diffusers or of the original; empty where there is none.
 
     Raises:
-        ValueError: the tensors are of no Wan model.
+        InputError: the tensors are of no Wan model.
     """
     size = lambda name, axis: measure(shapes, ((name, axis),)) or 1  # a missing tensor is named by the match
     dim, layers = size(f"{n['patch']}.bias", 0), count_layers(shapes, "blocks.")
     patch = tuple(size(f"{n['patch']}.weight", axis) for axis in (2, 3, 4))
     heads = stated.get("num_attention_heads", stated.get("num_heads", dim // HEAD_DIM))
     if not layers or not isinstance(heads, int) or heads < 1 or dim % heads:
-        raise ValueError(f"no Wan model has width {dim}, {layers} blocks and {heads} heads, as the tensors say")
+        raise InputError(f"no Wan model has width {dim}, {layers} blocks and {heads} heads, as the tensors say")
     return WanConfig(
         dim=dim,
         ffn_dim=size(f"blocks.*.{n['fc1']}.bias", 0),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def trained() -> Callable[[str], Path]:
         pytest.skip(f"the 41 MB of {name} are not here; name their folder in {variable}")
 
     return find
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts this process, and those that it starts, even where the tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,9 +16,10 @@ import yaml
 from PIL import Image
 
 from chipmunk_jax import Sparsity, load_sparsity
-from chipmunk_jax.cli import sample, verify
+from chipmunk_jax.cli import commands, sample, verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipeline import Pipeline
 from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
 
@@ -59,7 +61,7 @@ BAD = [
     (["--height", 0], ["height=0", "positive multiple of 2"]),
     (["--height", -2], ["height=-2", "positive multiple of 2"]),
     (["--frames", 4], ["frames=4", "expected none, as this model makes images"]),
-    (["--fps", 4], ["--fps 4", "expected none, as this model makes images"]),
+    (["--fps", 4], ["fps=4", "expected none, as this model makes images"]),
     (["--steps", 0], ["steps=0", "at least 1"]),
     (["--steps", 10**6], ["steps=1000000", "at most 100000"]),
     (["--steps", -3], ["steps=-3", "at least 1"]),
@@ -208,12 +210,69 @@ def test_a_bad_checkpoint_is_one_sentence(command, damage, words, checkpoint, tm
     assert not list(folder.iterdir())
 
 
+def refused(capsys, *words):
+    """The one sentence about a bad command line; its command's usage follows."""
+    with pytest.raises(SystemExit) as error:
+        main(list(map(str, words)))
+    captured = capsys.readouterr()
+    sentence, usage, *_ = captured.err.splitlines()
+    command, _, message = sentence.partition(": ")
+    assert (error.value.code, captured.out) == (2, "") and usage.startswith(f"usage: {command} "), captured.err
+    return command, message
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_usage_error_is_a_few_lines(command, capsys):
-    with pytest.raises(SystemExit):
-        main([*command.split(), "--repeats", "few", "--steps", "few", "--nope"])
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("usage: chipmunk") and len(lines) <= 3 and ": error: " in lines[-1], lines
+def test_a_usage_error_is_a_sentence_and_the_usage_of_its_command(command, capsys):
+    told = {"--nope": f"`chipmunk {command} --help` lists all", "--halp": "did you mean --help?"}
+    for flag, hint in told.items():  # whatever else is wrong or missing
+        words = [*command.split(), flag, "--steps", "few"]
+        assert refused(capsys, *words) == (f"chipmunk {command}", f"unknown flag {flag}; {hint}")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sample", "mini", "--promt", PROMPT], "unknown flag --promt; did you mean --prompt?"),
+        (["sample", "mini", f"--promt={PROMPT}"], "unknown flag --promt; did you mean --prompt?"),
+        (["sample", "mini", "--prompt", PROMPT, "--step", 3], "unknown flag --step; did you mean --steps?"),
+        (["convert", "a", "b", "--overwite"], "unknown flag --overwite; did you mean --overwrite?"),
+        (["inspect", "a", "--modle", "wan-14b"], "unknown flag --modle; did you mean --model?"),
+        (["verify", "mini", "-x"], "unknown flag -x; `chipmunk verify --help` lists all"),
+        (["bench", "step", "--modell", "wan-14b"], "unknown flag --modell; did you mean --model?"),
+        (["bench", "quality", "mini", "a.yaml", "--prompt", 3], "unknown flag --prompt; did you mean --prompts?"),
+        (["bench", "--model", "flux-dev", "step"], "unknown flag --model; `chipmunk bench --help` lists all"),
+        (
+            ["verify", "mini", "--sparsity.attention.top_keys", 0.1],
+            "unknown flag --sparsity.attention.top_keys; did you mean --sparsity.attention.top-keys?",
+        ),
+        (
+            ["verify", "mini", "--top-keys", 0.1],
+            "unknown flag --top-keys; did you mean --sparsity.attention.top-keys or --sparsity.mlp.top-keys?",
+        ),
+    ],
+)
+def test_an_unknown_flag_is_told_with_the_nearest_one(words, told, capsys):
+    assert refused(capsys, *words)[1] == told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "no command: expected one of convert, inspect, sample, verify, bench"),
+        (["smaple"], "unknown command 'smaple'; did you mean sample?"),
+        (["draw"], "unknown command 'draw'; expected one of convert, inspect, sample, verify, bench"),
+        (["bench"], "no command: expected one of kernels, step, sample, schedule, quality, plot"),
+        (["bench", "kernel"], "unknown command 'kernel'; did you mean kernels?"),
+    ],
+)
+def test_an_unknown_command_is_told_with_the_nearest_one(words, told, capsys):
+    assert refused(capsys, *words) == ("chipmunk bench" if words[:1] == ["bench"] else "chipmunk", told)
+
+
+def test_values_may_look_like_flags(folder, capsys):
+    prompts = ["--prompt", "--a blue-ish ring", "--prompt=-5", "--seed", "-1", "-oring.png", "--", "mini"]
+    assert main(["sample", *prompts]) == 2
+    assert_one_sentence(capsys, "mini", "no such folder")
 
 
 def test_sparsity_that_swallows_what_follows_says_so(checkpoint, folder, capsys):
@@ -247,8 +306,6 @@ def test_a_bad_source_is_one_sentence(command, checkpoint, tmp_path, folder, cap
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], ["COMMAND"]),
-        (["smaple"], ["invalid choice", "smaple"]),
         (["sample"], ["CKPT", "--prompt"]),
         (["sample", "mini", "--prompt", PROMPT, "--steps", "few"], ["--steps", "few"]),
         (["sample", "mini", "--prompt", PROMPT, "--sparsity.attention.keys", "1"], ["--sparsity.attention.keys"]),
@@ -256,11 +313,8 @@ def test_a_bad_source_is_one_sentence(command, checkpoint, tmp_path, folder, cap
     ],
 )
 def test_a_bad_command_line_exits_2_and_names_the_fault(flags, words, folder, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(flags)
-    assert error.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("usage: chipmunk") and all(word in message for word in words), message
+    command, message = refused(capsys, *flags)
+    assert command == f"chipmunk {flags[0]}" and all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -278,7 +332,7 @@ def test_help_lists_all_commands(capsys):
         main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"\n    {command} " in text for command in ("convert", "inspect", "sample", "verify", "bench"))
+    assert all(f"\n  {command} " in text for command in ("convert", "inspect", "sample", "verify", "bench"))
 
 
 def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, capsys):
@@ -326,6 +380,7 @@ def test_a_file_that_is_there_is_replaced_whole(checkpoint, folder):
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG") and len(list(folder.iterdir())) == 1
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_sample_that_runs_and_leaves_nothing(checkpoint, folder):
     size = ["--height", "64", "--width", "64", "--steps", "20000"]  # minutes
     command = [sys.executable, "-m", "chipmunk_jax.cli.main", "sample", str(checkpoint), "--prompt", PROMPT, *size]
@@ -350,13 +405,76 @@ class Interrupt:
             raise KeyboardInterrupt
 
 sys.meta_path.insert(0, Interrupt())
-main(["--help"])
+main(["sample", "--help"])
 """
 
 
 def test_ctrl_c_while_jax_is_imported_is_one_sentence():
     done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "chipmunk: interrupted\n")
+
+
+HEAVY = """
+import sys
+from chipmunk_jax.cli.main import main
+
+try:
+    main({words})
+except SystemExit as end:
+    assert end.code == {status}
+print(sorted({{"jax", "jaxlib", "flax", "orbax", "numpy", "PIL", "yaml"}} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["--help"], 0), (["--version"], 0), ([], 2), (["smaple"], 2), (["--hlp"], 2)]
+)
+def test_without_a_command_nothing_heavy_is_imported(words, status):
+    program = HEAVY.format(words=words, status=status)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["convert", "inspect", "sample", "verify", "bench"])
+def test_only_the_module_of_the_named_command_is_imported(name, monkeypatch):
+    imported = []
+    module = SimpleNamespace(parse=lambda words: words, run=lambda words: len(words))
+    monkeypatch.setattr(commands, "import_module", lambda name: imported.append(name) or module)
+    assert main([name, "a", "--b"]) == 2
+    assert imported == [f"chipmunk_jax.cli.{name}"]
+
+
+def raising(monkeypatch, error):
+    """Makes every command raise the error."""
+
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(commands, "import_module", lambda _: SimpleNamespace(parse=list, run=run))
+
+
+@pytest.mark.parametrize("ours", [ValueError("expected 3"), RuntimeError("INTERNAL"), KeyError("a"), AssertionError()])
+def test_a_bug_is_no_bad_input(ours, monkeypatch, capsys):
+    raising(monkeypatch, ours)
+    with pytest.raises(type(ours)) as error:
+        main(["sample"])
+    assert error.value is ours and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "told", [InputError("a=1:\nexpected 2"), NotImplementedError("a=1: expected 2"), OSError("a=1: expected 2")]
+)
+def test_what_the_user_did_is_one_sentence(told, monkeypatch, capsys):
+    raising(monkeypatch, told)
+    assert main(["sample"]) == 2
+    assert capsys.readouterr().err == "chipmunk: a=1: expected 2\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_no_memory_is_one_sentence(error, monkeypatch, capsys):
+    raising(monkeypatch, error)
+    assert main(["sample"]) == 2
+    assert_one_sentence(capsys, "out of memory", "a smaller size or batch")
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -1,6 +1,5 @@
 """Conversion: every tensor used once, every leaf filled once, one error naming all; a folder is whole or not there."""
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 from test_safetensors import write_safetensors, write_shards
 
-from chipmunk_jax.cli import convert as cli_convert
-from chipmunk_jax.cli import inspect as cli_inspect
+from chipmunk_jax.cli.main import main
 from chipmunk_jax.convert import convert, inspect, load, read, save
 from chipmunk_jax.models.checkpoint import leaves_of
 
@@ -398,18 +396,11 @@ def test_inspect_agrees_before_and_after(source, target, diffusers):
 
 
 def test_command_line_converts_and_inspects(source, target, capsys):
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
-    cli_convert.add_parser(subparsers)
-    cli_inspect.add_parser(subparsers)
-    args = parser.parse_args(["convert", str(source), str(target)])
-    assert args.run(args) == 0
-    args = parser.parse_args(["inspect", str(target)])
-    assert args.run(args) == 0
+    assert main(["convert", str(source), str(target)]) == 0
+    assert main(["inspect", str(target)]) == 0
     out = capsys.readouterr().out
     assert "flux (converted)" in out and "bfloat16" in out and "depth_single_blocks" in out
     (source / "diffusion_pytorch_model.safetensors").unlink()
     tensors = make_diffusers() | {"stranger": np.zeros(1, np.float32)}
-    args = parser.parse_args(["inspect", str(write_source(source, tensors))])
-    assert args.run(args) == 1
+    assert main(["inspect", str(write_source(source, tensors))]) == 1
     assert "1: stranger" in capsys.readouterr().out

@@ -251,6 +251,7 @@ def test_an_error_of_the_callback_comes_out_as_it_is(model):
         draw(model, *inputs(1), callback=fail)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_raised_while_the_program_runs_and_the_next_sample_is_whole(model):
     whole, seen, over = draw(model, *inputs(1)), [], threading.Event()
 
@@ -349,6 +350,7 @@ t.draw(t.Flux(t.CONFIG, dtype=t.jnp.float32, rngs=nnx.Rngs(0)), *t.inputs(), spa
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_process_that_is_interrupted_while_xla_compiles_does_not_crash():
     program = INTERRUPTED.format(folder=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)

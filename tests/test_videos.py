@@ -1,4 +1,4 @@
-"""From words to videos and to files, of a tiny random Wan; what images share with them is in test_pipeline.py and test_cli.py."""
+"""From words to videos, of a tiny random Wan; what images share with them is in test_pipeline.py and test_cli.py."""
 
 import importlib.util
 import json
@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, UniPC, load_sparsity, sample, wan_timesteps
-from chipmunk_jax.cli import videos
-from chipmunk_jax.cli.comparison import compare_frames, compare_images, compare_videos
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.families import FAMILIES
+from chipmunk_jax.media import IMAGE_DESCRIPTION
 from chipmunk_jax.pipeline import Pipeline, WordTable
 from chipmunk_jax.quality import psnr
 from chipmunk_jax.sparsity import to_dict
@@ -120,73 +119,6 @@ def test_a_bad_request_is_one_error_before_the_model_is_called(video_checkpoint,
         pipeline(request.pop("prompts"), **request)
 
 
-# Files.
-
-
-@pytest.fixture(scope="module")
-def clip():
-    """7 smooth frames of 24 x 40 pixels, none like another, in 8 bits."""
-    t, y, x = np.indices((7, 24, 40))
-    waves = [np.sin(0.1 * x + 0.5 * t), np.cos(0.15 * y - 0.4 * t), np.sin(0.05 * (x + y) + 0.3 * t)]
-    return np.round(255 * (np.stack(waves, -1) + 1) / 2) / 255
-
-
-TEXT = {"prompt": "red – heart", "seed": 3, "settings": {"steps": 30, "sparsity": None}}
-
-
-@pytest.mark.parametrize("fps", [8, 12.5, 30])
-def test_a_webp_has_all_frames_unchanged_at_their_rate_and_says_how_it_was_made(tmp_path, clip, fps):
-    videos.write_video(tmp_path / "a.webp", clip, fps, TEXT)
-    with Image.open(tmp_path / "a.webp") as image:
-        assert (image.n_frames, image.size, image.info["loop"]) == (7, (40, 24), 0)
-        assert json.loads(image.getexif()[videos.IMAGE_DESCRIPTION]) == TEXT
-        milliseconds = 0
-        for i, frame in enumerate(clip):
-            image.seek(i)
-            image.load()
-            milliseconds += image.info["duration"]
-            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.round(255 * frame))
-    assert abs(milliseconds - 7000 / fps) <= 1
-
-
-@needs_av
-@pytest.mark.parametrize("fps", [8, 12.5, 30])
-def test_an_mp4_has_all_frames_at_their_rate_and_says_how_it_was_made(tmp_path, clip, fps):
-    import av
-
-    videos.write_video(tmp_path / "a.mp4", clip, fps, TEXT)
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        (stream,) = container.streams
-        assert (stream.codec_context.name, stream.average_rate, stream.frames) == ("h264", fps, 7)
-        assert json.loads(container.metadata["comment"]) == TEXT
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    assert np.shape(frames) == clip.shape
-    # H.264 loses a little, a quarter of the colours' resolution first; a swapped channel or frame would give below 15 dB.
-    assert psnr(np.divide(frames, 255), clip) > 30
-
-
-def test_a_png_is_a_contact_sheet(tmp_path):
-    clip = np.arange(1, 11)[:, None, None, None] / 20 * np.ones((10, 4, 6, 3))
-    videos.write_video(tmp_path / "a.png", clip, 8, TEXT)
-    with Image.open(tmp_path / "a.png") as image:
-        sheet, text = np.asarray(image) / 255, image.text
-    assert sheet.shape == (4 + 2 + 4, 8 * 6 + 7 * 2, 3)  # two rows of up to eight, two pixels apart
-    for i in range(10):
-        top, left = 6 * (i // 8), 8 * (i % 8)
-        np.testing.assert_allclose(sheet[top : top + 4, left : left + 6], (i + 1) / 20, atol=1 / 255)
-    assert np.all(sheet[6:, 2 * 8 :] == 1) and np.all(sheet[4:6] == 1) and np.all(sheet[:, 6:8] == 1)
-    assert (text["prompt"], text["seed"], json.loads(text["settings"])) == (TEXT["prompt"], "3", TEXT["settings"])
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, clip, suffix):
-    path = tmp_path / f"a{suffix}"
-    path.write_text("old")
-    with pytest.raises(TypeError):
-        videos.write_video(path, clip, 8, {"prompt": object()})
-    assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_text() == "old"
-
-
 # The commands.
 
 
@@ -203,9 +135,9 @@ def run(command, checkpoint, *flags):
     [
         (["-o", "clip.gif"], ["clip.gif", "ends in .mp4 or .webp or .png"]),
         (["-o", "none/clip.webp"], ["no folder none"]),
-        (["--fps", 0], ["--fps 0", "above 0 and up to 1000"]),
-        (["--fps", "nan"], ["--fps nan", "above 0"]),
-        (["--fps", 1001], ["--fps 1001", "up to 1000"]),
+        (["--fps", 0], ["fps=0", "above 0 and up to 1000"]),
+        (["--fps", "nan"], ["fps=nan", "above 0"]),
+        (["--fps", 1001], ["fps=1001", "up to 1000"]),
         (["--frames", 0], ["frames=0", "at least 1"]),
         (["--height", 22], ["height=22", "multiple of 4"]),
         (["--sparsity", "wan-14b"], ["local_voxels=5", "at most 1"]),
@@ -236,7 +168,7 @@ def test_an_mp4_without_pyav_says_what_to_install(command, video_checkpoint, fol
     [
         (["-o", "clip.webp"], ["clip.webp", "ends in .png"]),
         (["--frames", 4], ["frames=4", "makes images"]),
-        (["--fps", 8], ["--fps 8", "makes images"]),
+        (["--fps", 8], ["fps=8", "makes images"]),
     ],
 )
 def test_what_is_of_videos_is_refused_for_images(command, flags, words, checkpoint, folder, monkeypatch, capsys):
@@ -254,7 +186,7 @@ def test_sample_writes_a_clip_at_its_familys_rate_that_says_how_it_was_made(vide
     for i, clip in enumerate(clips):
         with Image.open(f"out-{i + 1}.webp") as image:
             assert (image.n_frames, image.size) == (5, (12, 20))
-            text = json.loads(image.getexif()[videos.IMAGE_DESCRIPTION])
+            text = json.loads(image.getexif()[IMAGE_DESCRIPTION])
             image.seek(4)
             image.load()
             assert image.info["duration"] == 125
@@ -289,20 +221,7 @@ def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, fold
     assert f"frames  {np.min(frames):7.1f} to {np.max(frames):.1f} dB\n" in out
     with Image.open("a.webp") as image:
         assert image.n_frames == 5 and image.width > 3 * 3 * 12 and image.height > 2 * 3 * 20
-        assert json.loads(image.getexif()[videos.IMAGE_DESCRIPTION])["settings"] == report
+        assert json.loads(image.getexif()[IMAGE_DESCRIPTION])["settings"] == report
     with Image.open("a.png") as image:
         assert json.loads(image.text["settings"]) == report
         assert image.width > 5 * 3 * 12 and image.height > 2 * 3 * 3 * 20  # all of five frames, three rows a clip
-
-
-def test_comparisons_show_every_frame_as_an_image_and_some_on_a_sheet():
-    dense, sparse = np.random.default_rng(0).random((2, 2, 9, 8, 4, 3))
-    captions = ["one", "two"]
-    film = compare_videos(captions, dense, sparse)
-    assert len(film) == 9
-    np.testing.assert_array_equal(film[7], compare_images(captions, dense[:, 7], sparse[:, 7]))
-    sheet = compare_frames(captions, dense, sparse)
-    assert sheet.shape == (6 * (3 * 8 + 24) + 24, 6 * (3 * 4 + 8) + 8, 3)  # six frames, three rows a clip
-    zoomed = np.repeat(np.repeat(np.round(255 * sparse[1, 8]) / 255, 3, 0), 3, 1)
-    top, left = 24 + 4 * 48, 8 + 5 * 20  # the last shown frame of the second clip
-    np.testing.assert_array_equal(sheet[top : top + 24, left : left + 12], zoomed)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chipmunk_jax import memory
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.families import Defaults, defaults
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.flux import Flux, FluxConfig
@@ -44,7 +45,7 @@ class BenchModel:
         """Height, width and, of a video, frames: those given, and the usual ones for the others.
 
         Raises:
-            ValueError: sizes that tokens do not fill, or frames of an image.
+            InputError: sizes that tokens do not fill, or frames of an image.
         """
         complete = self.defaults.complete(height=height, width=width, frames=frames)
         self.grid(complete)
@@ -58,10 +59,10 @@ class BenchModel:
         """The same with so many layers in all, shared out among its stacks as they were, at least one each.
 
         Raises:
-            ValueError: fewer layers than stacks, or more than there are.
+            InputError: fewer layers than stacks, or more than there are.
         """
         if not len(self.depths) <= layers <= self.layers:
-            raise ValueError(f"--layers {layers}: expected {len(self.depths)} to {self.layers}")
+            raise InputError(f"--layers {layers}: expected {len(self.depths)} to {self.layers}")
         left, sizes = layers, {}
         for i, name in enumerate(self.depths[:-1]):
             wanted = round(layers * getattr(self.config, name) / self.layers)

@@ -5,20 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chipmunk_jax.errors import InputError
+
 PLOTTED = ("column_attention", "mlp")  # whose time should fall with the columns left out
 
 
 def check_plotting() -> None:
-    """Raises ValueError unless matplotlib is there."""
+    """Raises InputError unless matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed: a plot needs it (pip install 'matplotlib>=3.9')")
+        raise InputError("matplotlib is not installed: a plot needs it (pip install 'matplotlib>=3.9')")
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the records of column_attention and mlp to a PNG file.
 
     Raises:
-        ValueError: no matplotlib, or no record to draw.
+        InputError: no matplotlib, or no record to draw.
     """
     check_plotting()
     from matplotlib.figure import Figure  # without pyplot: no display, no state
@@ -27,7 +29,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     if not series:
         kinds = ", ".join(sorted({entry["benchmark"] for entry in records}))
         wanted = f"{' or '.join(PLOTTED)} with a time and some sparsity"
-        raise ValueError(f"records of {kinds}: nothing to plot; expected some of {wanted}")
+        raise InputError(f"records of {kinds}: nothing to plot; expected some of {wanted}")
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     most = max(sparsity for points in series.values() for sparsity, _ in points)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from chipmunk_jax.bench.records import align
+from chipmunk_jax.errors import InputError
 
 RUNS = 3
 SHOWN = 24  # kernels of a table; the rest is one line
@@ -22,7 +23,7 @@ def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
         run: compiled and warm; enqueues its work and returns what to wait for.
 
     Raises:
-        ValueError: a trace without a GPU.
+        InputError: a trace without a GPU.
     """
     jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +36,7 @@ def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
         lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
         events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
     if not events:
-        raise ValueError(f"no kernels in a trace of {jax.devices()[0].device_kind}: expected a GPU")
+        raise InputError(f"no kernels in a trace of {jax.devices()[0].device_kind}: expected a GPU")
     busy, calls = Counter(), Counter()
     for event in events:
         # The compiler numbers what occurs more than once: column_fc1__1, fusion_12.

@@ -12,6 +12,7 @@ import yaml
 from tqdm import tqdm
 
 from chipmunk_jax.bench.records import align, machine
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
 from chipmunk_jax.quality import psnr
 from chipmunk_jax.sampling import check_seed
@@ -47,18 +48,18 @@ def read_variants(path: str | Path) -> dict[str, Sparsity]:
     Each changes the file's first one by dotted names, or where it names one, a preset.
 
     Raises:
-        ValueError: no such file, or what load_sparsity() refuses.
+        InputError: no such file, or what load_sparsity() refuses.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     named = lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)
     if not named(tree) or not all(map(named, tree.values())) or not tree:
-        raise ValueError(f"{path}: expected names, and for each of them settings such as {{attention.top_keys: 0.1}}")
+        raise InputError(f"{path}: expected names, and for each of them settings such as {{attention.top_keys: 0.1}}")
     variants: dict[str, Sparsity] = {}
     for name, changes in tree.items():
         changes = dict(changes)
@@ -73,15 +74,15 @@ def _telling(name: str) -> Iterator[None]:
     """Within, an error says of which configuration it is."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def bench_quality(samples: Samples, variants: Mapping[str, Sparsity]) -> Iterator[dict[str, Any]]:
     """A record of each configuration: the PSNR of every prompt, and how it differs from the first one's in the mean.
 
     Raises:
-        ValueError: a checkpoint, setting or schedule that does not fit, before any work.
+        InputError: a checkpoint, setting or schedule that does not fit, before any work.
     """
     family, words = family_of(samples.checkpoint), WordTable.load(samples.checkpoint)
     settings = family.complete(**samples.settings)

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jaxlib
 
+from chipmunk_jax.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -101,11 +103,11 @@ def read(path: str | Path, *, timed: bool = True) -> list[dict[str, Any]]:
         timed: whether records of quality, which have no time, are refused.
 
     Raises:
-        ValueError: no such file, or a line that is no record.
+        InputError: no such file, or a line that is no record.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     records = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
@@ -113,15 +115,15 @@ def read(path: str | Path, *, timed: bool = True) -> list[dict[str, Any]]:
         except ValueError:
             entry = None
         if not _has(entry, {"benchmark": str, "variant": str}):
-            raise ValueError(f"{path}: line {number} is no record of chipmunk bench")
+            raise InputError(f"{path}: line {number} is no record of chipmunk bench")
         if timed and not _has(entry, TIMED):
-            raise ValueError(
+            raise InputError(
                 f"{path}: line {number} is a record of {entry['benchmark']}, without a time; expected those of "
                 "kernels, steps or samples"
             )
         records.append(entry)
     if not records:
-        raise ValueError(f"{path}: holds no record")
+        raise InputError(f"{path}: holds no record")
     return records
 
 

@@ -42,7 +42,7 @@ def bench_sample(
         repeats: timed samples of each.
 
     Raises:
-        ValueError: sizes that do not fit, or no room, before any work.
+        InputError: sizes that do not fit, or no room, before any work.
     """
     entry, usual = MODELS[name], MODELS[name].defaults
     sizes = entry.sizes(height, width, frames)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, attention_phases, check_schedules, mlp_phases
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
 
@@ -24,19 +25,19 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
         sparsity: what the steps were timed with, but for its schedules; None: that.
 
     Raises:
-        ValueError: steps of several runs, of none, of another sparsity, or a kind that the schedule needs and that has no time.
+        InputError: steps of several runs, of none, of another sparsity, or a kind that the schedule needs and that has no time.
     """
     timed = {entry["variant"]: entry for entry in entries}
     runs = {json.dumps([entry[key] for key in ("model", "shape", "dtype", "sparsity")]) for entry in entries}
     if len(runs) != 1:
-        raise ValueError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one")
+        raise InputError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one")
     measured = load_sparsity(entries[0]["sparsity"])
     sparsity = sparsity or measured
     if _without_schedules(sparsity) != _without_schedules(measured):
         given, timed_with = (_flat(_without_schedules(x)) for x in (sparsity, measured))
         names = [name for name in given if name in timed_with and given[name] != timed_with[name]]
         found = ", ".join(f"{name}={given[name]}: timed with {timed_with[name]}" for name in names)
-        raise ValueError(f"{found}; expected the sparsity of the timed steps, but for its schedules")
+        raise InputError(f"{found}; expected the sparsity of the timed steps, but for its schedules")
     check_schedules(sparsity, steps)
     every = replace(sparsity, step_cache=None)
     samples = {"dense": (measured, Counter(dense=steps)), "sparse": (every, Counter(kinds(every, steps)))}
@@ -101,7 +102,7 @@ def kinds(sparsity: Sparsity, steps: int) -> list[str]:
 
 def _ms(timed: dict[str, Entry], counts: Counter) -> float:
     if missing := [kind for kind in counts if kind not in timed or timed[kind]["ms"] is None]:
-        raise ValueError(
+        raise InputError(
             f"no time of a step of kind {', '.join(missing)}; time the steps again with `chipmunk bench step`"
         )
     return sum(count * timed[kind]["ms"] for kind, count in counts.items())

@@ -19,6 +19,7 @@ from chipmunk_jax.bench.models import MODELS, random_inputs, random_model, shape
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import REPEAT_SECONDS, Timed, time_in_turn
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.model import modulations_of
 from chipmunk_jax.order import patch_order
@@ -74,7 +75,7 @@ def bench_step(
         only: some of KINDS; None: all that there are with this sparsity.
 
     Raises:
-        ValueError: a kind that there is not, sizes that do not fit, or no room, before any work.
+        InputError: a kind that there is not, sizes that do not fit, or no room, before any work.
     """
     entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
     sizes = entry.sizes(height, width, frames)
@@ -118,7 +119,7 @@ def _kinds(only: Collection[str] | None, sparsity: Sparsity) -> tuple[list[str],
     usual = [kind for kind in KINDS if kind != "select neurons" or choosing]
     only = usual if only is None else only
     if not only or not set(only) <= set(usual):
-        raise ValueError(f"only={','.join(only)}: expected some of {', '.join(usual)}")
+        raise InputError(f"only={','.join(only)}: expected some of {', '.join(usual)}")
     filling = ["first", "select", "select neurons"] if choosing else ["first", "select"]
     return [kind for kind in usual if kind in only], [] if set(only) <= {"dense", "skipped"} else filling
 

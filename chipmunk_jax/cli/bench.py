@@ -1,8 +1,9 @@
 """chipmunk bench: measured speed, against dense in one process."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -17,9 +18,11 @@ from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.schedule import by_schedule
 from chipmunk_jax.bench.steps import KINDS, bench_step
-from chipmunk_jax.cli.device import keep_compilations
-from chipmunk_jax.cli.images import check_writable
+from chipmunk_jax.cli.parser import Menu, Parser
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.compilation import keep_compilations
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.media import check_output, check_writable
 
 DESCRIPTION = """\
 Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
@@ -54,74 +57,84 @@ Sample the same prompts and seeds dense and by each configuration of a YAML file
 PLOT = "Draw the speed-up of column_attention and mlp against the columns left out, from records of `chipmunk bench kernels`."
 
 
-def add_parser(subparsers) -> None:
-    """Adds `chipmunk bench` and its commands to the subparsers of an ArgumentParser."""
-    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = subparsers.add_parser(
-        "bench",
-        usage="chipmunk bench WHAT [options]",
-        help="time kernels, steps and samples",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        **layout,
-    )
-    commands = parser.add_subparsers(title="what to time", metavar="WHAT", required=True, prog="chipmunk bench")
+class Command(NamedTuple):
+    """One of the commands under `chipmunk bench`."""
 
-    def add(name: str, usage: str, help: str, description: str) -> argparse.ArgumentParser:
-        examples = [line for line in EXAMPLES.splitlines() if line.startswith(f"  chipmunk bench {name} ")]
-        words = dict(help=help, description=description, epilog="\n".join(["examples:", *examples]))
-        return commands.add_parser(name, usage=f"chipmunk bench {name} {usage}[options]", **words, **layout)
+    usage: str  # arguments that are not flags
+    help: str  # one line of the list of commands
+    description: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
 
-    kernels = add("kernels", "", "each kernel against its dense baseline", KERNELS)
-    kernels.add_argument("--only", default=",".join(CANDIDATES), help=f"some of {','.join(CANDIDATES)} (default: all)")
-    kernels.add_argument("--size", choices=tuple(SIZES), help="default: full on a GPU, toy elsewhere")
-    kernels.add_argument(
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `chipmunk bench COMMAND`, and `run`, what runs it."""
+    helps = {name: command.help for name, command in COMMANDS.items()}
+    menu = Menu("chipmunk bench", "what to time", helps, description=DESCRIPTION, epilog=EXAMPLES)
+    name, words = menu.choose(words)
+    command = COMMANDS[name]
+    examples = [line for line in EXAMPLES.splitlines() if line.startswith(f"  chipmunk bench {name} ")]
+    layout = dict(description=command.description, epilog="\n".join(["examples:", *examples]))
+    parser = Parser(f"chipmunk bench {name}", f"{command.usage}[options]", **layout)
+    command.add_flags(parser)
+    parser.set_defaults(run=command.run)
+    return parser.parse_args(words)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench`."""
+    return args.run(args)
+
+
+def _kernels_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default=",".join(CANDIDATES), help=f"some of {','.join(CANDIDATES)} (default: all)")
+    parser.add_argument("--size", choices=tuple(SIZES), help="default: full on a GPU, toy elsewhere")
+    parser.add_argument(
         "--implementation", choices=("pallas", "interpret", "reference"), help="default: the fastest that runs here"
     )
-    kernels.add_argument("--plot", metavar="PNG", help="draw speed-up against sparsity, too")
-    _add_common(kernels, repeats=7)
-    kernels.set_defaults(run=run_kernels)
+    parser.add_argument("--plot", metavar="PNG", help="draw speed-up against sparsity, too")
+    _add_common(parser, repeats=7)
 
-    step = add("step", "", "one step of each kind: dense, full, selecting, delta", STEP)
-    _add_model_flags(step)
-    step.add_argument("--only", metavar="KINDS", help=f"some of {','.join(KINDS)} (default: all)")
-    step.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
-    step.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
-    _add_common(step, repeats=5)
-    add_sparsity_flags(step)
-    step.set_defaults(run=run_step)
 
-    sample = add("sample", "", "whole samples, dense and sparse", SAMPLE)
-    _add_model_flags(sample)
-    sample.add_argument("--steps", type=int, help="of the sampler (default: the model's usual: 50 for FLUX.1-dev)")
-    _add_common(sample, repeats=3)
-    add_sparsity_flags(sample)
-    sample.set_defaults(run=run_sample)
+def _step_flags(parser: argparse.ArgumentParser) -> None:
+    _add_model_flags(parser)
+    parser.add_argument("--only", metavar="KINDS", help=f"some of {','.join(KINDS)} (default: all)")
+    parser.add_argument("--layers", type=int, help="shorten the model to so many (default: all)")
+    parser.add_argument("--kernels", action="store_true", help="show in which kernels each kind spends its time (GPU)")
+    _add_common(parser, repeats=5)
+    add_sparsity_flags(parser)
 
-    schedule = add("schedule", "RECORDS ", "a whole sample from the steps that were timed", SCHEDULE)
-    schedule.add_argument("records", metavar="RECORDS", help="file that `chipmunk bench step -o` wrote")
-    schedule.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
-    schedule.add_argument("-o", "--output", help="JSON lines file to append the records to")
-    add_sparsity_flags(schedule, own="that of the steps")
-    schedule.set_defaults(run=run_schedule)
 
-    quality = add("quality", "CKPT YAML ", "how near sparse samples of a trained model come to dense ones", QUALITY)
-    quality.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
-    quality.add_argument("variants", metavar="YAML", help="configurations by name")
-    quality.add_argument("--prompts", type=int, default=16, help="drawn by chance (default: 16)")
-    quality.add_argument("--batch", type=int, default=16, help="samples at once (default: 16)")
+def _sample_flags(parser: argparse.ArgumentParser) -> None:
+    _add_model_flags(parser)
+    parser.add_argument("--steps", type=int, help="of the sampler (default: the model's usual: 50 for FLUX.1-dev)")
+    _add_common(parser, repeats=3)
+    add_sparsity_flags(parser)
+
+
+def _schedule_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("records", metavar="RECORDS", help="file that `chipmunk bench step -o` wrote")
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
+    parser.add_argument("-o", "--output", help="JSON lines file to append the records to")
+    add_sparsity_flags(parser, own="that of the steps")
+
+
+def _quality_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
+    parser.add_argument("variants", metavar="YAML", help="configurations by name")
+    parser.add_argument("--prompts", type=int, default=16, help="drawn by chance (default: 16)")
+    parser.add_argument("--batch", type=int, default=16, help="samples at once (default: 16)")
     for name, kind in (("frames", int), ("height", int), ("width", int), ("steps", int), ("guidance", float)):
-        quality.add_argument(f"--{name}", type=kind, help="default: the model's")
-    quality.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
-    quality.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else as saved")
-    quality.add_argument("--commit", help="what to record as the commit where git is not there")
-    quality.add_argument("-o", "--output", help="JSON lines file to append the records to")
-    quality.set_defaults(run=run_quality)
+        parser.add_argument(f"--{name}", type=kind, help="default: the model's")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else as saved")
+    parser.add_argument("--commit", help="what to record as the commit where git is not there")
+    parser.add_argument("-o", "--output", help="JSON lines file to append the records to")
 
-    drawing = add("plot", "RECORDS .. ", "draw speed-up against sparsity from records", PLOT)
-    drawing.add_argument("records", nargs="+", metavar="RECORDS", help="files of JSON lines written by -o")
-    drawing.add_argument("-o", "--output", default="plot.png", help="PNG to write (default: plot.png)")
-    drawing.set_defaults(run=run_plot)
+
+def _plot_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("records", nargs="+", metavar="RECORDS", help="files of JSON lines written by -o")
+    parser.add_argument("-o", "--output", default="plot.png", help="PNG to write (default: plot.png)")
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -147,18 +160,18 @@ def run_kernels(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench kernels`."""
     names = args.only.split(",")
     if args.plot and not set(names) & set(PLOTTED):
-        raise ValueError(f"--plot with --only {args.only}: nothing to plot; expected {' or '.join(PLOTTED)} among them")
+        raise InputError(f"--plot with --only {args.only}: nothing to plot; expected {' or '.join(PLOTTED)} among them")
     _check(args, "repeats")
     if unknown := [name for name in names if name not in CANDIDATES]:
-        raise ValueError(
+        raise InputError(
             f"--only {args.only}: no kernel {', '.join(map(repr, unknown))}; expected some of {', '.join(CANDIDATES)}"
         )
     on_gpu = jax.default_backend() == "gpu"
     size = args.size or ("full" if on_gpu else "toy")
     if size == "full" and not on_gpu:
-        raise ValueError(f"--size full: expected a GPU, found {jax.default_backend()}; use --size toy")
+        raise InputError(f"--size full: expected a GPU, found {jax.default_backend()}; use --size toy")
     if args.implementation == "pallas" and not on_gpu:
-        raise ValueError(f"--implementation pallas: expected a GPU, found {jax.default_backend()}; use interpret")
+        raise InputError(f"--implementation pallas: expected a GPU, found {jax.default_backend()}; use interpret")
     options = dict(repeats=args.repeats, implementation=args.implementation)
     return _report(args, lambda: bench_kernels(names, SIZES[size], **options))
 
@@ -167,7 +180,7 @@ def run_step(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench step`."""
     _check(args, "batch", "repeats")
     if args.kernels and jax.default_backend() != "gpu":
-        raise ValueError(f"--kernels: expected a GPU, found {jax.default_backend()}")
+        raise InputError(f"--kernels: expected a GPU, found {jax.default_backend()}")
     options = _options(args, "height", "width", "frames", "layers", "batch", "dtype", "repeats", "kernels")
     options["only"] = args.only and args.only.split(",")
     options["sparsity"] = read_sparsity(args, MODELS[args.model].defaults.preset)
@@ -190,7 +203,7 @@ def run_schedule(args: argparse.Namespace) -> int:
     entries = records.read(args.records)
     steps = [entry for entry in entries if entry["benchmark"] == "step"]
     if not steps:
-        raise ValueError(f"{args.records}: no record of `chipmunk bench step`")
+        raise InputError(f"{args.records}: no record of `chipmunk bench step`")
     samples = by_schedule(steps, args.steps, read_sparsity(args, steps[0]["sparsity"]))
     if args.output:
         records.append(args.output, samples)
@@ -219,7 +232,7 @@ def run_quality(args: argparse.Namespace) -> int:
 def run_plot(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench plot`."""
     check_plotting()
-    output = check_writable(args.output)
+    output = check_output(args.output, video=False)
     plot([entry for path in args.records for entry in records.read(path, timed=False)], output)
     print(output)
     return 0
@@ -230,26 +243,26 @@ def _options(args: argparse.Namespace, *names: str) -> dict:
 
 
 def _check(args: argparse.Namespace, *counts: str) -> None:
-    """Raises ValueError for what is wrong whatever is timed."""
+    """Raises InputError for what is wrong whatever is timed."""
     for name in counts:
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+            raise InputError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.output:
-        _check_appendable(check_writable(args.output, suffixes=()))
+        _check_appendable(check_writable(args.output))
     if getattr(args, "compare", None):
         records.read(args.compare)
     if getattr(args, "plot", None):
         check_plotting()
-        check_writable(args.plot)
+        check_output(args.plot, video=False)
 
 
 def _check_appendable(path: Path) -> None:
-    """Raises ValueError for a file that holds something else than records."""
+    """Raises InputError for a file that holds something else than records."""
     if path.is_file() and path.stat().st_size:
         try:
             records.read(path, timed=False)
-        except ValueError as error:
-            raise ValueError(f"{error}; -o appends to a file of records, or makes one") from error
+        except InputError as error:
+            raise InputError(f"{error}; -o appends to a file of records, or makes one") from error
 
 
 def _report(args: argparse.Namespace, measure) -> int:
@@ -273,3 +286,21 @@ def _report(args: argparse.Namespace, measure) -> int:
     if old:
         print(compare(entries, old, args.compare))
     return 1 if any(entry["error"] for entry in entries) else 0
+
+
+COMMANDS = {
+    "kernels": Command("", "each kernel against its dense baseline", KERNELS, _kernels_flags, run_kernels),
+    "step": Command("", "one step of each kind: dense, full, selecting, delta", STEP, _step_flags, run_step),
+    "sample": Command("", "whole samples, dense and sparse", SAMPLE, _sample_flags, run_sample),
+    "schedule": Command(
+        "RECORDS ", "a whole sample from the steps that were timed", SCHEDULE, _schedule_flags, run_schedule
+    ),
+    "quality": Command(
+        "CKPT YAML ",
+        "how near sparse samples of a trained model come to dense ones",
+        QUALITY,
+        _quality_flags,
+        run_quality,
+    ),
+    "plot": Command("RECORDS .. ", "draw speed-up against sparsity from records", PLOT, _plot_flags, run_plot),
+}

@@ -1,13 +1,12 @@
-"""All commands under one, and their errors in one sentence."""
+"""All commands under one, each imported once it is named, and their errors in one sentence."""
 
-import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
-import jax
-
-from chipmunk_jax.cli import bench, convert, inspect, sample, verify
+from chipmunk_jax.cli.parser import Menu
+from chipmunk_jax.errors import InputError
 
 DESCRIPTION = """\
 Sample diffusion transformers in JAX, faster and without training, by recomputing at each step only the attention keys and
@@ -24,28 +23,37 @@ from a PyTorch checkpoint to pictures and videos:
 
 `chipmunk COMMAND --help` says more, with examples."""
 
+COMMANDS = {  # each a module beside this one, with parse(words) and run(arguments)
+    "convert": "write a PyTorch checkpoint as a folder of this library",
+    "inspect": "say what a checkpoint holds",
+    "sample": "sample images and videos from prompts",
+    "verify": "compare sparse samples with dense ones",
+    "bench": "time kernels, steps and samples",
+}
+
 
 def run(argv: Sequence[str] | None) -> int:
     """Exit status: 0; 1 where a check found a fault; 2 for bad input, told in one sentence.
 
     Raises:
         KeyboardInterrupt: files that were half written are gone; what the device does may go on.
+        SystemExit: after --help and --version, 0; after a bad command line, 2.
+        Exception: any other is a bug of this library.
     """
-    parser = argparse.ArgumentParser(
-        prog="chipmunk", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"chipmunk-jax {version('chipmunk-jax')}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (convert, inspect, sample, verify, bench):
-        command.add_parser(subparsers)
-    args = parser.parse_args(argv)
+    menu = Menu("chipmunk", "commands", COMMANDS, description=DESCRIPTION, epilog=EXAMPLES)
+    told = f"chipmunk-jax {version('chipmunk-jax')}"
+    menu.add_argument("--version", action="version", version=told, help="print the version and exit")
+    name, words = menu.choose(sys.argv[1:] if argv is None else argv)
+    command = import_module(f"chipmunk_jax.cli.{name}")  # takes a second or two
     try:
-        return args.run(args)
-    except (ValueError, NotImplementedError, OSError) as error:
+        return command.run(command.parse(words))
+    except (InputError, NotImplementedError, OSError) as error:
         print(f"chipmunk: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        import jax
+
         print(f"chipmunk: out of memory on {jax.devices()[0]}: use a smaller size or batch", file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
 """chipmunk convert: a PyTorch checkpoint as a folder of this library."""
 
 import argparse
+from collections.abc import Sequence
 
+from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.convert import convert, inspect
 
 DESCRIPTION = """\
@@ -24,16 +26,9 @@ examples:
   chipmunk convert flux1-dev.safetensors flux-dev --dtype float32 --overwrite"""
 
 
-def add_parser(subparsers) -> None:
-    """Adds `chipmunk convert` to the subparsers of an ArgumentParser."""
-    parser = subparsers.add_parser(
-        "convert",
-        usage="chipmunk convert SOURCE TARGET [options]",
-        help="write a PyTorch checkpoint as a folder of this library",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `chipmunk convert`."""
+    parser = Parser("chipmunk convert", "SOURCE TARGET [options]", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="file or folder to read")
     parser.add_argument("target", metavar="TARGET", help="folder to write; the folder above it must exist")
     parser.add_argument(
@@ -44,7 +39,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint in TARGET")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    parser.set_defaults(run=run)
+    return parser.parse_args(words)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,10 +1,12 @@
 """chipmunk inspect: what a checkpoint holds, and what a sample of it takes."""
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
 
+from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.families import Defaults, defaults
 from chipmunk_jax.models import MODELS
 
@@ -23,39 +25,30 @@ examples:
   chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200"""
 
 
-def add_parser(subparsers) -> None:
-    """Adds `chipmunk inspect` to the subparsers of an ArgumentParser."""
-    parser = subparsers.add_parser(
-        "inspect",
-        usage="chipmunk inspect PATH\n       chipmunk inspect --plan (PATH | --model MODEL) [options]",
-        help="say what a checkpoint holds",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `chipmunk inspect`.
+
+    Raises:
+        InputError: flags of a plan without --plan, or nothing to inspect.
+    """
+    usage = "PATH\n       chipmunk inspect --plan (PATH | --model MODEL) [options]"
+    parser = Parser("chipmunk inspect", usage, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("path", metavar="PATH", nargs="?", help="file or folder")
     add_plan_flags(parser)
-    usual = vars(parser.parse_args([]))
-    parser.set_defaults(run=lambda args: run(args, usual))
+    args = parser.parse_args(words)
+    if not args.plan:
+        usual = vars(parser.parse_args([])) | {"path": args.path}
+        if flags := [f"--{name.replace('_', '-')}" for name, x in vars(args).items() if (name, x) not in usual.items()]:
+            raise InputError(f"expected {', '.join(flags)} only with --plan")
+        if args.path is None:
+            raise InputError("expected PATH, a file or folder")
+    return args
 
 
-def run(args: argparse.Namespace, usual: dict[str, Any]) -> int:
-    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole or a plan that fits, else 1.
-
-    Args:
-        args: the flags.
-        usual: they where none is given.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole or a plan that fits, else 1."""
     if args.plan:
         return run_plan(args)
-    changed = (
-        name for name, value in vars(args).items() if name not in ("path", "run") and (name, value) not in usual.items()
-    )
-    if flags := [f"--{name.replace('_', '-')}" for name in changed]:
-        raise ValueError(f"expected {', '.join(flags)} only with --plan")
-    if args.path is None:
-        raise ValueError("expected PATH, a file or folder")
     found = inspect(args.path)
     print(describe(found))
     return 0 if found.whole else 1

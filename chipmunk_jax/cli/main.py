@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status, see commands.run(); a KeyboardInterrupt ends the process with 130."""
     try:
-        from chipmunk_jax.cli.commands import run  # takes a second or two
+        from chipmunk_jax.cli.commands import run
 
         return run(argv)
     except KeyboardInterrupt:

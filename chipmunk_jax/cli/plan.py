@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from chipmunk_jax import memory
 from chipmunk_jax.bench.models import MODELS, BenchModel, model_of, plan_memory
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.checkpoint import describe
 from chipmunk_jax.sparsity import Sparsity
 
@@ -60,7 +61,7 @@ class Request:
         return parts | {RESERVE: sum(parts.values()) // 40}
 
     def check(self) -> None:
-        """Raises ValueError where the sampler has no such steps, or the sizes do not fit."""
+        """Raises InputError where the sampler has no such steps, or the sizes do not fit."""
         grid = self.model.grid(self.sizes)
         self.model.defaults.timesteps(self.steps, math.prod(grid))
         if self.sparsity:
@@ -70,7 +71,7 @@ class Request:
         """Whether check() has nothing to say."""
         try:
             self.check()
-        except ValueError:
+        except InputError:
             return False
         return True
 
@@ -113,12 +114,12 @@ def read_request(args: argparse.Namespace) -> Request:
     """What the flags ask for.
 
     Raises:
-        ValueError, FileNotFoundError: both or neither of PATH and --model, or sizes that do not fit.
+        InputError, FileNotFoundError: both or neither of PATH and --model, or sizes that do not fit.
     """
     if (args.path is None) == (args.model is None):
-        raise ValueError("--plan: expected a converted folder or --model, one of them")
+        raise InputError("--plan: expected a converted folder or --model, one of them")
     if args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: expected at least 1")
+        raise InputError(f"--batch {args.batch}: expected at least 1")
     if args.model:
         model, dtype = MODELS[args.model], "bfloat16"
     else:

@@ -2,13 +2,15 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from chipmunk_jax.cli.device import keep_compilations
-from chipmunk_jax.cli.images import write_png
+from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.cli.videos import check_fps, check_output, write_video
+from chipmunk_jax.compilation import keep_compilations
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.families import FAMILIES, Family
+from chipmunk_jax.media import check_fps, check_output, save_image, save_video
 from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
 from chipmunk_jax.sparsity import to_dict
 
@@ -31,17 +33,10 @@ examples:
   chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity --fps 12 -o heart.webp"""
 
 
-def add_parser(subparsers) -> None:
-    """Adds `chipmunk sample` to the subparsers of an ArgumentParser."""
-    parser = subparsers.add_parser(
-        "sample",
-        usage="chipmunk sample CKPT --prompt PROMPT [-o OUT] [options]",
-        allow_abbrev=False,
-        help="sample images and videos from prompts",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `chipmunk sample`."""
+    usage = "CKPT --prompt PROMPT [-o OUT] [options]"
+    parser = Parser("chipmunk sample", usage, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
     parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be given several times")
     parser.add_argument("--batch", type=int, default=1, help="samples of each prompt (default: 1)")
@@ -51,7 +46,7 @@ def add_parser(subparsers) -> None:
     add_sampling_flags(parser)
     parser.add_argument("--dense", action="store_true", help="recompute everything, whatever --sparsity says")
     add_sparsity_flags(parser, "dense")
-    parser.set_defaults(run=run)
+    return parser.parse_args(words)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,10 +79,10 @@ def read_settings(args: argparse.Namespace, family: Family) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk sample`."""
     if args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: expected at least 1")
+        raise InputError(f"--batch {args.batch}: expected at least 1")
     family = family_of(args.checkpoint)
-    output = check_output(args.output or ("out.webp" if family.video else "out.png"), family)
-    fps, settings = check_fps(args.fps, family), read_settings(args, family)
+    output = check_output(args.output or ("out.webp" if family.video else "out.png"), video=family.video)
+    fps, settings = check_fps(args.fps, family.fps), read_settings(args, family)
     sparsity = None if args.dense else read_sparsity(args, family.preset, dense=True)
     prompts = [prompt for prompt in args.prompt for _ in range(args.batch)]
     check_request(family, WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
@@ -101,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
         described = settings | {"seed": args.seed + i, "sparsity": sparsity and to_dict(sparsity)}
         text = {"prompt": prompt, "seed": args.seed + i, "settings": described}
         if family.video:
-            write_video(path, pixels, fps, text)
+            save_video(path, pixels, fps, text)
         else:
-            write_png(path, pixels, text)
+            save_image(path, pixels, text)
         print(path)
     kind = "video" if family.video else "image"
     print(f"{len(samples)} {kind}{'s' * (len(samples) > 1)} in {seconds:.1f} s, compilation included")

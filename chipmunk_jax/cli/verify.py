@@ -4,19 +4,21 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from chipmunk_jax.cli.comparison import compare_frames, compare_images, compare_videos
-from chipmunk_jax.cli.device import keep_compilations
-from chipmunk_jax.cli.images import check_writable, write_png
+from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.sample import add_sampling_flags, read_settings
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
-from chipmunk_jax.cli.videos import check_fps, check_output, write_video
+from chipmunk_jax.compilation import keep_compilations
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.media import check_fps, check_output, check_writable, save_image, save_video
 from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
 from chipmunk_jax.quality import psnr
+from chipmunk_jax.report import compare_frames, compare_images, compare_videos
 from chipmunk_jax.sparsity import Sparsity, to_dict
 
 DESCRIPTION = """\
@@ -35,17 +37,10 @@ PROMPTS = ("red striped heart on meadow", "blue plain ring on night", "yellow ch
 SAME = 1000.0  # dB, in place of the infinity of equal samples, which JSON cannot hold
 
 
-def add_parser(subparsers) -> None:
-    """Adds `chipmunk verify` to the subparsers of an ArgumentParser."""
-    parser = subparsers.add_parser(
-        "verify",
-        usage="chipmunk verify CKPT [-o COMPARE] [options]",
-        allow_abbrev=False,
-        help="compare sparse samples with dense ones",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `chipmunk verify`."""
+    usage = "CKPT [-o COMPARE] [options]"
+    parser = Parser("chipmunk verify", usage, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
     parser.add_argument(
         "--prompt", action="append", help=f"may be given several times (default: {len(PROMPTS)} of ours)"
@@ -59,21 +54,21 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--min-psnr", type=float, default=0.0, help="dB, of the median sample (default: 0)")
     add_sampling_flags(parser)
     add_sparsity_flags(parser)
-    parser.set_defaults(run=run)
+    return parser.parse_args(words)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk verify`."""
     family, prompts = family_of(args.checkpoint), args.prompt or PROMPTS
     outputs = args.output or ["compare.webp" if family.video else "compare.png"]
-    outputs = [check_output(path, family) for path in outputs]
+    outputs = [check_output(path, video=family.video) for path in outputs]
     if args.json:
-        check_writable(args.json, suffixes=())
+        check_writable(args.json)
     if math.isnan(args.min_psnr):
-        raise ValueError("--min-psnr nan: expected a number of dB")
-    fps, settings = check_fps(args.fps, family), read_settings(args, family)
+        raise InputError("--min-psnr nan: expected a number of dB")
+    fps, settings = check_fps(args.fps, family.fps), read_settings(args, family)
     if settings["steps"] == 1:
-        raise ValueError("--steps 1: expected at least 2, as the first is not timed")
+        raise InputError("--steps 1: expected at least 2, as the first is not timed")
     sparsity = read_sparsity(args, family.preset)
     check_request(family, WordTable.load(args.checkpoint), prompts, **settings, sparsity=sparsity)
     keep_compilations()
@@ -118,11 +113,11 @@ def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> 
 
 def _draw(path: Path, captions: list[str], dense: np.ndarray, sparse: np.ndarray, fps: float | None, text) -> None:
     if fps is None:
-        write_png(path, compare_images(captions, dense, sparse), text)
+        save_image(path, compare_images(captions, dense, sparse), text)
     elif path.suffix.lower() == ".png":
-        write_png(path, compare_frames(captions, dense, sparse), text)
+        save_image(path, compare_frames(captions, dense, sparse), text)
     else:
-        write_video(path, compare_videos(captions, dense, sparse), fps, text)
+        save_video(path, compare_videos(captions, dense, sparse), fps, text)
 
 
 def _print(report: dict, decibels: list[float], outputs: list[Path]) -> None:

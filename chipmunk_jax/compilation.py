@@ -1,4 +1,4 @@
-"""What the commands that compute ask of the device first."""
+"""Compiled programs, kept from one process to the next."""
 
 import os
 from pathlib import Path

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from chipmunk_jax.cli.images import to_bytes
+from chipmunk_jax.media import to_bytes
 
 ZOOM = 3  # so that a person sees 64 pixels
 GAIN = 5  # of the differences
