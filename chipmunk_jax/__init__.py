@@ -4,30 +4,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chipmunk_jax.sampling import sample
+    from chipmunk_jax.errors import InputError
+    from chipmunk_jax.media import save_image, save_video
+    from chipmunk_jax.models.checkpoint import load
+    from chipmunk_jax.pipelines import Pipeline, PipelineOutput, Variant, register, variant_of
+    from chipmunk_jax.sampling import denoise, plan, sample, start
     from chipmunk_jax.solvers import Euler, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
     from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity, StepCache, load_sparsity
+
+# Module -> what users find here of it.
+_EXPORTS = {
+    "errors": ("InputError",),
+    "media": ("save_image", "save_video"),
+    "models.checkpoint": ("load",),
+    "pipelines": ("Pipeline", "PipelineOutput", "Variant", "register", "variant_of"),
+    "sampling": ("denoise", "plan", "sample", "start"),
+    "solvers": ("Euler", "UniPC", "flux_timesteps", "shifted_timesteps", "wan_timesteps"),
+    "sparsity": ("AttentionSparsity", "MlpSparsity", "Sparsity", "StepCache", "load_sparsity"),
+}
+_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "AttentionSparsity",
     "Euler",
+    "InputError",
     "MlpSparsity",
+    "Pipeline",
+    "PipelineOutput",
     "Sparsity",
     "StepCache",
     "UniPC",
+    "Variant",
+    "denoise",
     "flux_timesteps",
+    "load",
     "load_sparsity",
+    "plan",
+    "register",
     "sample",
+    "save_image",
+    "save_video",
     "shifted_timesteps",
+    "start",
+    "variant_of",
     "wan_timesteps",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """One of the above, imported when it is asked for: the command line begins before JAX is there (cli/main.py)."""
-    for module in ("sampling", "solvers", "sparsity") if name in __all__ else ():
-        if (found := getattr(import_module(f"{__name__}.{module}"), name, None)) is not None:
-            return found
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -228,8 +228,21 @@ def _kept(share: Share) -> float:
     return float((pinned + np.minimum(share.keep, share.columns - pinned)).mean())
 
 
-def full_steps(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
-    """bool[steps]: where everything is recomputed."""
+def full_steps(table: Step, steps: int) -> np.ndarray:
+    """bool[steps]: where the attention or the MLP computes everything, or nothing is sparse.
+
+    Args:
+        table: of plan_steps(), or a Step() for dense sampling.
+        steps: of the sampler.
+    """
+    parts = [(table.attention, AttentionPhase.DELTA), (table.mlp, MlpPhase.SELECT_DELTA)]
+    sparse = [np.asarray(share.phase) >= first_delta for share, first_delta in parts if share]
+    every = ~np.logical_and.reduce(sparse) if sparse else np.ones(steps, bool)
+    return every if table.skip is None else every & ~np.asarray(table.skip)
+
+
+def _full(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
+    """bool[steps]: where a part is full by its schedule."""
     if config.full_step_schedule:
         return np.isin(np.arange(steps), config.full_step_schedule)
     return np.arange(steps) % config.full_step_every == 0
@@ -239,13 +252,13 @@ def _filling(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
     """bool[steps]: full steps, and attention's second, which chooses its keys."""
     if isinstance(config, AttentionSparsity):
         return attention_phases(config, steps) != AttentionPhase.DELTA
-    return full_steps(config, steps)
+    return _full(config, steps)
 
 
 def attention_phases(config: AttentionSparsity, steps: int) -> np.ndarray:
     """AttentionPhase of every step, i32[steps]. Steps 0 and 1 are full: the first measures, the second can select."""
     later = AttentionPhase.SELECT if config.recompute_mask else AttentionPhase.REFRESH
-    phases = np.where(full_steps(config, steps), later, AttentionPhase.DELTA)
+    phases = np.where(_full(config, steps), later, AttentionPhase.DELTA)
     phases[:2] = [AttentionPhase.MEASURE, AttentionPhase.SELECT][:steps]
     return phases.astype(np.int32)
 
@@ -258,4 +271,4 @@ def mlp_phases(config: MlpSparsity, steps: int) -> np.ndarray:
     else:  # every step until the first full one after the start has passed, then every select_every
         select = (step < config.full_step_every) | (step % config.select_every == 0)
     phases = np.where(select, MlpPhase.SELECT_DELTA, MlpPhase.DELTA)
-    return np.where(full_steps(config, steps), MlpPhase.FULL, phases).astype(np.int32)
+    return np.where(_full(config, steps), MlpPhase.FULL, phases).astype(np.int32)

@@ -2,6 +2,7 @@
 
 from chipmunk_jax.convert.convert import convert, read
 from chipmunk_jax.convert.inspection import Inspection, inspect
+from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.models.checkpoint import load, save
 
-__all__ = ["Inspection", "convert", "inspect", "load", "read", "save"]
+__all__ = ["Inspection", "convert", "inspect", "load", "open_source", "read", "save"]

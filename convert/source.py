@@ -1,18 +1,20 @@
 """What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.convert import flux, hunyuan_video, wan
 from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
 from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
 from chipmunk_jax.errors import InputError, listed
+from chipmunk_jax.models import MODELS
 from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
-LAYOUTS = (*flux.LAYOUTS, *hunyuan_video.LAYOUTS, *wan.LAYOUTS)
+TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
 PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like
 FOLDERS = ("transformer", "transformers")  # of the network in a release with its VAE: diffusers', Tencent's
 
@@ -41,6 +43,12 @@ class Source:
         return found
 
 
+def layouts() -> Iterator[Layout]:
+    """Those of all networks: a module of this package has the tables of the network of its name."""
+    for name in MODELS:
+        yield from TABLES[name] if name in TABLES else import_module(f"chipmunk_jax.convert.{name}").LAYOUTS
+
+
 def open_source(path: str | Path) -> Source:
     """The checkpoint under `path`.
 
@@ -59,9 +67,9 @@ def open_source(path: str | Path) -> Source:
     if below and not list(path.glob(f"{STEM}*")):
         path = below
     weights = strip_prefix(read_any(path))
-    layout = next((layout for layout in LAYOUTS if any(mark in weights.tensors for mark in layout.marks)), None)
+    layout = next((layout for layout in layouts() if any(mark in weights.tensors for mark in layout.marks)), None)
     if layout is None:
-        known = ", ".join(f"{layout.model} ({layout.name})" for layout in LAYOUTS)
+        known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
         raise InputError(
             f"{path}: unknown layout, expected one of {known}; it holds {listed(sorted(weights.tensors)) or 'nothing'}"
         )

@@ -41,7 +41,7 @@ class Network(nnx.Module):
         modulations: Any = None,
     ) -> tuple[jax.Array, Caches]:
         """velocity [B, N, C], f32, and the caches; modulations are those of self.modulations(t, cond), the rest as in hidden()."""
-        modulations = modulations or self.modulations(t, cond)
+        modulations = self.modulations(t, cond) if modulations is None else modulations
         hidden, cache = self.hidden(x, t, cond, positions, cache, step, modulations)
         return self.velocity(hidden, modulations), cache
 

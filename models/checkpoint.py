@@ -73,6 +73,25 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
         FileNotFoundError: there is no such folder.
         InputError: it is not a checkpoint, is half-written, or its weights are not its config's.
     """
+    model = check_weights(folder, dtype)
+    sharding = jnp.zeros(()).sharding  # of the default device
+    targets = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for path, leaf in leaves_of(model).items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(weights_of(folder), nest(targets))
+    except Exception as error:  # TensorStore raises a bare one for bytes that do not decode
+        raise InputError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
+    return with_arrays(model, tree)
+
+
+def check_weights(folder: str | Path, dtype: Any = None) -> Network:
+    """The model in `folder`, shapes in place of arrays, whose weights are all there as far as headers tell.
+
+    Raises:
+        FileNotFoundError, InputError: as load().
+    """
     description = describe(folder)
     model = abstract(description.model, description.config, dtype or description.dtype)
     missing, unknown, misshapen = compare(folder, model)
@@ -86,16 +105,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
         raise InputError(
             f"{folder}: damaged weights: {stored_bytes(folder):,} bytes where {description.stored:,} were written"
         )
-    sharding = jnp.zeros(()).sharding  # of the default device
-    targets = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for path, leaf in leaves_of(model).items()
-    }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(weights_of(folder), nest(targets))
-    except Exception as error:  # TensorStore raises a bare one for bytes that do not decode
-        raise InputError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
-    return with_arrays(model, tree)
+    return model
 
 
 def describe(folder: str | Path) -> Description:
@@ -118,7 +128,9 @@ def describe(folder: str | Path) -> Description:
     if content["model"] not in list(MODELS):
         raise InputError(f"{folder}: model {content['model']}, expected one of {', '.join(MODELS)}")
     try:
-        config = MODELS[content["model"]].config_class(**content["config"])
+        # JSON has no tuples, and configs are hashed.
+        values = {name: tuple(x) if isinstance(x, list) else x for name, x in content["config"].items()}
+        config = MODELS[content["model"]].config_class(**values)
         if wrong := [n for n, x in content["config"].items() if isinstance(x, str)]:
             raise InputError(f"{wrong[0]}={content['config'][wrong[0]]!r}: expected a number")
         dtype = parse_dtype(content["dtype"]).name

@@ -3,23 +3,23 @@
 import dataclasses
 import importlib.util
 import json
-import math
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from chipmunk_jax import memory
 from chipmunk_jax.bench import draw, kernels, measure, records, references
 from chipmunk_jax.bench.compare import compare
-from chipmunk_jax.bench.models import MODELS, random_inputs
+from chipmunk_jax.bench.inputs import random_inputs, shortened
 from chipmunk_jax.bench.profile import kernel_table, kernel_times
 from chipmunk_jax.bench.schedule import by_schedule, kinds
 from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
 from chipmunk_jax.cli.main import main
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.sparsity import PRESETS, Sparsity, load_sparsity, to_dict
 
 REPEATS = ["--repeats", "1"]
@@ -426,7 +426,7 @@ def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
         "delta",
         "skipped",
     ]  # no neurons are chosen
-    preset = to_dict(PRESETS[MODELS[model].defaults.preset])
+    preset = to_dict(PRESETS[VARIANTS[model].preset])
     for entry in entries:
         assert entry["shape"] | {"layers": 0} == dict(height=64, width=48, frames=17, batch=1, layers=0, text=16)
         assert entry["sparsity"] == preset and entry["ms"] > 0
@@ -436,12 +436,18 @@ def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
     assert 0 < sparse["density"]["attention"] < 1 and dense["ms"] > 0
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("wan")])
-def test_inputs_that_are_drawn_fit_the_model(name):
-    entry = MODELS[name]
-    network = nnx.eval_shape(lambda: entry.network(entry.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    tokens = math.prod(entry.grid(entry.sizes(None, None, None)))
-    network.check(*jax.eval_shape(lambda: random_inputs(entry, 2, tokens)))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_inputs_that_are_drawn_fit_the_model_and_are_as_its_shapes_say(name):
+    variant = VARIANTS[name]
+    settings = variant.complete()
+    network, *shapes = variant.shapes(settings, 2, "bfloat16")
+    inputs = jax.eval_shape(lambda: random_inputs(variant, settings, 2))
+    assert inputs == tuple(shapes)
+    rows = variant.config.text_rows  # the tiny ones take fewer than published models need
+    if rows is None or variant.text_rows in range(rows[0], rows[1] + 1):
+        network.check(
+            *(jax.tree.map(lambda a: np.ones(a.shape, a.dtype), x) for x in variant.shapes(settings, 1, "bfloat16")[1:])
+        )
 
 
 @pytest.mark.parametrize(
@@ -455,8 +461,11 @@ def test_inputs_that_are_drawn_fit_the_model(name):
     ],
 )
 def test_sizes_that_are_not_given_are_the_usual_ones(model, given, expected):
-    entry = MODELS[model]
-    assert entry.grid(entry.sizes(*given)) == expected
+    variant = VARIANTS[model]
+    settings = variant.complete(**dict(zip(("height", "width", "frames"), given, strict=True)))
+    assert variant.grid(settings) == expected
+    names = ["height", "width", "frames"] if variant.video else ["height", "width"]
+    assert list(variant.sizes(settings)) == names
 
 
 @pytest.mark.parametrize(
@@ -470,15 +479,16 @@ def test_sizes_that_are_not_given_are_the_usual_ones(model, given, expected):
     ],
 )
 def test_sizes_that_no_token_divides_are_refused(model, given, message):
-    with pytest.raises(ValueError, match=message):
-        MODELS[model].sizes(*given)
+    settings = dict(zip(("height", "width", "frames"), given, strict=True))
+    with pytest.raises(InputError, match=message):
+        VARIANTS[model].grid(VARIANTS[model].complete(**settings))
 
 
 @pytest.mark.parametrize(
     ("layers", "expected"), [(2, (1, 1)), (3, (1, 2)), (6, (2, 4)), (10, (3, 7)), (57, (19, 38)), (56, (19, 37))]
 )
 def test_a_shortened_model_keeps_the_proportion_of_its_stacks(layers, expected):
-    config = MODELS["flux-dev"].shortened(layers).config
+    config = shortened(VARIANTS["flux-dev"], layers).config
     assert (config.depth, config.depth_single_blocks) == expected
 
 

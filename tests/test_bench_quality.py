@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chipmunk_jax.bench.quality import SAME, read_variants
+from chipmunk_jax.bench.quality import SAME, read_configurations
 from chipmunk_jax.cli.main import main
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.sparsity import PRESETS, load_sparsity, to_dict
 
 ROOT = Path(__file__).parents[1]
@@ -58,9 +59,24 @@ def test_a_dense_configuration_is_the_dense_sample(checkpoint, tmp_path):
     assert entry["psnr"] == [SAME] * 3
 
 
+def test_fewer_steps_are_a_configuration_compared_with_all_of_them(checkpoint, tmp_path):
+    text = "flux: {mlp.random_keys: 0.0}\n2 of 3 steps: {dense: true, steps: 2}\nboth: {steps: 2}\n"
+    sparse, fewer, both = run(checkpoint, tmp_path, text)
+    assert [entry["steps"] for entry in (sparse, fewer, both)] == [3, 2, 2]
+    assert (
+        fewer["sparsity"] is None
+        and fewer["density"] == {"attention": 1.0, "mlp": 1.0}
+        and both["sparsity"] is not None
+    )
+    assert all(level < 60 for level in fewer["psnr"])  # another path through the noise, not a rounding
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a: {dense: true}", "^a: dense=True: expected true with a number of steps"),
+        ("a: {dense: maybe, steps: 2}", "^a: dense=maybe"),
+        ("a: {dense: true, steps: 2, mlp: null}", "and no other setting"),
         ("", "expected names"),
         ("[a, b]", "expected names"),
         ("flux: 3", "expected names"),
@@ -73,10 +89,10 @@ def test_a_dense_configuration_is_the_dense_sample(checkpoint, tmp_path):
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, message):
     (tmp_path / "v.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_variants(tmp_path / "v.yaml")
-    with pytest.raises(ValueError, match="no such file"):
-        read_variants(tmp_path / "w.yaml")
+    with pytest.raises(InputError, match=message):
+        read_configurations(tmp_path / "v.yaml")
+    with pytest.raises(InputError, match="no such file"):
+        read_configurations(tmp_path / "w.yaml")
 
 
 def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint, tmp_path, capsys):
@@ -93,5 +109,5 @@ def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint,
 
 
 def test_the_shipped_configurations_can_be_read():
-    variants = read_variants(ROOT / "benchmarks/quality-mini-wan.yaml")
-    assert next(iter(variants.values())) == PRESETS["mini-wan"] and len(variants) > 10
+    found = read_configurations(ROOT / "benchmarks/quality-mini-wan.yaml")
+    assert next(iter(found.values())).sparsity == PRESETS["mini-wan"] and len(found) > 10

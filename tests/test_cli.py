@@ -20,7 +20,7 @@ from chipmunk_jax.cli import commands, sample, verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pipeline import Pipeline
+from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
 
 PROMPT = "red striped heart on meadow"
@@ -36,7 +36,7 @@ def no_model(monkeypatch):
     def never(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("chipmunk_jax.pipeline.load", never)
+    monkeypatch.setattr("chipmunk_jax.pipelines.base.load", never)
 
 
 def run(command, checkpoint, *flags):
@@ -116,7 +116,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
         ("sample", ["--batch", 0], ["--batch 0", "at least 1"]),
         ("verify", ["--json", "none/a.json"], ["none/a.json", "no folder none"]),
         ("verify", ["--json", "."], ["cannot be written"]),
-        ("verify", ["--steps", 1], ["--steps 1", "at least 2"]),
+        ("verify", ["--steps", 1], ["steps=1", "at least 2"]),
         ("verify", ["--min-psnr", "nan"], ["--min-psnr nan", "number of dB"]),
     ],
 )
@@ -175,11 +175,6 @@ def make_latent(checkpoint):
     (checkpoint / "config.json").write_text(json.dumps(content))
 
 
-def make_bare_source(checkpoint):
-    make_source(checkpoint)
-    remove_words(checkpoint)
-
-
 def cut_weights(checkpoint):
     """As a copy that was interrupted."""
     files = [file for file in (checkpoint / "weights").rglob("*") if file.is_file()]
@@ -188,11 +183,10 @@ def cut_weights(checkpoint):
 
 
 DAMAGES = [
-    (shutil.rmtree, "no such folder"),
+    (shutil.rmtree, "no such file or folder"),
     (remove_config, "half-written"),
-    (make_source, "copy copy-converted`"),
-    (make_bare_source, "not a converted checkpoint; make one with `chipmunk convert"),
-    (make_file, "not a converted checkpoint; make one with `chipmunk convert"),
+    (make_source, "unknown layout"),
+    (make_file, "not a safetensors file, or truncated"),
     (make_latent, "a flux model, whose text encoders and VAE are not here yet"),
     (remove_words, "no words.json"),
     (break_words, "bad word table"),
@@ -272,22 +266,7 @@ def test_an_unknown_command_is_told_with_the_nearest_one(words, told, capsys):
 def test_values_may_look_like_flags(folder, capsys):
     prompts = ["--prompt", "--a blue-ish ring", "--prompt=-5", "--seed", "-1", "-oring.png", "--", "mini"]
     assert main(["sample", *prompts]) == 2
-    assert_one_sentence(capsys, "mini", "no such folder")
-
-
-def test_sparsity_that_swallows_what_follows_says_so(checkpoint, folder, capsys):
-    (folder / "steps.jsonl").write_text("{}")
-    for command, swallowed in (
-        ("sample", str(checkpoint)),
-        ("verify", str(checkpoint)),
-        ("bench schedule", "steps.jsonl"),
-    ):
-        with pytest.raises(SystemExit) as error:
-            main([*command.split(), "--sparsity", swallowed])
-        assert error.value.code == 2
-        assert f"put {swallowed} before --sparsity" in capsys.readouterr().err
-    (folder / "flux").mkdir()
-    assert parse("--sparsity", "flux", preset="mini-flux") == Sparsity()
+    assert_one_sentence(capsys, "mini", "no such file or folder")
 
 
 @pytest.mark.parametrize("command", ["convert", "inspect"])
@@ -346,9 +325,27 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
     settings = json.loads(text["settings"])
     expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7}
     assert settings == expected | {"sparsity": to_dict(Sparsity())}
-    size = dict(height=20, width=12, steps=3)
-    image = Pipeline.load(checkpoint)([PROMPT], **size, seed=7, sparsity=Sparsity(), progress=True)[0]
-    np.testing.assert_array_equal(pixels, np.round(255 * image))
+    size = dict(height=20, width=12, num_inference_steps=3)
+    (image,) = Pipeline.from_pretrained(checkpoint)(PROMPT, **size, seed=7, sparsity="flux").images
+    np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+def test_a_sample_is_sparse_by_the_models_own_preset_and_says_what_it_computed(checkpoint, folder, capsys):
+    flags = ["--steps", 7, "--guidance", 1]
+    assert run("sample", checkpoint, "-o", "a.png", *flags) == 0
+    captured = capsys.readouterr()
+    # Of three layers two are dense: see test_pipeline.py for the shares.
+    shares = "sparse: 97.0 % of the keys, 88.1 % of the neurons"
+    assert f"s, compilation included, {shares}\nof 7 steps (0 to 6) full 0, 1, 5\n" in captured.out
+    assert "sparse: compiling" in captured.err and "sparse: sampling" in captured.err
+    with Image.open("a.png") as image:
+        assert json.loads(image.text["settings"])["sparsity"] == to_dict(PRESETS["mini-flux"])
+    skipping = ["--sparsity.step-cache.skip-steps", "[3,6]"]
+    assert run("sample", checkpoint, "-o", "b.png", *flags, *skipping) == 0
+    assert "full 0, 1, 5, skipped 3, 6\n" in capsys.readouterr().out
+    assert run("sample", checkpoint, "-o", "c.png", *flags, "--dense") == 0
+    captured = capsys.readouterr()
+    assert "s, compilation included, dense\n" in captured.out and "dense: sampling" in captured.err
 
 
 def test_a_batch_is_numbered_files_with_seeds_of_their_own(checkpoint, folder):
@@ -492,16 +489,15 @@ def test_dense_ignores_sparsity(checkpoint, folder):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def parse(*flags, preset="flux", dense=False):
+def parse(*flags, preset="flux"):
     """The Sparsity of a command line."""
     parser = argparse.ArgumentParser()
     add_sparsity_flags(parser)
-    return read_sparsity(parser.parse_args(list(flags)), preset, dense=dense)
+    return read_sparsity(parser.parse_args(list(flags)), preset)
 
 
 def test_sparsity_flags_reach_the_config(tmp_path):
-    assert parse(dense=True) is None
-    assert parse() == parse("--sparsity", "flux", dense=True) == Sparsity()
+    assert parse() == parse("--sparsity", "flux") == Sparsity()
     assert parse("--sparsity.attention.top-keys", "0.2") == load_sparsity("flux", {"attention.top_keys": 0.2})
     found = parse(
         *("--sparsity.attention.recompute-mask", "true"),
@@ -519,13 +515,10 @@ def test_sparsity_flags_reach_the_config(tmp_path):
     assert parse("--sparsity", str(file), "--sparsity.attention.max-keys", "null").attention.max_keys is None
 
 
-def test_sparsity_alone_and_single_flags_start_from_the_models_own_preset():
-    assert parse("--sparsity", preset="mini-wan") == parse(preset="mini-wan") == load_sparsity("mini-wan")
-    flag = ["--sparsity.attention.top-keys", "0.4"]
-    found = parse(*flag, preset="mini-wan", dense=True)
-    assert (
-        found == parse("--sparsity", *flag, preset="mini-wan") == load_sparsity("mini-wan", {"attention.top_keys": 0.4})
-    )
+def test_single_flags_start_from_the_models_own_preset():
+    assert parse(preset="mini-wan") == load_sparsity("mini-wan")
+    found = parse("--sparsity.attention.top-keys", "0.4", preset="mini-wan")
+    assert found == load_sparsity("mini-wan", {"attention.top_keys": 0.4})
     assert parse("--sparsity", "flux", preset="mini-wan") == Sparsity()
 
 

@@ -20,7 +20,7 @@ from chipmunk_jax.convert.safetensors import read_weights
 from chipmunk_jax.layers import run_layers
 from chipmunk_jax.models import hunyuan_video, mmdit
 from chipmunk_jax.models.checkpoint import leaves_of
-from chipmunk_jax.pipeline import Pipeline
+from chipmunk_jax.pipelines import Pipeline
 
 GOLDEN = Path(__file__).parent / "golden/hunyuan_video"
 GRID = (3, 3, 4)
@@ -351,4 +351,4 @@ def test_prompts_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="hunyuan: a hunyuan_video model, whose text encoders and VAE are not here yet"
     ):
-        Pipeline.load(tmp_path / "hunyuan")
+        Pipeline.from_pretrained(tmp_path / "hunyuan")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 from chipmunk_jax import cache, memory, sample, sampling
-from chipmunk_jax.bench.models import MODELS, model_of, plan_memory, random_inputs, random_model, shapes
+from chipmunk_jax.bench.inputs import random_inputs, random_model
 from chipmunk_jax.bench.steps import INPUTS
 from chipmunk_jax.memory import DEVICES, NAMES, SMALLER, capacity, savings, shortage, summed, working_set
 from chipmunk_jax.model import Stack
+from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.sparsity import load_sparsity
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -23,23 +23,33 @@ TINY = {"flux-tiny": (16, 32), "hunyuan-tiny": (16, 32, 5), "wan-tiny": (32, 32,
 
 
 def tiny(name, batch=1, sparsity="preset", steps=5):
-    """The entry of a tiny model, its sizes, its sparsity, and the plan of a sample."""
-    model = MODELS[name]
-    sizes = model.sizes(*TINY[name], *(None,) * (3 - len(TINY[name])))
+    """A tiny model, the settings of a sample, its sparsity, and the plan of it."""
+    variant = VARIANTS[name]
+    settings = variant.complete(**dict(zip(("height", "width", "frames"), TINY[name], strict=False)), steps=steps)
     overrides = {"attention.group": 64, "attention.local_voxels": 0}
-    sparsity = load_sparsity(model.defaults.preset, overrides) if sparsity == "preset" else sparsity
-    plan = plan_memory(model, sizes, batch, steps=steps, dtype=jnp.dtype(jnp.bfloat16), sparsity=sparsity)
-    return model, sizes, sparsity, plan
+    sparsity = load_sparsity(variant.preset, overrides) if sparsity == "preset" else sparsity
+    return variant, settings, sparsity, planned(variant, settings, batch, sparsity)
+
+
+def planned(variant, settings, batch, sparsity, dtype="bfloat16", **options):
+    """memory.plan() of a sample as it is usually guided."""
+    usual = dict(steps=settings["steps"], guidance=variant.guidance, solver=variant.solver) | options
+    return memory.plan(*variant.shapes(settings, batch, dtype), sparsity=sparsity, **usual)
+
+
+def rows(variant, batch):
+    """Entries of the batch that the network sees."""
+    return batch if variant.guidance is None else 2 * batch
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_bytes_of_arrays_are_exact(name, batch=3):
-    model, sizes, sparsity, plan = tiny(name, batch)
-    network = random_model(model, jnp.bfloat16)
-    noise, cond = random_inputs(model, model.rows(batch), int(np.prod(model.grid(sizes))))
+    variant, settings, sparsity, plan = tiny(name, batch)
+    network = random_model(variant, jnp.bfloat16)
+    noise, cond = random_inputs(variant, settings, rows(variant, batch))
     stacks = network.stacks(noise.shape[1], cond)
-    arrays = cache.zeros(stacks, sparsity, model.rows(batch), jnp.bfloat16)
-    times = jnp.zeros((5, model.rows(batch)))
+    arrays = cache.zeros(stacks, sparsity, rows(variant, batch), jnp.bfloat16)
+    times = jnp.zeros((5, rows(variant, batch)))
     assert plan["weights"] == sum(a.nbytes for a in jax.tree.leaves(nnx.state(network)))
     assert plan["noise and conditions"] == noise[:batch].nbytes + sum(a.nbytes for a in cond.values())
     assert plan["modulations of all steps"] == sum(a.nbytes for a in jax.tree.leaves(network.modulations(times, cond)))
@@ -77,11 +87,10 @@ def test_both_sides_of_guidance_are_counted():
 
 @pytest.mark.parametrize("record", RECORDS["samples"], ids=lambda r: r["name"])
 def test_predictions_are_within_a_tenth_of_what_xla_assigns(record):
-    model = MODELS[record["model"]]
-    sizes = model.sizes(record["height"], record["width"], record.get("frames"))
+    variant = VARIANTS[record["model"]]
+    settings = variant.complete(**{name: record.get(name) for name in ("height", "width", "frames", "steps")})
     sparsity = record["sparsity"] and load_sparsity(record["sparsity"])
-    options = dict(steps=record["steps"], dtype=jnp.dtype(record["dtype"]), sparsity=sparsity)
-    plan = plan_memory(model, sizes, record["batch"], **options, implementation="pallas")
+    plan = planned(variant, settings, record["batch"], sparsity, record["dtype"], implementation="pallas")
     assert sum(plan.values()) == pytest.approx(record["compiled"]["peak"], rel=0.1)
     caches = sum(size for part, size in plan.items() if "." in part)
     assert plan["weights"] + caches <= record["compiled"]["arguments"] <= 1.01 * (plan["weights"] + caches)
@@ -105,29 +114,27 @@ MEASURED = sorted(path.name for pattern in ("flux", "hunyuan", "wan") for path i
 def test_predictions_are_within_a_tenth_of_the_measured_peak(name):
     """The most that one GPU had in use while whole samples, or a step of each kind, were timed."""
     *_, record = map(json.loads, (RESULTS / name).read_text().splitlines())
-    model, shape = MODELS[record["model"]], record["shape"]
-    sizes = model.sizes(shape["height"], shape["width"], shape.get("frames"))
-    options = dict(steps=shape.get("steps", INPUTS), dtype=jnp.dtype(record["dtype"]), implementation="pallas")
-    plan = plan_memory(model, sizes, shape["batch"], **options, sparsity=load_sparsity(record["sparsity"]))
+    variant, shape = VARIANTS[record["model"]], record["shape"]
+    settings = variant.complete(**{name: shape.get(name) for name in ("height", "width", "frames")})
+    options = dict(steps=shape.get("steps", INPUTS), implementation="pallas")
+    plan = planned(variant, settings, shape["batch"], load_sparsity(record["sparsity"]), record["dtype"], **options)
     assert sum(plan.values()) == pytest.approx(record["peak_bytes"], rel=0.1)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_longer_sequence_never_takes_less(name):
-    model, sizes, sparsity, _ = tiny(name)
-    plan = lambda height: plan_memory(
-        model, sizes | {"height": height}, 1, steps=5, dtype=jnp.dtype(jnp.bfloat16), sparsity=sparsity
-    )
+    variant, settings, sparsity, _ = tiny(name)
+    plan = lambda height: planned(variant, settings | {"height": height}, 1, sparsity)
     totals = [sum(plan(height).values()) for height in range(16, 129, 16)]
     assert totals == sorted(totals) and totals[0] < totals[-1]
 
 
 def test_sample_refuses_what_the_plan_says_and_no_less(monkeypatch):
-    model, sizes, sparsity, plan = tiny("flux-tiny")
-    network = random_model(model, jnp.bfloat16)
-    noise, cond = random_inputs(model, 1, int(np.prod(model.grid(sizes))))
+    variant, settings, sparsity, plan = tiny("flux-tiny")
+    network = random_model(variant, jnp.bfloat16)
+    noise, cond = random_inputs(variant, settings, 1)
     need = sum(size for part, size in plan.items() if part not in memory.PLACED)
-    options = dict(timesteps=model.defaults.timesteps(5, noise.shape[1]), grid=model.grid(sizes), sparsity=sparsity)
+    options = dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), sparsity=sparsity)
 
     def compiled(*_):
         raise InterruptedError
@@ -162,9 +169,9 @@ def test_a_setting_is_proposed_only_where_with_it_there_is_room(monkeypatch):
     """One that is not enough stays beside the next, and none is named where all of them are not enough."""
     sparsity = load_sparsity("flux", {"mlp.cache": "activations"})
     plan = lambda sparsity: tiny("flux-tiny", sparsity=sparsity)[-1]
-    model, sizes, *_ = tiny("flux-tiny")
-    needed = shapes(model, sizes, 1, jnp.dtype(jnp.bfloat16))
-    check = lambda sparsity: memory.check_room(*needed, placed=False, steps=5, sparsity=sparsity)
+    variant, settings, *_ = tiny("flux-tiny")
+    shapes = variant.shapes(settings, 1, "bfloat16")
+    check = lambda sparsity: memory.check_room(*shapes, placed=False, steps=5, sparsity=sparsity)
     settings = savings(plan(sparsity))
     needs = [sum(plan(load_sparsity(sparsity, dict(settings[:n]))).values()) for n in range(3)]
     assert len(settings) == 2 and needs == sorted(needs, reverse=True)
@@ -185,30 +192,6 @@ def test_choosing_keys_counts_its_sums_and_lists():
     lists = 3 * 2 * 8  # B, H, G = 1000 / 128
     assert phases["choosing keys"] == 2 * lists * 1000 + 4 * lists * 128 + 5 * (2 * 3 * 1000 * 32)
     assert "choosing keys" not in working_set(stack, None, 3, jnp.bfloat16)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_converted_checkpoint_is_planned_as_its_model(name):
-    assert model_of(MODELS[name].config) is MODELS[name]
-
-
-def test_a_checkpoint_of_other_sizes_is_planned_by_its_config():
-    kinds = {"flux": {"in_channels": 12}, "hunyuan_video": {"depth": 1}, "wan": {"in_dim": 3, "out_dim": 3}}
-    for name, change in kinds.items():
-        config = type(abstract_config(name))(**change)
-        model = model_of(config)
-        assert model.config == config and model.sizes(None, None, None)
-    assert (
-        model_of(type(abstract_config("wan"))(in_dim=3, out_dim=3)).grid({"frames": 16, "height": 64, "width": 64})[0]
-        == 16
-    )
-
-
-def abstract_config(name):
-    """The default config of a network."""
-    from chipmunk_jax import models
-
-    return models.MODELS[name].config_class()
 
 
 @pytest.mark.parametrize("given", ["0", "-0.5", "1.5", "75%", "nan", ""])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +11,18 @@ from test_safetensors import write_safetensors
 
 from chipmunk_jax import MlpSparsity, Sparsity
 from chipmunk_jax.convert.safetensors import read_weights
-from chipmunk_jax.families import FAMILIES
-from chipmunk_jax.pipeline import Pipeline, WordTable
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines.pixels import PixelFluxPipeline, WordTable
 
 PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
-SIZE = dict(height=20, width=12, steps=3)  # a grid of 10 x 6 tokens, ragged in patches and in groups
+SIZE = dict(height=20, width=12, num_inference_steps=3)  # a grid of 10 x 6 tokens, ragged in patches and in groups
 SPARSITY = Sparsity(mlp=MlpSparsity(first_n_dense_layers=0, random_keys=0.2))
 
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoint):
-    return Pipeline.load(checkpoint)
+    return Pipeline.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def words(checkpoint):
 
 def fails(act, *words):
     """act() raises one ValueError of one line that holds all words."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         act()
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
@@ -89,14 +91,12 @@ def test_a_prompt_needs_one_word_of_each_attribute(words, prompt, words_of_the_e
             ),
             ["bad word table", "embeddings"],
         ),
-        (lambda folder: (folder / "config.json").unlink(), ["half-written"]),
     ],
 )
 def test_a_bad_word_table_is_one_error_that_names_its_folder(tmp_path, checkpoint, damage, expected):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     damage(folder)
-    fails(lambda: WordTable.load(folder), str(folder), *expected)
-    fails(lambda: Pipeline.load(folder), str(folder), *expected)
+    fails(lambda: Pipeline.from_pretrained(folder), str(folder), *expected)
 
 
 def test_a_checkpoint_without_its_embeddings_or_its_folder_is_not_found(tmp_path, checkpoint):
@@ -104,8 +104,14 @@ def test_a_checkpoint_without_its_embeddings_or_its_folder_is_not_found(tmp_path
     (folder / "word_embeddings.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"word_embeddings\.safetensors"):
         WordTable.load(folder)
-    with pytest.raises(FileNotFoundError, match="none: no such folder"):
-        Pipeline.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="none: no such file or folder"):
+        Pipeline.from_pretrained(tmp_path / "none")
+
+
+def test_half_a_checkpoint_is_no_pipeline(tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    (folder / "config.json").unlink()
+    fails(lambda: Pipeline.from_pretrained(folder), str(folder), "half-written")
 
 
 def test_pixels_undo_patches():
@@ -120,58 +126,103 @@ def test_pixels_undo_patches():
                         for x in range(2):
                             value = 2 * images[b, 2 * row + y, 2 * column + x, c] - 1
                             tokens[b, row * 3 + column, c * 4 + y * 2 + x] = value
-    np.testing.assert_allclose(
-        FAMILIES["flux"].to_pixels(tokens, grid), images, rtol=0, atol=1e-7
-    )  # scaled and back in float32
-    assert FAMILIES["flux"].to_pixels(np.full((1, 15, 12), 1.5, np.float32), grid).max() == 1
-    assert FAMILIES["flux"].to_pixels(np.full((1, 15, 12), -1.5, np.float32), grid).min() == 0
+    to_pixels = lambda tokens: PixelFluxPipeline.to_pixels(tokens, grid, (2, 2))
+    np.testing.assert_allclose(to_pixels(tokens), images, rtol=0, atol=1e-7)  # scaled and back in float32
+    assert to_pixels(np.full((1, 15, 12), 1.5, np.float32)).max() == 1
+    assert to_pixels(np.full((1, 15, 12), -1.5, np.float32)).min() == 0
 
 
 @pytest.mark.parametrize("sparsity", [None, SPARSITY], ids=["dense", "sparse"])
 def test_an_image_is_the_same_alone_and_in_any_batch(pipeline, sparsity):
     """Alone to 1e-5: a CPU sums some hundred float32 terms in another order for another batch (seen: 3e-7)."""
-    settings = SIZE | dict(sparsity=sparsity, progress=True)  # as test_cli.py, to share its compiled program
-    batch = pipeline(PROMPTS, **settings, seed=5)
+    draw = lambda prompts, seed: pipeline(prompts, **SIZE, sparsity=sparsity, seed=seed, output_type="np").images
+    batch = draw(PROMPTS, 5)
     assert batch.shape == (3, 20, 12, 3) and batch.dtype == np.float32
     assert batch.min() >= 0 and batch.max() <= 1 and batch.std() > 0.1
-    np.testing.assert_array_equal(pipeline(PROMPTS, **settings, seed=5), batch)
+    np.testing.assert_array_equal(draw(PROMPTS, 5), batch)
     for i in (0, 2):
-        alone = pipeline(PROMPTS[i : i + 1], **settings, seed=5 + i)
-        np.testing.assert_allclose(alone[0], batch[i], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(draw(PROMPTS[i], 5 + i)[0], batch[i], rtol=0, atol=1e-5)
 
 
-def test_seed_prompt_and_guidance_each_change_the_image(pipeline):
-    settings = SIZE | dict(seed=1, progress=True)
-    image = pipeline(PROMPTS[:1], **settings)
-    for change in (dict(seed=2), dict(guidance=3.0)):
-        assert np.any(pipeline(PROMPTS[:1], **settings | change) != image)
-    assert np.any(pipeline(PROMPTS[1:2], **settings) != image)
+def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(pipeline):
+    draw = lambda prompt, **settings: pipeline(prompt, **SIZE | dict(seed=1, output_type="np") | settings).images
+    image = draw(PROMPTS[0])
+    for change in (dict(seed=2), dict(guidance_scale=3.0), dict(negative_prompt=PROMPTS[1])):
+        assert np.any(draw(PROMPTS[0], **change) != image), change
+    assert np.any(draw(PROMPTS[1]) != image)
+
+
+def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
+    """The model's own preset where nothing is said: full every 5 steps, groups of 64; two of three layers are dense."""
+    options = SIZE | dict(num_inference_steps=7, guidance_scale=1, seed=3)
+    out = pipeline(PROMPTS[0], **options, num_images_per_prompt=2)
+    assert [image.size for image in out.images] == [(12, 20)] * 2 and out.frames is None and out.seconds > 0
+    assert (out.full_steps, out.skipped_steps) == ((0, 1, 5), ())
+    # Attention: 1 of 3 layers in 4 of 7 steps keeps 64 of 76 keys. MLP: in 4 steps 64 of 128 neurons, and in step 1.
+    assert out.density == pytest.approx({"attention": 1 - 4 / 7 / 3 * 12 / 76, "mlp": 1 - 5 / 7 / 3 / 2})
+    assert out.settings == {"height": 20, "width": 12, "steps": 7, "guidance": 1, "seed": 3}
+    pixels = pipeline([PROMPTS[0]] * 2, **options, output_type="np").images
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in out.images]), np.round(255 * pixels))
+    latents = pipeline([PROMPTS[0]] * 2, **options, output_type="latent").images
+    assert latents.shape == (2, 60, 12)
+    np.testing.assert_array_equal(pipeline.decode(latents, pipeline.variant.complete(height=20, width=12)), pixels)
+    dense = pipeline(PROMPTS[0], **SIZE, sparsity=None)
+    assert (dense.full_steps, dense.density) == ((0, 1, 2), {"attention": 1.0, "mlp": 1.0})
+
+
+def test_the_callback_sees_step_time_latents_and_the_clean_ones(pipeline):
+    seen = []
+    options = SIZE | dict(sparsity=None, callback_on_step_end=lambda *args: seen.append(args))
+    out = pipeline(PROMPTS[0], **options, output_type="latent")
+    assert [step for step, *_ in seen] == [0, 1, 2]
+    np.testing.assert_allclose([t for _, t, *_ in seen], pipeline.variant.timesteps(pipeline.variant.complete(
+        height=20, width=12, steps=3))[1:])  # fmt: skip
+    np.testing.assert_array_equal(seen[-1][2], out.images)
+    np.testing.assert_allclose(seen[-1][3], out.images, rtol=0, atol=1e-5)  # at t = 0 they are clean
+
+
+def test_a_checkpoint_of_pytorch_is_read_as_it_is():
+    pipeline = Pipeline.from_pretrained(Path(__file__).parents[1] / "examples/mini-flux")
+    request = pipeline.check("red striped heart on meadow", num_images_per_prompt=2)
+    assert len(request.prompts) == 2 and request.settings["steps"] == 28
+    assert pipeline.model.config == pipeline.variant.config
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (dict(prompts=[]), ["no prompts"]),
-        (dict(prompts=["red"]), ["'red'", "shape"]),
-        (dict(prompts="red"), ["prompts='red'", "a list of sentences"]),
-        (dict(prompts=[3]), ["prompt 3", "a sentence"]),
+        (dict(prompt=[]), ["no prompts"]),
+        (dict(prompt=["red"]), ["'red'", "shape"]),
+        (dict(prompt=[3]), ["prompt 3", "a sentence"]),
+        (dict(negative_prompt="red"), ["'red'", "shape"]),
+        (dict(negative_prompt=PROMPTS[:2]), ["2 negative prompts for 3 prompts"]),
+        (dict(num_images_per_prompt=0), ["num_images_per_prompt=0", "at least 1"]),
         (dict(height=20.5), ["height=20.5", "a whole number"]),
-        (dict(frames=4), ["frames=4", "expected none"]),
-        (dict(steps=2.5), ["steps=2.5", "a whole number"]),
-        (dict(steps=2.0), ["steps=2.0", "a whole number"]),
+        (dict(num_frames=4), ["frames=4", "expected none"]),
+        (dict(num_inference_steps=2.5), ["steps=2.5", "a whole number"]),
+        (dict(num_inference_steps=2.0), ["steps=2.0", "a whole number"]),
         (dict(seed=0.5), ["seed=0.5", "a whole number"]),
-        (dict(guidance="2"), ["guidance=2", "a finite number"]),
-        (dict(sparsity="flux"), ["sparsity='flux'", "load_sparsity()"]),
+        (dict(guidance_scale="2"), ["guidance=2", "a finite number"]),
+        (dict(sparsity="fluks"), ["'fluks'", "expected one of"]),
+        (dict(output_type="jpg"), ["output_type='jpg'", "pil, np, latent"]),
         (dict(height=33), ["height=33", "multiple of 2"]),
         (dict(height=0), ["height=0", "multiple of 2"]),
         (dict(width=-2), ["width=-2", "multiple of 2"]),
-        (dict(steps=0), ["steps=0", "at least 1"]),
-        (dict(guidance=float("nan")), ["guidance=nan", "finite"]),
+        (dict(num_inference_steps=0), ["steps=0", "at least 1"]),
+        (dict(guidance_scale=float("nan")), ["guidance=nan", "finite"]),
         (dict(seed=-1), ["seed=-1", "0 to"]),
         (dict(seed=2**32), [f"seed={2**32}", "0 to"]),
         (dict(sparsity=Sparsity(mlp=MlpSparsity(full_step_schedule=(0, 3)))), ["mlp.full_step_schedule", "step 3"]),
     ],
 )
-def test_a_bad_request_is_one_error_before_the_model_is_called(words, change, expected):
-    request = dict(prompts=PROMPTS) | SIZE | change
-    fails(lambda: Pipeline(None, words, FAMILIES["flux"])(request.pop("prompts"), **request), *expected)
+def test_a_bad_request_is_one_error_before_any_weights_are_read(checkpoint, monkeypatch, change, expected):
+    monkeypatch.setattr("chipmunk_jax.pipelines.base.load", None)
+    pipeline, request = Pipeline.from_pretrained(checkpoint), dict(prompt=PROMPTS) | SIZE | change
+    fails(lambda: pipeline(request.pop("prompt"), **request), *expected)
+
+
+def test_a_pipeline_of_another_kind_is_refused(checkpoint):
+    class Other(Pipeline):
+        pass
+
+    fails(lambda: Other.from_pretrained(checkpoint), str(checkpoint), "a flux model", "Other")

@@ -11,28 +11,29 @@ from PIL import Image
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, UniPC, load_sparsity, sample, wan_timesteps
 from chipmunk_jax.cli.main import main
-from chipmunk_jax.families import FAMILIES
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import IMAGE_DESCRIPTION
-from chipmunk_jax.pipeline import Pipeline, WordTable
+from chipmunk_jax.pipelines import VARIANTS, Pipeline
+from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.quality import psnr
 from chipmunk_jax.sparsity import to_dict
 
 PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
-SIZE = dict(frames=5, height=20, width=12)  # a grid of 5 x 5 x 3 tokens, ragged in voxels and in groups
+SIZE = dict(num_frames=5, height=20, width=12)  # a grid of 5 x 5 x 3 tokens, ragged in voxels and in groups
 SMALL = [*("--frames", "5", "--height", "20", "--width", "12", "--steps", "3")]
 SPARSITY = Sparsity(
     attention=AttentionSparsity(first_n_dense_layers=0, group=64),
     mlp=MlpSparsity(first_n_dense_layers=0, random_keys=0.2),
     patches=((4, 4, 2),),
 )
-WAN = FAMILIES["wan"]
+WAN = VARIANTS["mini-wan"]
 needs_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV")
 SUFFIXES = [pytest.param(".mp4", marks=needs_av), ".webp", ".png"]
 
 
 @pytest.fixture(scope="module")
 def pipeline(video_checkpoint):
-    return Pipeline.load(video_checkpoint)
+    return Pipeline.from_pretrained(video_checkpoint)
 
 
 def unpacked(tokens, frames, rows, columns):
@@ -49,7 +50,7 @@ def unpacked(tokens, frames, rows, columns):
 
 def test_pixels_undo_patches():
     tokens = np.random.default_rng(0).normal(size=(2, 2 * 3 * 5, 48)).astype(np.float32)
-    np.testing.assert_array_equal(WAN.to_pixels(tokens, (2, 3, 5)), unpacked(tokens, 2, 3, 5))
+    np.testing.assert_array_equal(PixelPipeline.to_pixels(tokens, (2, 3, 5), (1, 4, 4)), unpacked(tokens, 2, 3, 5))
 
 
 def test_a_clip_is_a_sample_by_unipc_at_wans_times_with_guidance_against_no_words(pipeline):
@@ -68,55 +69,53 @@ def test_a_clip_is_a_sample_by_unipc_at_wans_times_with_guidance_against_no_word
             guidance=expected,
             progress=True,
         )
-        clips = pipeline(prompts, **SIZE, steps=3, seed=7, guidance=guidance, progress=True)
-        np.testing.assert_array_equal(clips, unpacked(np.asarray(tokens), 5, 5, 3))
+        options = dict(num_inference_steps=3, seed=7, guidance_scale=guidance, sparsity=None, output_type="np")
+        out = pipeline(prompts, **SIZE, **options)
+        assert out.images is None
+        np.testing.assert_array_equal(out.frames, unpacked(np.asarray(tokens), 5, 5, 3))
 
 
 @pytest.mark.parametrize("sparsity", [None, SPARSITY], ids=["dense", "sparse"])
 def test_a_clip_is_the_same_alone_and_in_any_batch(pipeline, sparsity):
     """Alone to 1e-5: a CPU sums some hundred float32 terms in another order for another batch (seen: 8e-7)."""
-    settings = SIZE | dict(steps=3, sparsity=sparsity, progress=True)
-    batch = pipeline(PROMPTS, **settings, seed=5)
+    settings = SIZE | dict(num_inference_steps=3, sparsity=sparsity, output_type="np")
+    draw = lambda prompts, seed: pipeline(prompts, **settings, seed=seed).frames
+    batch = draw(PROMPTS, 5)
     assert batch.shape == (3, 5, 20, 12, 3) and batch.dtype == np.float32
     assert batch.min() >= 0 and batch.max() <= 1 and batch.std() > 0.1
-    np.testing.assert_array_equal(pipeline(PROMPTS, **settings, seed=5), batch)
+    np.testing.assert_array_equal(draw(PROMPTS, 5), batch)
     for i in (0, 2):
-        alone = pipeline(PROMPTS[i : i + 1], **settings, seed=5 + i)
-        np.testing.assert_allclose(alone[0], batch[i], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(draw(PROMPTS[i], 5 + i)[0], batch[i], rtol=0, atol=1e-5)
 
 
-def test_what_is_not_given_is_the_familys():
+def test_what_is_not_given_is_the_models_usual():
     assert WAN.complete() == dict(frames=16, height=64, width=64, steps=30, guidance=3.0)
     assert WAN.complete(frames=4, steps=None) == WAN.complete() | {"frames": 4}
-    assert FAMILIES["flux"].complete(frames=None, width=32) == dict(height=64, width=32, steps=28, guidance=2.0)
+    flux = VARIANTS["mini-flux"]
+    assert flux.complete(frames=None, width=32) == dict(height=64, width=32, steps=28, guidance=2.0)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (dict(prompts=[]), "no prompts"),
-        (dict(frames=0), "frames=0: expected at least 1"),
+        (dict(prompt=[]), "no prompts"),
+        (dict(num_frames=0), "frames=0: expected at least 1"),
         (dict(height=22), "height=22: expected a positive multiple of 4 pixels"),
         (dict(width=0), "width=0: expected a positive multiple of 4 pixels"),
-        (dict(steps=0), "steps=0: expected at least 1"),
-        (dict(guidance=float("inf")), "guidance=inf: expected a finite number"),
+        (dict(num_inference_steps=0), "steps=0: expected at least 1"),
+        (dict(guidance_scale=float("inf")), "guidance=inf: expected a finite number"),
         (dict(seed=-1), "seed=-1: expected a whole number from 0 to"),
         (dict(sparsity=load_sparsity("wan-14b")), "local_voxels=5: expected at most 1, as the grid has"),
         (dict(sparsity=load_sparsity("wan-14b", {"patches": []})), "local_voxels=5 with tokens in rows"),
         (dict(sparsity=load_sparsity("flux", {"patches": [[8, 4]]})), r"patch \(8, 4\): expected 3 sides for the grid"),
         (dict(sparsity=load_sparsity("flux", {"mlp.full_step_schedule": [0, 30]})), "step 30"),
-        (dict(family=FAMILIES["flux"]), "frames=5: expected none, as this model makes images"),
-        (
-            dict(family=FAMILIES["flux"], frames=None, sparsity=load_sparsity("wan-14b")),
-            "expected 2 sides for the grid",
-        ),
     ],
 )
-def test_a_bad_request_is_one_error_before_the_model_is_called(video_checkpoint, change, expected):
-    request = dict(prompts=PROMPTS) | SIZE | change
-    pipeline = Pipeline(None, WordTable.load(video_checkpoint), request.pop("family", WAN))
-    with pytest.raises(ValueError, match=expected):
-        pipeline(request.pop("prompts"), **request)
+def test_a_bad_request_is_one_error_before_any_weights_are_read(video_checkpoint, monkeypatch, change, expected):
+    monkeypatch.setattr("chipmunk_jax.pipelines.base.load", None)
+    pipeline, request = Pipeline.from_pretrained(video_checkpoint), dict(prompt=PROMPTS) | SIZE | change
+    with pytest.raises(InputError, match=expected):
+        pipeline(request.pop("prompt"), **request)
 
 
 # The commands.
@@ -146,7 +145,7 @@ def run(command, checkpoint, *flags):
 def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     command, flags, words, video_checkpoint, folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr("chipmunk_jax.pipeline.load", None)
+    monkeypatch.setattr("chipmunk_jax.pipelines.base.load", None)
     assert run(command, video_checkpoint, *flags) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("chipmunk: ") and captured.err.count("\n") == 1
@@ -157,7 +156,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
 @pytest.mark.parametrize("command", ["sample", "verify"])
 def test_an_mp4_without_pyav_says_what_to_install(command, video_checkpoint, folder, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("chipmunk_jax.pipeline.load", None)
+    monkeypatch.setattr("chipmunk_jax.pipelines.base.load", None)
     assert run(command, video_checkpoint, "-o", "clip.mp4") == 2
     assert capsys.readouterr().err.startswith("chipmunk: clip.mp4: an .mp4 needs PyAV")
 
@@ -172,17 +171,17 @@ def test_an_mp4_without_pyav_says_what_to_install(command, video_checkpoint, fol
     ],
 )
 def test_what_is_of_videos_is_refused_for_images(command, flags, words, checkpoint, folder, monkeypatch, capsys):
-    monkeypatch.setattr("chipmunk_jax.pipeline.load", None)
+    monkeypatch.setattr("chipmunk_jax.pipelines.base.load", None)
     assert main([command, str(checkpoint), "--prompt", PROMPTS[0], *map(str, flags)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
 
 
 def test_sample_writes_a_clip_at_its_familys_rate_that_says_how_it_was_made(video_checkpoint, pipeline, folder, capsys):
-    assert run("sample", video_checkpoint, "--batch", 2, "--seed", 3) == 0
+    assert run("sample", video_checkpoint, "--batch", 2, "--seed", 3, "--dense") == 0
     assert sorted(file.name for file in folder.iterdir()) == ["out-1.webp", "out-2.webp"]
     assert "out-1.webp\n" in capsys.readouterr().out
-    clips = pipeline([PROMPTS[0]] * 2, **SIZE, steps=3, seed=3, progress=True)
+    clips = pipeline(PROMPTS[0], **SIZE, num_inference_steps=3, seed=3, sparsity=None, num_images_per_prompt=2).frames
     for i, clip in enumerate(clips):
         with Image.open(f"out-{i + 1}.webp") as image:
             assert (image.n_frames, image.size) == (5, (12, 20))
@@ -190,14 +189,14 @@ def test_sample_writes_a_clip_at_its_familys_rate_that_says_how_it_was_made(vide
             image.seek(4)
             image.load()
             assert image.info["duration"] == 125
-            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.round(255 * clip[4]))
-        settings = SIZE | dict(steps=3, guidance=3.0, seed=3 + i, sparsity=None)
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(clip[4]))
+        settings = dict(frames=5, height=20, width=12, steps=3, guidance=3.0, seed=3 + i, sparsity=None)
         assert text == {"prompt": PROMPTS[0], "seed": 3 + i, "settings": settings}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_sample_writes_what_the_suffix_says(suffix, video_checkpoint, folder):
-    assert run("sample", video_checkpoint, "-o", f"clip{suffix}", "--fps", 12) == 0
+    assert run("sample", video_checkpoint, "-o", f"clip{suffix}", "--fps", 12, "--dense") == 0
     assert [file.name for file in folder.iterdir()] == [f"clip{suffix}"]
 
 
@@ -212,9 +211,10 @@ def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, fold
     report = json.loads((folder / "a.json").read_text())
     sparsity = load_sparsity("mini-wan", {"patches": [[4, 4, 2]], "attention.first_n_dense_layers": 0})
     assert report["sparsity"] == to_dict(sparsity) and report["frames"] == 5
-    settings = SIZE | dict(steps=3, callback=lambda *_: None)  # with one as verify has, so that it is the same program
-    prompts = [PROMPTS[0], PROMPTS[2]]
-    dense, sparse = pipeline(prompts, **settings), pipeline(prompts, **settings, sparsity=sparsity)
+    # With a callback as verify has, so that it is the same program.
+    settings = SIZE | dict(num_inference_steps=3, callback_on_step_end=lambda *_: None, output_type="np")
+    draw = lambda sparsity: pipeline([PROMPTS[0], PROMPTS[2]], **settings, sparsity=sparsity).frames
+    dense, sparse = draw(None), draw(sparsity)
     assert report["psnr"] == pytest.approx([psnr(a, b) for a, b in zip(sparse, dense, strict=True)])
     frames = [[psnr(sparse[b, t], dense[b, t]) for t in range(5)] for b in range(2)]
     np.testing.assert_allclose(report["psnr_of_frames"], frames)

@@ -18,7 +18,7 @@ from chipmunk_jax.convert import wan as tables
 from chipmunk_jax.layers import run_layers
 from chipmunk_jax.models import wan
 from chipmunk_jax.models.checkpoint import leaves_of
-from chipmunk_jax.pipeline import Pipeline
+from chipmunk_jax.pipelines import Pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 GRID = (3, 4, 6)
@@ -225,4 +225,4 @@ def test_text_of_a_published_model_has_all_of_its_rows():
 def test_prompts_without_a_word_table_are_refused(golden, tmp_path):
     convert(GOLDEN / golden["name"] / "transformer", tmp_path / "wan")
     with pytest.raises(ValueError, match="wan: a wan model, whose text encoders and VAE are not here yet"):
-        Pipeline.load(tmp_path / "wan")
+        Pipeline.from_pretrained(tmp_path / "wan")

@@ -1,4 +1,4 @@
-"""How near sparse samples come to the dense ones of the same prompts and seeds, for several configurations."""
+"""How near samples of several configurations come to the dense ones of the same prompts and seeds."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from chipmunk_jax.bench.records import align, machine
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pipeline import Pipeline, WordTable, check_request, family_of
+from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.quality import psnr
 from chipmunk_jax.sampling import check_seed
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
@@ -30,22 +31,26 @@ class Samples:
     at_once: int  # in a batch
     seed: int
     dtype: str | None
-    settings: dict[str, Any]  # frames, height, width, steps and guidance; None for the model's own
-
-    def prompts(self, words: WordTable) -> list[str]:
-        """A word of each attribute by chance, the same for every configuration."""
-        rng = np.random.default_rng(self.seed)
-        return [" ".join(rng.choice(choice) for choice in words.words) for _ in range(self.count)]
+    settings: dict[str, Any]  # as a call of the pipeline takes them
 
 
-def read_variants(path: str | Path) -> dict[str, Sparsity]:
+@dataclass(frozen=True)
+class Configuration:
+    """One way to sample."""
+
+    sparsity: Sparsity | None  # None: dense
+    steps: int | None  # None: as many as the dense samples that it is compared with
+
+
+def read_configurations(path: str | Path) -> dict[str, Configuration]:
     """Configurations by name, of a YAML file such as
 
         mini-wan: {}
         fewer keys: {attention.top_keys: 0.1}
         no attention: {preset: flux, attention: null}
+        20 of 30 steps: {dense: true, steps: 20}
 
-    Each changes the file's first one by dotted names, or where it names one, a preset.
+    Each changes the file's first one by dotted names, or where it names one, a preset; a dense one needs steps.
 
     Raises:
         InputError: no such file, or what load_sparsity() refuses.
@@ -55,18 +60,26 @@ def read_variants(path: str | Path) -> dict[str, Sparsity]:
         raise InputError(f"{path}: no such file")
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     named = lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)
     if not named(tree) or not all(map(named, tree.values())) or not tree:
         raise InputError(f"{path}: expected names, and for each of them settings such as {{attention.top_keys: 0.1}}")
-    variants: dict[str, Sparsity] = {}
+    found: dict[str, Configuration] = {}
     for name, changes in tree.items():
-        changes = dict(changes)
-        base = str(changes.pop("preset", "")) or next(iter(variants.values()), name)
         with _telling(name):
-            variants[name] = load_sparsity(base, changes)
-    return variants
+            found[name] = _configuration(name, dict(changes), next(iter(found.values()), None))
+    return found
+
+
+def _configuration(name: str, changes: dict[str, Any], first: Configuration | None) -> Configuration:
+    dense, steps = changes.pop("dense", False), changes.pop("steps", None)
+    if dense not in (True, False) or (dense and (changes or steps is None)):
+        raise InputError(f"dense={dense}: expected true with a number of steps and no other setting")
+    if dense:
+        return Configuration(None, steps)
+    base = str(changes.pop("preset", "")) or (first.sparsity if first and first.sparsity else name)
+    return Configuration(load_sparsity(base, changes), steps)
 
 
 @contextlib.contextmanager
@@ -78,35 +91,43 @@ def _telling(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {error}") from error
 
 
-def bench_quality(samples: Samples, variants: Mapping[str, Sparsity]) -> Iterator[dict[str, Any]]:
+def bench_quality(samples: Samples, configurations: Mapping[str, Configuration]) -> Iterator[dict[str, Any]]:
     """A record of each configuration: the PSNR of every prompt, and how it differs from the first one's in the mean.
 
     Raises:
         InputError: a checkpoint, setting or schedule that does not fit, before any work.
     """
-    family, words = family_of(samples.checkpoint), WordTable.load(samples.checkpoint)
-    settings = family.complete(**samples.settings)
+    pipeline = Pipeline.from_pretrained(samples.checkpoint, dtype=samples.dtype)
+    if not isinstance(pipeline, PixelPipeline):
+        raise InputError(f"{samples.checkpoint}: expected a model with a table of words to draw prompts from")
     check_seed(samples.seed, samples.count)
-    prompts = samples.prompts(words)
-    for name, sparsity in variants.items():
+    prompts = pipeline.random_prompts(samples.count, samples.seed)
+    settings = {name: value for name, value in samples.settings.items() if value is not None}
+    given = {
+        name: settings | ({"num_inference_steps": c.steps} if c.steps else {}) for name, c in configurations.items()
+    }
+    for name, one in configurations.items():
         with _telling(name):
-            check_request(family, words, prompts, **settings, seed=samples.seed, sparsity=sparsity)
-    pipeline = Pipeline.load(samples.checkpoint, samples.dtype)
+            pipeline.check(prompts, **given[name], seed=samples.seed, sparsity=one.sparsity)
     first = None
-    with tqdm(total=(1 + len(variants)) * len(prompts), unit="sample", leave=False) as bar:
+    with tqdm(total=(1 + len(configurations)) * len(prompts), unit="sample", leave=False) as bar:
 
-        def draw(name: str, sparsity: Sparsity | None) -> list[np.ndarray]:
+        def draw(name: str, settings: dict[str, Any], sparsity: Sparsity | None):
+            """Pixels of all prompts, and the last portion's output."""
             bar.set_postfix_str(name)
-            drawn = []
+            pixels = []
             for start in range(0, len(prompts), samples.at_once):
                 some = prompts[start : start + samples.at_once]
-                drawn += [*pipeline(some, **settings, seed=samples.seed + start, sparsity=sparsity)]
+                options = dict(sparsity=sparsity, output_type="np", progress=False)
+                out = pipeline(some, **settings, seed=samples.seed + start, **options)
+                pixels += [*(out.images if out.frames is None else out.frames)]
                 bar.update(len(some))
-            return drawn
+            return pixels, out
 
-        dense = draw("dense", None)
-        for name, sparsity in variants.items():
-            levels = np.array([min(psnr(*pair), SAME) for pair in zip(draw(name, sparsity), dense, strict=True)])
+        dense, _ = draw("dense", settings, None)
+        for name, one in configurations.items():
+            pixels, out = draw(name, given[name], one.sparsity)
+            levels = np.array([min(psnr(*pair), SAME) for pair in zip(pixels, dense, strict=True)])
             first = levels if first is None else first
             difference = levels - first
             yield {
@@ -117,12 +138,13 @@ def bench_quality(samples: Samples, variants: Mapping[str, Sparsity]) -> Iterato
                 "mean_psnr": float(levels.mean()),
                 "difference": float(difference.mean()),  # of the mean PSNR to that of the first
                 "difference_error": float(difference.std(ddof=1) / len(levels) ** 0.5) if len(levels) > 1 else None,
-                "density": pipeline.density(sparsity, **settings),
-                "sparsity": to_dict(sparsity),
+                "density": out.density,
+                "skipped_steps": len(out.skipped_steps),
+                "sparsity": one.sparsity and to_dict(one.sparsity),
                 "prompts": len(prompts),
-                "seed": samples.seed,
                 "dtype": jax.tree.leaves(pipeline.model)[0].dtype.name if samples.dtype is None else samples.dtype,
-                **settings,
+                **out.settings,
+                "seed": samples.seed,
                 **machine(),
             }
 
@@ -132,6 +154,7 @@ def quality_table(entries: list[dict[str, Any]]) -> str:
     error = lambda e: "" if e["difference_error"] is None else f" +- {e['difference_error']:.2f}"
     columns = {
         "variant": [e["variant"] for e in entries],
+        "steps": [f"{e['steps'] - e['skipped_steps']}" for e in entries],
         "keys": [f"{100 * e['density']['attention']:.1f} %" for e in entries],
         "neurons": [f"{100 * e['density']['mlp']:.1f} %" for e in entries],
         "median dB": [f"{e['median_psnr']:.2f}" for e in entries],

@@ -1,16 +1,16 @@
 """Whole samples, dense and sparse in turn."""
 
-import math
 import time
 
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from chipmunk_jax.bench.models import MODELS, random_inputs, random_model, shapes
+from chipmunk_jax.bench.inputs import random_inputs, random_model
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.memory import check_room
+from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.quality import relative_l2
 from chipmunk_jax.sampling import plan_stacks, sample
 from chipmunk_jax.schedule import density
@@ -32,7 +32,7 @@ def bench_sample(
     """A record of the dense sample and one of the sparse.
 
     Args:
-        name: of MODELS.
+        name: of VARIANTS.
         height, width: pixels; None: the model's usual ones.
         frames: of a video, likewise.
         steps: of the sampler.
@@ -44,18 +44,15 @@ def bench_sample(
     Raises:
         InputError: sizes that do not fit, or no room, before any work.
     """
-    entry, usual = MODELS[name], MODELS[name].defaults
-    sizes = entry.sizes(height, width, frames)
-    grid = entry.grid(sizes)
-    tokens = math.prod(grid)
-    timesteps = usual.timesteps(steps, tokens)
-    usual.check_sparsity(sparsity, grid, steps)
-    options = dict(solver=usual.solver, guidance=usual.guidance)
-    needed = shapes(entry, sizes, batch, jnp.dtype(dtype))
-    check_room(*needed, placed=False, steps=steps, sparsity=sparsity, **options)
-    model = random_model(entry, jnp.dtype(dtype))
-    noise, cond = random_inputs(entry, batch, tokens)
-    options |= dict(timesteps=timesteps, grid=grid)
+    variant = VARIANTS[name]
+    settings = variant.complete(height=height, width=width, frames=frames, steps=steps)
+    variant.check(settings, sparsity)
+    grid, options = variant.grid(settings), dict(solver=variant.solver, guidance=variant.guidance)
+    shapes = variant.shapes(settings, batch, jnp.dtype(dtype))
+    check_room(*shapes, placed=False, steps=steps, sparsity=sparsity, **options)
+    model = random_model(variant, jnp.dtype(dtype))
+    noise, cond = random_inputs(variant, settings, batch)
+    options |= dict(timesteps=variant.timesteps(settings), grid=grid)
     kinds = {
         kind: lambda s=s: sample(model, noise, cond, sparsity=s, **options)
         for kind, s in (("dense", None), ("sparse", sparsity))
@@ -65,9 +62,9 @@ def bench_sample(
         bar.set_postfix_str("timing")
         right = {kind: Timed(call) for kind, call in kinds.items() if np.isfinite(outputs[kind]).all()}
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
-    stacks = model.stacks(tokens, cond)
+    stacks = model.stacks(noise.shape[1], cond)
     table = plan_stacks(stacks, sparsity, steps, grid)
-    shape = sizes | {"batch": batch, "steps": steps, "text": usual.text}
+    shape = variant.sizes(settings) | {"batch": batch, "steps": steps, "text": variant.text_rows}
     extra = {"density": density(table, sum(stack.layers for stack in stacks.values()))}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
     return [_record(kind, seconds, outputs, first, common, extra, steps) for kind in kinds]

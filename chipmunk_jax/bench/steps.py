@@ -1,6 +1,5 @@
 """One step of each kind: dense, and with caches full, selecting and delta."""
 
-import math
 import time
 from collections.abc import Collection
 from dataclasses import replace
@@ -14,8 +13,8 @@ from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax.bench import draw
+from chipmunk_jax.bench.inputs import random_inputs, random_model, shortened
 from chipmunk_jax.bench.measure import judge
-from chipmunk_jax.bench.models import MODELS, random_inputs, random_model, shapes
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.records import Record, times
 from chipmunk_jax.bench.timing import REPEAT_SECONDS, Timed, time_in_turn
@@ -23,6 +22,8 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.model import modulations_of
 from chipmunk_jax.order import patch_order
+from chipmunk_jax.pipelines import VARIANTS, Variant
+from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, by_kind
 from chipmunk_jax.solvers import MOST_STEPS
@@ -63,7 +64,7 @@ def bench_step(
     """A record of each of KINDS, or of some.
 
     Args:
-        name: of MODELS.
+        name: of VARIANTS.
         height, width: pixels; None: the model's usual ones.
         frames: of a video, likewise.
         layers: to shorten the model to; None for all.
@@ -77,26 +78,27 @@ def bench_step(
     Raises:
         InputError: a kind that there is not, sizes that do not fit, or no room, before any work.
     """
-    entry = MODELS[name] if layers is None else MODELS[name].shortened(layers)
-    sizes = entry.sizes(height, width, frames)
-    grid, rows = entry.grid(sizes), entry.rows(batch)
-    entry.defaults.check_sparsity(sparsity, grid)
+    variant = shortened(VARIANTS[name], layers)
+    settings = variant.complete(height=height, width=width, frames=frames)
+    variant.check(settings, sparsity, schedules=False)
     kinds, filling = _kinds(only, sparsity)
     # A skipped step is timed whatever the schedule, so its tokens want room.
     skipping = replace(sparsity if filling else Sparsity(attention=None, mlp=None), step_cache=StepCache())
-    needed = shapes(entry, sizes, batch, jnp.dtype(dtype))
-    usual = entry.defaults
-    check_room(*needed, placed=False, steps=INPUTS, sparsity=skipping, guidance=usual.guidance, solver=usual.solver)
+    shapes, usual = (
+        variant.shapes(settings, batch, jnp.dtype(dtype)),
+        dict(guidance=variant.guidance, solver=variant.solver),
+    )
+    check_room(*shapes, placed=False, steps=INPUTS, sparsity=skipping, **usual)
     checked = {"dense", *filling, *kinds}
     with tqdm(total=len(checked) + len(kinds) * repeats, unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")
-        steps = _Steps(entry, grid, rows, jnp.dtype(dtype), sparsity, bool(filling))
+        steps = _Steps(variant, settings, batch, jnp.dtype(dtype), sparsity, bool(filling))
         errors = steps.check(checked, TOLERANCES[dtype], bar)
         bar.set_postfix_str("timing")
         right = {kind: Timed(partial(steps.run, kind)) for kind in kinds if errors[kind][0] is None}
         seconds = time_in_turn(right, repeats, warm=steps.last < REPEAT_SECONDS, report=lambda _: bar.update())
         profiles = {kind: kernel_times(timed.dispatch) for kind, timed in right.items()} if kernels else {}
-    shape = sizes | {"batch": batch, "layers": entry.layers, "text": entry.defaults.text}
+    shape = variant.sizes(settings) | {"batch": batch, "layers": steps.layers, "text": variant.text_rows}
     common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
     return [
         Record(
@@ -127,12 +129,17 @@ def _kinds(only: Collection[str] | None, sparsity: Sparsity) -> tuple[list[str],
 class _Steps:
     """A model with random weights, its caches, and inputs in turn."""
 
-    def __init__(self, entry, grid: tuple[int, ...], batch: int, dtype: jnp.dtype, sparsity: Sparsity, cached: bool):
-        tokens = math.prod(grid)
-        inputs = [random_inputs(entry, batch, tokens, seed) for seed in range(INPUTS)]
-        self.model = random_model(entry, dtype)
+    def __init__(
+        self, variant: Variant, settings: Settings, batch: int, dtype: jnp.dtype, sparsity: Sparsity, cached: bool
+    ):
+        grid = variant.grid(settings)
+        batch *= 1 if variant.guidance is None else 2  # the network sees both sides
+        inputs = [random_inputs(variant, settings, batch, seed) for seed in range(INPUTS)]
+        self.model = random_model(variant, dtype)
+        tokens = inputs[0][0].shape[1]
+        stacks = self.model.stacks(tokens, inputs[0][1])
+        self.layers = sum(stack.layers for stack in stacks.values())
         if cached:
-            stacks = self.model.stacks(tokens, inputs[0][1])
             every = replace(sparsity, step_cache=None)
             self.table = _table(plan_stacks(stacks, every, MOST_STEPS, grid), sparsity)
             self.cache = caches.zeros(stacks, sparsity, batch, dtype)
@@ -142,7 +149,7 @@ class _Steps:
             (x, t, cond, positions, modulations_of(self.model, t, cond))  # as sample() has them, before its steps
             for (x, cond), t in zip(inputs, times, strict=True)
         ]
-        self.hidden = draw.normal(jax.random.key(0), (batch, tokens, entry.width), dtype)
+        self.hidden = draw.normal(jax.random.key(0), (batch, tokens, next(iter(stacks.values())).width), dtype)
         self.turn = cycle(self.inputs)
         self.last = 0.0  # seconds of the last step with caches that was checked, with everything compiled
 

@@ -10,10 +10,9 @@ import jax
 from chipmunk_jax.bench import records
 from chipmunk_jax.bench.compare import compare
 from chipmunk_jax.bench.kernels import CANDIDATES, SIZES, bench_kernels
-from chipmunk_jax.bench.models import MODELS
 from chipmunk_jax.bench.plot import PLOTTED, check_plotting, plot
 from chipmunk_jax.bench.profile import kernel_table
-from chipmunk_jax.bench.quality import Samples, bench_quality, quality_table, read_variants
+from chipmunk_jax.bench.quality import Samples, bench_quality, quality_table, read_configurations
 from chipmunk_jax.bench.records import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.schedule import by_schedule
@@ -23,6 +22,7 @@ from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import check_output, check_writable
+from chipmunk_jax.pipelines import VARIANTS
 
 DESCRIPTION = """\
 Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
@@ -50,10 +50,11 @@ neurons; delta, which computes the chosen columns alone; skipped, which runs no 
 SAMPLE = "Time whole samples of a published model, dense and sparse, once both are compiled."
 SCHEDULE = "Say what whole samples would take by the steps that `chipmunk bench step` timed, under any schedule; nothing is run."
 QUALITY = """\
-Sample the same prompts and seeds dense and by each configuration of a YAML file; print the PSNR between them. The file:
+Sample the same prompts and seeds dense and by each configuration of a YAML file; print the PSNR between them. A file:
   mini-wan: {}                                      a preset, by its name; the others change it by dotted names
   fewer keys: {attention.top_keys: 0.1}
-  another: {preset: flux, attention: null}          or another preset that they name"""
+  another: {preset: flux, attention: null}          or another preset that they name
+  20 of 30 steps: {dense: true, steps: 20}          the rival: dense, in fewer steps"""
 PLOT = "Draw the speed-up of column_attention and mlp against the columns left out, from records of `chipmunk bench kernels`."
 
 
@@ -116,12 +117,12 @@ def _schedule_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("records", metavar="RECORDS", help="file that `chipmunk bench step -o` wrote")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler (default: 50)")
     parser.add_argument("-o", "--output", help="JSON lines file to append the records to")
-    add_sparsity_flags(parser, own="that of the steps")
+    add_sparsity_flags(parser, "that of the steps")
 
 
 def _quality_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
-    parser.add_argument("variants", metavar="YAML", help="configurations by name")
+    parser.add_argument("configurations", metavar="YAML", help="configurations by name")
     parser.add_argument("--prompts", type=int, default=16, help="drawn by chance (default: 16)")
     parser.add_argument("--batch", type=int, default=16, help="samples at once (default: 16)")
     for name, kind in (("frames", int), ("height", int), ("width", int), ("steps", int), ("guidance", float)):
@@ -138,7 +139,7 @@ def _plot_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=tuple(MODELS), default="flux-dev", help="default: flux-dev")
+    parser.add_argument("--model", choices=tuple(VARIANTS), default="flux-dev", help="default: flux-dev")
     usual = "default: the model's usual"
     parser.add_argument("--height", type=int, help=f"pixels ({usual}: 768 for FLUX.1)")
     parser.add_argument("--width", type=int, help=f"pixels ({usual}: 1280 for FLUX.1)")
@@ -183,13 +184,13 @@ def run_step(args: argparse.Namespace) -> int:
         raise InputError(f"--kernels: expected a GPU, found {jax.default_backend()}")
     options = _options(args, "height", "width", "frames", "layers", "batch", "dtype", "repeats", "kernels")
     options["only"] = args.only and args.only.split(",")
-    options["sparsity"] = read_sparsity(args, MODELS[args.model].defaults.preset)
+    options["sparsity"] = read_sparsity(args, VARIANTS[args.model].preset)
     return _report(args, lambda: [bench_step(args.model, **options)])
 
 
 def run_sample(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench sample`."""
-    usual = MODELS[args.model].defaults
+    usual = VARIANTS[args.model]
     args.steps = usual.steps if args.steps is None else args.steps
     _check(args, "steps", "batch", "repeats")
     options = _options(args, "height", "width", "frames", "steps", "batch", "dtype", "repeats")
@@ -216,12 +217,15 @@ def run_schedule(args: argparse.Namespace) -> int:
 def run_quality(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench quality`."""
     _check(args, "prompts", "batch")
-    variants = read_variants(args.variants)
-    settings = _options(args, "frames", "height", "width", "steps", "guidance")
+    configurations = read_configurations(args.configurations)
+    names = dict(
+        num_frames="frames", num_inference_steps="steps", guidance_scale="guidance", height="height", width="width"
+    )
+    settings = {theirs: getattr(args, ours) for theirs, ours in names.items()}
     given = dict(count=args.prompts, at_once=args.batch, seed=args.seed, dtype=args.dtype)
     keep_compilations()
     entries = []
-    for entry in bench_quality(Samples(checkpoint=args.checkpoint, settings=settings, **given), variants):
+    for entry in bench_quality(Samples(checkpoint=args.checkpoint, settings=settings, **given), configurations):
         entries.append(entry | ({"commit": args.commit} if args.commit else {}))
         if args.output:
             records.append(args.output, entries[-1:])

@@ -16,9 +16,9 @@ EXAMPLES = """\
 from a PyTorch checkpoint to pictures and videos:
   chipmunk inspect examples/mini-flux                       what is it?
   chipmunk convert examples/mini-flux mini                  read it without PyTorch
-  chipmunk sample mini --prompt "red striped heart on meadow" --sparsity -o heart.png
+  chipmunk sample mini --prompt "red striped heart on meadow" -o heart.png
   chipmunk convert examples/mini-wan mini-wan
-  chipmunk sample mini-wan --prompt "red striped heart on meadow" --sparsity -o heart.webp
+  chipmunk sample mini-wan --prompt "red striped heart on meadow" -o heart.webp
   chipmunk verify mini -o compare.png                       dense, sparse and their difference, side by side
 
 `chipmunk COMMAND --help` says more, with examples."""

@@ -7,8 +7,8 @@ from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.families import Defaults, defaults
 from chipmunk_jax.models import MODELS
+from chipmunk_jax.pipelines import Variant, variant_of
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
@@ -61,7 +61,7 @@ def describe(found: Inspection) -> str:
         "parameters": f"{found.parameters / 1e6:,.2f} M",
         "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
         **{name: str(value) for name, value in found.config.items()},
-        "usual sample": usual(defaults(MODELS[found.model].config_class(**found.config))),
+        "usual sample": usual(variant_of(MODELS[found.model].config_class(**found.config))),
     }
     for kind in ("missing", "unknown", "doubled", "misshapen"):
         if names := getattr(found, kind):
@@ -70,7 +70,7 @@ def describe(found: Inspection) -> str:
     return "\n".join([str(found.path), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
 
-def usual(found: Defaults) -> str:
+def usual(found: Variant) -> str:
     """What a sample is made with where nobody says otherwise, in one line."""
     sizes = ", ".join(f"{name} {getattr(found, name)}" for name in found.axes)
     kinds = {"guidance": found.guidance, "distilled guidance": found.distilled}

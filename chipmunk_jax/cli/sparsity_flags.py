@@ -5,23 +5,15 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.config_file import SUFFIXES
 from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 
 OWN = "the model's own preset"
 
 
-def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None = None, *, own: str = OWN) -> None:
-    """Adds --sparsity and one flag for each field of a Sparsity to the parser.
-
-    Args:
-        parser: to add to.
-        default: words for what none of them means; None: as --sparsity alone.
-        own: words for what --sparsity alone means.
-    """
+def add_sparsity_flags(parser: argparse.ArgumentParser, default: str = OWN) -> None:
+    """Adds --sparsity and one flag for each field of a Sparsity to the parser; in words, what none of them means."""
     group = parser.add_argument_group(
         "sparsity",
         textwrap.fill(f"What is recomputed at each step: {', '.join(PRESETS)},", 96, break_on_hyphens=False) + "\n"
@@ -31,46 +23,26 @@ def add_sparsity_flags(parser: argparse.ArgumentParser, default: str | None = No
         "  mlp: null\n"
         "A flag wins over it; its VALUE is a number, true, false, null, a word, or a list as 0,1,10 or [8].",
     )
-    group.add_argument(
-        "--sparsity",
-        nargs="?",
-        const="",
-        metavar="PRESET",
-        type=_preset,
-        help=f"preset or file; alone: {own} (default: {default or own})",
-    )
+    group.add_argument("--sparsity", metavar="PRESET", help=f"preset or file (default: {default})")
     given = dict(metavar="VALUE", type=_value, default=argparse.SUPPRESS)  # null is a value, so absent must not be None
     for name, field in _fields():
         flag = f"--sparsity.{name.replace('_', '-')}"
         group.add_argument(flag, dest=f"sparsity.{name}", help=field.metadata["help"], **given)
 
 
-def read_sparsity(args: argparse.Namespace, preset: str | dict[str, Any], *, dense: bool = False) -> Sparsity | None:
+def read_sparsity(args: argparse.Namespace, preset: str | dict[str, Any]) -> Sparsity:
     """The Sparsity that the flags ask for.
 
     Args:
         args: of add_sparsity_flags.
         preset: the model's own, where no other is named, or what load_sparsity takes besides.
-        dense: whether no flags at all mean None, dense sampling, instead.
 
     Raises:
         InputError, FileNotFoundError: see load_sparsity.
     """
     given = vars(args)
     overrides = {name: given[f"sparsity.{name}"] for name, _ in _fields() if f"sparsity.{name}" in given}
-    if dense and args.sparsity is None and not overrides:
-        return None
-    return load_sparsity(args.sparsity or preset, overrides)
-
-
-def _preset(text: str) -> str:
-    """The word, unless --sparsity, whose value may be left out, has swallowed the checkpoint or the records that follow it."""
-    path = Path(text)
-    if text not in ("", *PRESETS) and (path.is_dir() or (path.is_file() and path.suffix not in SUFFIXES)):
-        what = "a folder" if path.is_dir() else "a file"
-        expected = f"expected a preset or a {', '.join(SUFFIXES)} file"
-        raise argparse.ArgumentTypeError(f"{text} is {what}, {expected}; for none, put {text} before --sparsity")
-    return text
+    return load_sparsity(preset if args.sparsity is None else args.sparsity, overrides)
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field]]:

@@ -1,0 +1,175 @@
+"""Variant: one published or small model, and how it is sampled where nobody says otherwise."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.model import Condition, Model
+from chipmunk_jax.models.checkpoint import abstract
+from chipmunk_jax.pinned_keys import check_grid
+from chipmunk_jax.schedule import check_schedules
+from chipmunk_jax.solvers import Euler, Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
+from chipmunk_jax.sparsity import PRESETS, Sparsity
+
+SIZES = ("frames", "height", "width")  # of a video; the last two of an image
+Settings = dict[str, Any]  # of a sample: frames (of a video alone), height, width, steps, guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row of VARIANTS: a model of these sizes, and its usual sample."""
+
+    network: str  # of MODELS
+    config: Any  # sizes of the network, its config class
+    matches: Callable[[Any], bool] = lambda config: False  # configs of other sizes that are sampled as this one
+    adapt: Callable[[Any], dict[str, Any]] = lambda config: {}  # fields of this row that follow such a config
+    pipeline: type | None = None  # the Pipeline from prompts to pixels; None: its text encoders and VAE are not here
+    preset: str  # of sparsity
+    patch: tuple[int, ...]  # pixels that a token stands for, an axis each: (rows, columns) or (frames, rows, columns)
+    height: int  # pixels
+    width: int
+    frames: int | None = None  # None: images
+    fps: int | None = None  # frames a second that a video is shown at
+    lone_first: bool = False  # whether the first frame has tokens of its own, and only those after it share them
+    steps: int = 50
+    solver: Solver = field(default_factory=Euler)
+    shift: float | None = None  # of the times; None: by the number of tokens, as in FLUX.1-dev
+    small_shift: float | None = None  # in its place at up to 480 x 832 pixels; None: the same
+    guidance: float | None = None  # scale of true guidance, as sample() takes it; None: none
+    distilled: float | None = None  # scale of a guidance that is a condition, cond["guidance"]
+    negative_prompt: str = ""  # the other side of true guidance
+    text: int | None = None  # rows of text; None: as many as the network takes at most
+
+    @property
+    def video(self) -> bool:
+        """Whether samples are videos, else images."""
+        return self.frames is not None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the sides of a sample."""
+        return SIZES[-len(self.patch) :]
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of text of a sample."""
+        return self.text or self.config.text_rows[1]
+
+    def of(self, config: Any) -> "Variant":
+        """This row for a network of other sizes."""
+        return replace(self, config=config, **self.adapt(config))
+
+    def complete(self, **settings: Any) -> Settings:
+        """The settings of a sample; the usual ones where those given are None or none are.
+
+        Raises:
+            InputError: frames of an image, or another name.
+        """
+        if not self.video and (frames := settings.pop("frames", None)) is not None:
+            raise InputError(f"frames={frames}: expected none, as this model makes images")
+        usual = {name: getattr(self, name) for name in (*self.axes, "steps", "guidance")}
+        if unknown := settings.keys() - usual.keys():
+            raise InputError(f"unknown setting {', '.join(sorted(unknown))}; known are {', '.join(usual)}")
+        return usual | {name: value for name, value in settings.items() if value is not None}
+
+    def sizes(self, settings: Settings) -> dict[str, int]:
+        """Height, width and, of a video, frames."""
+        return {name: settings[name] for name in ("height", "width", "frames") if name in settings}
+
+    def grid(self, settings: Settings | None = None) -> tuple[int, ...]:
+        """Tokens along each side of a sample; None: of the usual one.
+
+        Raises:
+            InputError: a side that tokens do not fill.
+        """
+        settings = settings or self.complete()
+        return tuple(self._tokens(name, side, settings[name]) for name, side in zip(self.axes, self.patch, strict=True))
+
+    def _tokens(self, name: str, side: int, pixels: int) -> int:
+        lone = int(self.lone_first and name == "frames")
+        whole = isinstance(pixels, (int, np.integer)) and not isinstance(pixels, bool)
+        if not whole or pixels < max(lone, 1) or (pixels - lone) % side:
+            unit = "" if name == "frames" else " pixels"
+            expected = f"a positive multiple of {side}{unit}" if side > 1 else "at least 1"
+            expected = f"a multiple of {side}, and one" if lone else expected
+            raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
+        return lone + (pixels - lone) // side
+
+    def timesteps(self, settings: Settings | None = None) -> np.ndarray:
+        """Times for sample(), f32 [steps + 1]; None: of the usual sample.
+
+        Raises:
+            InputError: steps below 1, or absurdly many.
+        """
+        settings = settings or self.complete()
+        if self.shift is None:
+            return flux_timesteps(settings["steps"], math.prod(self.grid(settings)))
+        small = self.small_shift is not None and settings["height"] * settings["width"] <= SMALL_IMAGE
+        spaced = wan_timesteps if isinstance(self.solver, UniPC) else shifted_timesteps
+        return spaced(settings["steps"], self.small_shift if small else self.shift)
+
+    def check(self, settings: Settings, sparsity: Sparsity | None, *, schedules: bool = True) -> None:
+        """Raises InputError where sizes, steps or a Sparsity do not fit; it names what does: the model's own preset, or none.
+
+        Args:
+            settings: of complete().
+            sparsity: None for dense.
+            schedules: whether its schedules must fit the steps, too.
+        """
+        grid, steps = self.grid(settings), settings["steps"]
+        self.timesteps(settings)
+        if sparsity is not None and (error := _misfit(sparsity, grid, steps if schedules else None)):
+            own = _misfit(PRESETS[self.preset], grid, steps) is None
+            advice = f"the model's own preset, {self.preset}, fits" if own else "dense sampling does without"
+            raise InputError(f"{error}; {advice}")
+
+    def shapes(self, settings: Settings, batch: int, dtype: Any) -> tuple[Model, jax.ShapeDtypeStruct, Condition]:
+        """The network, noise [B, N, C] and conditions [B, ..] of a sample, shapes in place of arrays.
+
+        Args:
+            settings: of complete().
+            batch: B.
+            dtype: of weights and tokens.
+        """
+        network, tokens = abstract(self.network, self.config, dtype), math.prod(self.grid(settings))
+        array = lambda *shape, kind=jnp.float32: jax.ShapeDtypeStruct((batch, *shape), kind)
+        kinds = {"mask": jnp.bool_}
+        rows = network.conditions(tokens, self.text_rows).items()
+        cond = {name: array(*shape, kind=kinds.get(name, jnp.float32)) for name, shape in rows}
+        return network, array(tokens, network.channels), cond
+
+
+SMALL_IMAGE = 480 * 832  # pixels
+
+
+def _misfit(sparsity: Sparsity, grid: tuple[int, ...], steps: int | None) -> str | None:
+    try:
+        check_grid(sparsity, grid)
+        if steps is not None:
+            check_schedules(sparsity, steps)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+VARIANTS: dict[str, Variant] = {}  # by name: rows of the modules beside this one, and those of register()
+
+
+def variant_of(config: Any) -> Variant:
+    """How a network with this config is usually sampled: its row of VARIANTS, or else the first that says that it matches.
+
+    Raises:
+        InputError: there is none.
+    """
+    rows = [row for row in VARIANTS.values() if type(row.config) is type(config)]
+    same = next((row for row in rows if row.config == config), None)
+    found = same or next((row.of(config) for row in rows if row.matches(config)), None)
+    if found is None:
+        raise InputError(f"config {type(config).__name__}: expected one of a model among {', '.join(VARIANTS)}")
+    return found

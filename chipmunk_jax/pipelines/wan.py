@@ -1,0 +1,50 @@
+"""Wan2.1 as its team samples it (Wan-Video/Wan2.1 generate.py, wan/configs)."""
+
+from chipmunk_jax.models.wan import WanConfig
+from chipmunk_jax.pipelines.variant import Variant
+from chipmunk_jax.solvers import UniPC
+
+# wan/configs/shared_config.py
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+# The VAE takes four frames together, and halves the sides three times; the transformer's patch once more.
+_WAN = dict(
+    network="wan", patch=(4, 16, 16), lone_first=True, frames=81, fps=16, solver=UniPC(), shift=5.0, guidance=5.0,
+    negative_prompt=NEGATIVE_PROMPT,
+)  # fmt: skip
+_14B = dict(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40)
+
+VARIANTS = {
+    "wan-i2v-14b": Variant(
+        **_WAN | dict(steps=40, negative_prompt=f"镜头晃动，{NEGATIVE_PROMPT}"),
+        config=WanConfig(**_14B, in_dim=36, image_dim=1280),
+        matches=lambda config: config.image_dim is not None,
+        preset="wan-14b",
+        height=720,
+        width=1280,
+        small_shift=3.0,  # the checkpoint for 480p has the sizes of the one for 720p
+    ),
+    # Guidance 6 and a shift of 8 to 12 are what Wan's README recommends for this one, over the 5 and 5 of its code.
+    "wan-1.3b": Variant(
+        **_WAN | dict(shift=8.0, guidance=6.0),
+        config=WanConfig(),
+        matches=lambda config: config.dim <= WanConfig.dim,
+        preset="wan-1.3b",
+        height=480,
+        width=832,
+    ),
+    "wan-14b": Variant(
+        **_WAN, config=WanConfig(**_14B), matches=lambda config: True, preset="wan-14b", height=720, width=1280
+    ),
+    # For tests and a first look at the harness: the same blocks, few and narrow.
+    "wan-tiny": Variant(
+        **_WAN | dict(patch=(4, 4, 4), shift=8.0, guidance=6.0, frames=17, text=16),
+        config=WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=4, text_dim=256),
+        preset="wan-1.3b",
+        height=64,
+        width=64,
+    ),
+}
