@@ -4,6 +4,10 @@ Tolerances: the references and the interpreter compute in float32 (1e-5 relative
 round each factor to 2^-8 and sums of some hundred terms stay within 2e-2.
 """
 
+import importlib
+import re
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -422,6 +426,31 @@ def test_lists_that_do_not_fit_are_refused():
         column_fc1(x[:, :, 0], weights, weights[..., 0], pack_lists(neurons), group=64)
     with pytest.raises(ValueError, match="to fit K = 8"):
         column_fc2(x[:, :, 0], weights, neurons, group=64, residual=x[None, :, :, 0])
+
+
+@pytest.mark.parametrize("found", ["nothing", "no residual", "bfloat16"])
+def test_a_jax_without_the_attention_of_cudnn_as_it_is_known_is_told(monkeypatch, found):
+    name = "jax._src.cudnn.fused_attention_stablehlo"
+    if found == "nothing":
+        monkeypatch.setitem(sys.modules, name, None)
+    else:
+        known = lambda q, k, v, *, scale, qkv_layout, return_residual: (q, q[..., 0].swapaxes(1, 2))
+        other = known if found == "bfloat16" else lambda q, k, v, *, scale, qkv_layout: q
+        monkeypatch.setattr(importlib.import_module(name), "dot_product_attention", other)
+    x = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=rf"JAX {re.escape(jax.__version__)} .* use JAX 0\.10\.2 to 0\.12\.0"):
+        dense_attention(x, x, x, scale=1.0, implementation="pallas")
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_this_jax_has_the_attention_of_cudnn_as_it_is_known(monkeypatch, padding):
+    """Traced alone: what lowers it asks for the version of cuDNN, which may not be here."""
+    name = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(importlib.import_module(name), "check_cudnn_version", lambda: 91_000)
+    x, valid = jax.ShapeDtypeStruct((2, 64, 3, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    dense = lambda x, valid: dense_attention(x, x, x, scale=1.0, valid=valid, implementation="pallas")
+    out, lse = jax.eval_shape(dense, x, valid if padding else None)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (x.shape, x.dtype, (2, 3, 64), jnp.float32)
 
 
 FLUX = dict(layers=57, tokens=4352, heads=24, head_dim=128, width=3072, neurons=12288, group=128, keys=704, kept=4096)
