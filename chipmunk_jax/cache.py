@@ -1,4 +1,4 @@
-"""What is kept from one step to the next: one pytree for each stack of layers, with the layers in front."""
+"""The caches kept from one step to the next: one pytree for each stack of layers, with the layers in front."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,8 @@ from flax import struct
 
 from chipmunk_jax.model import Stack
 from chipmunk_jax.sparsity import Sparsity
-from pallas_kernels import Scaled
+from pallas_kernels import Columns, Scaled
 from pallas_kernels.groups import group_count
-
-
-@struct.dataclass
-class Columns:
-    """Chosen columns of each group: distinct, ascending; only the first counts of them are valid."""
-
-    indices: jax.Array  # i32 [.., G, K]; two ids a word, [.., G, K / 2], for PACKED_LENGTHS
-    counts: jax.Array  # i32 [.., G]
-    wrap: jax.Array | None = None  # i32 [.., G], of packed lists: see pallas_kernels.pack_lists
-
 
 # Sequence lengths whose key lists are packed to 16 bits: shorter ones have small lists, longer ones ids of more than 17 bits.
 PACKED_LENGTHS = range(32_769, 131_073)
@@ -25,7 +15,7 @@ PACKED_LENGTHS = range(32_769, 131_073)
 
 @struct.dataclass
 class AttentionCache:
-    """Of L layers' attention."""
+    """Cache of the attention of L layers."""
 
     columns: Columns  # [L, B, H, G, K]: keys, a list for each head and query group
     # bf16 [L, B, N, H, d], or 8 bits: dense output minus attention over the columns, at the last full step.
@@ -35,7 +25,7 @@ class AttentionCache:
 
 @struct.dataclass
 class MlpCache:
-    """Of L layers' MLP. With `activations`, out moves with every step; without, it is the residual of the last full step."""
+    """Cache of the MLPs of L layers. With `activations`, out moves with every step; without, it is the residual of a full step."""
 
     columns: Columns  # [L, B, G, K]: neurons, a list for each row group
     out: jax.Array  # bf16 [L, B, N, D]: the output as it stands, or dense output minus that of the chosen neurons
@@ -45,7 +35,7 @@ class MlpCache:
 
 @struct.dataclass
 class LayerCache:
-    """Of one stack of layers; None where a part is always dense."""
+    """Caches of one stack of layers; None where a part is always dense."""
 
     attention: AttentionCache | None
     mlp: MlpCache | None
@@ -62,7 +52,7 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
     if config := sparsity.attention:
         heads, residual = (*lead, stack.heads), (*lead, stack.tokens, stack.heads, stack.head_dim)
         attention = AttentionCache(
-            columns=_no_columns(
+            columns=Columns.empty(
                 (*heads, group_count(stack.tokens, config.group)),
                 config.capacity(stack.tokens),
                 packed=stack.tokens in PACKED_LENGTHS,
@@ -74,19 +64,12 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
         groups = group_count(stack.mlp_tokens, config.group)
         keep_all = config.cache == "activations"
         mlp = MlpCache(
-            columns=_no_columns((*lead, groups), config.capacity(stack.mlp_width)),
+            columns=Columns.empty((*lead, groups), config.capacity(stack.mlp_width)),
             out=jnp.zeros((*lead, stack.mlp_tokens, stack.width), dtype),
             activations=jnp.zeros((*lead, stack.mlp_width, stack.mlp_tokens), dtype) if keep_all else None,
             group_mean=jnp.zeros((*lead, groups, stack.mlp_width), jnp.float32) if keep_all else None,
         )
     return LayerCache(attention, mlp)
-
-
-def _no_columns(lists: tuple[int, ...], capacity: int, packed: bool = False) -> Columns:
-    # Arrays of their own, each: sample() donates them.
-    none = lambda shape: jnp.zeros(shape, jnp.int32)
-    words = (capacity + 1) // 2 if packed else capacity
-    return Columns(none((*lists, words)), none(lists), none(lists) if packed else None)
 
 
 def nbytes(stacks: dict[str, Stack], sparsity: Sparsity | None, batch: int, dtype: jnp.dtype) -> dict[str, int]:

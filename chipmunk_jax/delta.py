@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from chipmunk_jax.cache import AttentionCache, Columns, LayerCache, MlpCache
+from chipmunk_jax.cache import AttentionCache, LayerCache, MlpCache
 from chipmunk_jax.schedule import Share, Step, by_phase
 from pallas_kernels import (
+    Columns,
     column_attention,
     column_fc1,
     column_fc2,
@@ -75,8 +76,8 @@ def _refresh(q, k, v, cache: AttentionCache, step: Step, valid):
 
 
 def _delta(q, k, v, cache: AttentionCache, step: Step, valid):
-    columns, options = _keys(q, cache, step, valid)
-    return _together((column_attention(q, k, v, *columns, residual=cache.residual, **options), cache))
+    out = column_attention(q, k, v, cache.columns, step.layer, **_options(q, cache, step, valid))
+    return _together((out, cache))
 
 
 def _dense_with_lse(q, k, v, step: Step, valid):
@@ -84,20 +85,16 @@ def _dense_with_lse(q, k, v, step: Step, valid):
 
 
 def _store_residual(out, q, k, v, cache: AttentionCache, step: Step, valid) -> AttentionCache:
-    columns, options = _keys(q, cache, step, valid)
-    residual = store_attention_residual(out, q, k, v, *columns, residual=cache.residual, **options)
-    residual, lse, lists = _together((residual, cache.lse, cache.columns))
-    return cache.replace(residual=residual, lse=lse, columns=lists)
+    residual = store_attention_residual(out, q, k, v, cache.columns, step.layer, **_options(q, cache, step, valid))
+    residual, lse, columns = _together((residual, cache.lse, cache.columns))
+    return cache.replace(residual=residual, lse=lse, columns=columns)
 
 
-def _keys(q, cache: AttentionCache, step: Step, valid) -> tuple[tuple, dict]:
-    lists = cache.columns
-    options = dict(lse=cache.lse, wrap=lists.wrap, pinned=step.attention.pinned, valid=valid)
-    return (lists.indices, lists.counts, step.layer), options | _tiling(q, step)
-
-
-def _tiling(q, step: Step) -> dict:
-    return dict(group=step.attention.group, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+def _options(q, cache: AttentionCache, step: Step, valid) -> dict:
+    """Keyword arguments of attention over columns."""
+    share = step.attention
+    keys = dict(lse=cache.lse, residual=cache.residual, pinned=share.pinned, valid=valid)
+    return keys | dict(group=share.group, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
 
 
 def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:
@@ -118,8 +115,8 @@ def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:
 
     def choose(i, columns):
         some = lambda a, axis: lax.dynamic_slice_in_dim(a, i * together, together, axis)
-        stride = dict(stride=share.query_stride)
-        sums = column_sums(some(q, 2), some(k, 2), some(cache.lse[step.layer], 1), **stride, **_tiling(q, step))
+        options = dict(stride=share.query_stride, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+        sums = column_sums(some(q, 2), some(k, 2), some(cache.lse[step.layer], 1), group=share.group, **options)
         return _choose(sums, columns, share, step, lucky, free, first=i * together)
 
     if together == heads:
@@ -128,7 +125,7 @@ def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:
 
 
 def head_portions(batch: int, heads: int, groups: int, keys: int, dtype: jnp.dtype) -> int:
-    """In how many portions keys are chosen for all heads, so that the scores of one, [B, H / portions, G, N], take SCORES bytes."""
+    """Number of head slices in which keys are chosen: the fewest whose scores, [B, H / slices, G, N], take at most SCORES bytes."""
     nbytes = batch * heads * groups * keys * jnp.dtype(dtype).itemsize
     return next(n for n in range(1, heads + 1) if heads % n == 0 and (nbytes <= n * SCORES or n == heads))
 
@@ -195,17 +192,17 @@ def _select_delta(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     mean, change = group_mean_change(_mean_rows(x, step), mlp.fc1, mlp.b1, cache.group_mean, **means)
     columns = _choose(change, cache.columns, step.mlp, step)
     # Only the chosen neurons' means move on: what the others drift adds up until they are chosen.
-    moved = store_group_mean(mean, columns.indices, columns.counts, cached=cache.group_mean, **means)
+    moved = store_group_mean(mean, columns, cached=cache.group_mean, **means)
     moved, columns = _together((moved, columns))
     return _delta_activations(x, mlp, cache.replace(columns=columns, group_mean=moved), step)
 
 
 def _delta_activations(x, mlp: MlpWeights, cache: MlpCache, step: Step):
-    columns, options = _neurons(cache, step)
-    change, activations = column_fc1(x, mlp.fc1, mlp.b1, *columns, activations=cache.activations, **options)
-    moved, out = move_column_fc2(change, mlp.fc2, *columns, out=cache.out, **options)
-    moved, activations, lists = _together((moved, activations, cache.columns))
-    return out, cache.replace(activations=activations, out=moved, columns=lists)
+    tiling = _tiling(step)
+    change, activations = column_fc1(x, mlp.fc1, mlp.b1, cache.columns, activations=cache.activations, **tiling)
+    moved, out = move_column_fc2(change, mlp.fc2, cache.columns, out=cache.out, **tiling)
+    moved, activations, columns = _together((moved, activations, cache.columns))
+    return out, cache.replace(activations=activations, out=moved, columns=columns)
 
 
 def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
@@ -213,23 +210,21 @@ def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     # A neuron matters by what it can add: the mean size of its activation times the length of its row.
     size = split_groups(jnp.abs(activations.astype(jnp.float32)), step.mlp.group).mean(-2)  # [B, G, F]
     score = size * jnp.linalg.norm(mlp.fc2[step.layer].astype(jnp.float32), axis=-1)
-    cache = cache.replace(columns=_choose(score.astype(x.dtype), cache.columns, step.mlp, step))
-    columns, options = _neurons(cache, step)
-    chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
-    residual = store_fc2_residual(out, chosen, mlp.fc2, *columns, residual=cache.out, **options)
-    residual, lists = _together((residual, cache.columns))
-    return out, cache.replace(out=residual, columns=lists)
+    columns, tiling = _choose(score.astype(x.dtype), cache.columns, step.mlp, step), _tiling(step)
+    chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, columns, **tiling)
+    residual = store_fc2_residual(out, chosen, mlp.fc2, columns, residual=cache.out, **tiling)
+    residual, columns = _together((residual, columns))
+    return out, cache.replace(out=residual, columns=columns)
 
 
 def _delta_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
-    columns, options = _neurons(cache, step)
-    chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, *columns, **options)
-    return column_fc2(chosen, mlp.fc2, *columns, residual=cache.out, **options), cache
+    tiling = _tiling(step)
+    chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, cache.columns, **tiling)
+    return column_fc2(chosen, mlp.fc2, cache.columns, residual=cache.out, **tiling), cache
 
 
-def _neurons(cache: MlpCache, step: Step) -> tuple[tuple, dict]:
-    columns = (cache.columns.indices, cache.columns.counts, step.layer)
-    return columns, dict(group=step.mlp.group, implementation=step.implementation)
+def _tiling(step: Step) -> dict:
+    return dict(layer=step.layer, group=step.mlp.group, implementation=step.implementation)
 
 
 def _mean_rows(x, step: Step):
@@ -245,20 +240,17 @@ def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, fre
     Args:
         lucky: bool [G, n], more columns that chance has picked.
         free: bool [B or 1, G, n], where only some columns may be chosen, of scores [B, H, G, n].
-        first: of the heads, where scores are of some of them.
+        first: the first head of the scores, where these are of some heads only.
     """
     lucky |= jax.random.bernoulli(step.key, share.random, scores.shape[-2:])  # the same for all heads, and in any batch
     scores, keep = jnp.where(lucky, jnp.inf, scores), share.keep
     if free is not None:
         scores = jnp.where(free[:, None], scores, 0)
         keep = jnp.minimum(keep, free.sum(-1, dtype=jnp.int32))[:, None]
-    places = columns.indices.shape[-1] * (1 if columns.wrap is None else 2)
-    capacity = min(places, scores.shape[-1])  # one less, where an odd number is packed
-    indices, counts = topk_columns(scores, keep, capacity=capacity, implementation=step.implementation)
-    new = Columns(indices, counts)
+    capacity = min(columns.capacity, scores.shape[-1])  # one less, where an odd number is packed
+    new = topk_columns(scores, keep, capacity=capacity, implementation=step.implementation)
     if columns.wrap is not None:
-        words, wrap = pack_lists(indices, counts)
-        new = Columns(words, counts, wrap)
+        new = pack_lists(new)
     # Of neurons the third axis is the groups, and first 0.
     at = lambda stack: (step.layer, 0, first, *[0] * (stack.ndim - 3))
     return jax.tree.map(lambda stack, a: lax.dynamic_update_slice(stack, a[None], at(stack)), columns, new)

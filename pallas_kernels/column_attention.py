@@ -12,9 +12,6 @@ running maximum, and spares the kernel to look for it and to rescale what it has
 """
 
 import functools
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,55 +20,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
+from pallas_kernels.columns import Columns, PinnedKeys, Scaled
+from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
 from pallas_kernels.launch import Launch
 from pallas_kernels.tiles import tiles
 
-LOG2E = math.log2(math.e)
-# Of weights: a shift off by 60 keeps 10^5 of them below it, and values of 10^4 their sum finite.
+# Of the sum of weights: a shift off by 60 keeps 10^5 of them below it, and values of 10^4 their sum finite.
 LARGEST_TOTAL = 2.0**112
 MASKED = -1e30  # finite, so that a row without any column stays free of inf - inf
 BLOCK = 64  # columns a step: with more, sums spill; with fewer, the matrix units wait for loads
 LARGEST_FLOAT8 = 448.0  # of e4m3fn
-WRAP = 65_536  # ids that 16 bits tell apart
-
-
-class Scaled(NamedTuple):
-    """A stack of arrays in 8 bits: values times the scale of their row."""
-
-    values: jax.Array  # [L, B, N, H, d], float8_e4m3fn
-    scale: jax.Array  # [L, B, H, N], f32
-
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...]) -> "Scaled":
-        """Of values [L, B, N, H, d]."""
-        layers, batch, rows, heads, _ = shape
-        return cls(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros((layers, batch, heads, rows)))
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "starts"], meta_fields=["heavy"])
-@dataclass(frozen=True)
-class PinnedKeys:
-    """Keys that all heads and layers of a group attend to beside their own lists, which must not name them again."""
-
-    ids: jax.Array  # [n], i32: those of group 0, then those of group 1, .., ascending within a group
-    starts: jax.Array  # [G + 1], i32: where each group's begin, and n
-    heavy: int = 0  # the last groups that have far more: their programs start first, lest all others wait for them
 
 
 def column_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    columns: Columns,
     layer: jax.Array | int = 0,
     *,
     lse: jax.Array,
     group: int,
     scale: float,
     residual: jax.Array | Scaled | None = None,
-    wrap: jax.Array | None = None,
     pinned: PinnedKeys | None = None,
     valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
@@ -80,16 +52,14 @@ def column_attention(
 
     Args:
         q, k, v: [B, N, H, d], bf16 (any float for the reference).
-        indices: [L, B, H, G, K], i32: the first counts entries are distinct rows of k; the others are never used.
-        counts: [L, B, H, G], i32, 0 to K. A list of no columns gives S = 0.
+        columns: lists [L, B, H, G, K] of rows of k, packed or not. A list of no columns gives S = 0.
         layer: i32 scalar, which entry of the stacked arrays to read.
         lse: [L, B, H, N], f32: a number near the largest logits of each query, as the log-sum-exp of an earlier step. S is exact
             where it is off by up to 60, and finite whatever it is.
         group: queries that share a list, a multiple of 64; G = ceil(N / group).
         scale: of the logits, usually d ** -0.5.
         residual: [L, B, N, H, d], what the unchosen columns contributed; in the dtype of q, or in 8 bits.
-        wrap: [L, B, H, G], i32, for lists of half the size (see pack_lists): entries from there on are less by 65,536.
-        pinned: keys that groups attend to beside their lists.
+        pinned: keys that groups attend to besides their lists.
         valid: [B], i32: keys of `pinned` from there on are padding, and left out; None: there is none.
         implementation: see dispatch.choose.
 
@@ -97,15 +67,14 @@ def column_attention(
         ValueError: shapes that do not fit.
         NotImplementedError: a named implementation cannot take these arguments.
     """
-    _check(q, k, v, indices, counts, lse, group, residual)
-    keys = Keys(indices, counts, wrap, pinned, valid)
+    _check(q, k, v, columns, lse, group, residual)
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
-        out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
+        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), group, scale)
         base = 0 if residual is None else _unscaled(residual, layer)
         return (base + out).astype(q.dtype)
-    options = dict(group=group, scale=scale, residual=residual, implementation=implementation)
-    return _pallas(q, k, v, keys, lse, layer, **options)
+    options = dict(group=group, scale=scale, residual=residual, pinned=pinned, valid=valid)
+    return _pallas(q, k, v, columns, lse, layer, **options, implementation=implementation)
 
 
 def store_attention_residual(
@@ -113,15 +82,13 @@ def store_attention_residual(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    columns: Columns,
     layer: jax.Array | int,
     *,
     lse: jax.Array,
     group: int,
     scale: float,
     residual: jax.Array | Scaled,
-    wrap: jax.Array | None = None,
     pinned: PinnedKeys | None = None,
     valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
@@ -129,85 +96,48 @@ def store_attention_residual(
     """residual [L, B, N, H, d] with residual[layer] = dense - S, written in place.
 
     Args:
-        dense: [B, N, H, d], what attention over all keys gives.
-        the others: as in column_attention.
+        dense: [B, N, H, d], the output of attention over all keys.
+        residual: [L, B, N, H, d], to write to; in the dtype of q, or in 8 bits.
+        q, k, v, columns, layer, lse, group, scale, pinned, valid, implementation: as in column_attention.
 
     Raises:
         ValueError, NotImplementedError: as in column_attention.
     """
-    _check(q, k, v, indices, counts, lse, group, residual)
+    _check(q, k, v, columns, lse, group, residual)
     if dense.shape != q.shape:
         raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
-    keys = Keys(indices, counts, wrap, pinned, valid)
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
-        out = _reference(q, k, v, *keys.listed(layer, k.shape[1]), group, scale)
+        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), group, scale)
         return _with_layer(residual, layer, dense.astype(jnp.float32) - out)
-    options = dict(group=group, scale=scale, residual=residual, dense=dense, implementation=implementation)
-    return _pallas(q, k, v, keys, lse, layer, **options)
-
-
-def pack_lists(indices: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Lists [.., ceil(K / 2)], i32, two ids of 16 bits a word, the first in its lower half; and wrap [..], i32.
-
-    Args:
-        indices: [.., K], i32: the first counts entries are ascending, 0 to 131,071.
-        counts: [..], i32.
-    """
-    halves = jnp.pad(indices & (WRAP - 1), [(0, 0)] * counts.ndim + [(0, indices.shape[-1] % 2)])
-    words = halves[..., ::2] | (halves[..., 1::2] << 16)
-    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
-    return words, (listed & (indices < WRAP)).sum(-1, dtype=jnp.int32)
+    options = dict(group=group, scale=scale, residual=residual, pinned=pinned, valid=valid)
+    return _pallas(q, k, v, columns, lse, layer, **options, dense=dense, implementation=implementation)
 
 
 def _choose(implementation, q, residual) -> dispatch.Implementation:
     return dispatch.choose(implementation, dtype=q.dtype, head_dim=q.shape[-1], float8=isinstance(residual, Scaled))
 
 
-class Keys(NamedTuple):
-    """Which keys each head and group attends to; arguments of column_attention."""
-
-    indices: jax.Array
-    counts: jax.Array
-    wrap: jax.Array | None
-    pinned: PinnedKeys | None
-    valid: jax.Array | None
-
-    def listed(self, layer, keys: int) -> tuple[jax.Array, jax.Array]:
-        """Ids [B, H, G, n], i32, of all keys of one layer's groups, and which of these entries count."""
-        indices, counts = self.indices[layer], self.counts[layer][..., None]
-        if self.wrap is not None:
-            indices = jnp.stack([indices & (WRAP - 1), lax.shift_right_logical(indices, 16)], -1)
-            indices = indices.reshape(*indices.shape[:-2], -1)
-            indices += WRAP * (jnp.arange(indices.shape[-1]) >= self.wrap[layer][..., None])
-        own = jnp.arange(indices.shape[-1]) < counts
-        if self.pinned is None:
-            return indices, own
-        ids, starts = self.pinned.ids, self.pinned.starts
-        places = starts[:-1, None] + jnp.arange(keys)  # [G, N]: a group has no more
-        theirs = ids.at[places].get(mode="clip")
-        valid = jnp.full(len(indices), keys) if self.valid is None else self.valid
-        listed = (places < starts[1:, None]) & (theirs < valid[:, None, None, None])
-        spread = lambda a: jnp.broadcast_to(a, (*indices.shape[:-1], keys))
-        return jnp.concatenate([indices, spread(theirs)], -1), jnp.concatenate([own, spread(listed)], -1)
-
-
-def _check(q, k, v, indices, counts, lse, group, residual) -> None:
+def _check(q, k, v, columns: Columns, lse, group, residual) -> None:
     check_group(group)
     batch, rows, heads, width = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, width):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, N, H, d] with equal B, H and d")
-    lists = (batch, heads, group_count(rows, group))
-    if indices.shape[1:-1] != lists or counts.shape != indices.shape[:-1]:
-        expected = ", ".join(map(str, lists))
-        raise ValueError(
-            f"indices {indices.shape}, counts {counts.shape}: expected [L, {expected}, K], [L, {expected}]"
-        )
+    columns.check((batch, heads, group_count(rows, group)), f"q {q.shape}", packable=True)
     if lse.shape[1:] != (batch, heads, rows):
         raise ValueError(f"lse {lse.shape}: expected [L, B, H, N] = [L, {batch}, {heads}, {rows}]")
     shape = None if residual is None else jax.tree.leaves(residual)[0].shape
     if shape is not None and shape[1:] != q.shape:
         raise ValueError(f"residual {shape}: expected [L, {', '.join(map(str, q.shape))}]")
+
+
+def _listed(columns: Columns, layer, pinned: PinnedKeys | None, valid, keys: int):
+    """Ids [B, H, G, n], i32, of all keys of one layer's groups, and which of these entries count."""
+    own = columns.listed(layer)
+    if pinned is None:
+        return own
+    theirs = (jnp.broadcast_to(a, (*own[0].shape[:-1], keys)) for a in pinned.listed(valid, keys))
+    return tuple(jnp.concatenate(both, -1) for both in zip(own, theirs, strict=True))
 
 
 def _unscaled(residual, layer):
@@ -226,12 +156,11 @@ def _with_layer(residual, layer, values):
     return Scaled(residual.values.at[layer].set(values), residual.scale.at[layer].set(scale.swapaxes(1, 2)))
 
 
-def _reference(q, k, v, indices, listed, group, scale):
+def _reference(q, k, v, ids, listed, group, scale):
     """S in float32 over the listed ones of these keys [B, H, G, n]."""
     queries = split_groups(q.swapaxes(1, 2), group)  # [B, H, G, group, d]
-    safe = jnp.where(listed, indices, 0)
     gather = jax.vmap(jax.vmap(lambda rows, columns: rows[columns]))  # over B and H: [N, d], [G, n] -> [G, n, d]
-    keys, values = gather(k.swapaxes(1, 2), safe), gather(v.swapaxes(1, 2), safe)
+    keys, values = gather(k.swapaxes(1, 2), ids), gather(v.swapaxes(1, 2), ids)
     keys, values = (jnp.where(listed[..., None], x, 0) for x in (keys, values))
     logits = jnp.einsum("bhgqd,bhgkd->bhgqk", queries, keys, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(listed[..., None, :], logits, -jnp.inf)
@@ -243,34 +172,27 @@ def _reference(q, k, v, indices, listed, group, scale):
     return join_groups(out, q.shape[1]).swapaxes(1, 2)
 
 
-def _pallas(q, k, v, keys: Keys, lse, layer, *, group, scale, residual, dense=None, implementation):
+def _pallas(
+    q, k, v, columns: Columns, lse, layer, *, group, scale, residual, pinned, valid, dense=None, implementation
+):
     """residual[layer] + S, or S, as a new array; with `dense`, the residual with dense - S in its layer, in place."""
     layer, source = jnp.asarray(layer, jnp.int32)[None], residual if dense is None else dense
     mode = "store" if dense is not None else "new" if residual is None else "add"
     outs, tree = jax.tree.flatten(jax.ShapeDtypeStruct(q.shape, q.dtype) if dense is None else residual)
     wide, narrow = tiles("column_attention", group)
-    own, pinned, heavy = keys[:3], None, 0
-    if keys.pinned is not None:
-        pinned, heavy = _counted(keys.pinned, keys.valid, len(q)), keys.pinned.heavy * (group // wide.rows)
+    heavy, theirs = 0, None
+    if pinned is not None:
+        heavy, theirs = pinned.heavy * (group // wide.rows), pinned.counted(valid, len(q))
     # Tiles of one head run side by side and share its keys in the L2 cache.
     for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], wide, narrow):
         body = functools.partial(_body, mode=mode, part=part, heavy=heavy, group=group, scale=scale)
-        inputs = (q, k, v, own, pinned, lse, layer, source)
+        inputs = (q, k, v, columns, theirs, lse, layer, source)
         outs = launch.run(body, f"column_attention_{mode}", inputs, outs, part, implementation)
     return tree.unflatten(outs)
 
 
-def _counted(pinned: PinnedKeys, valid: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """ids [n]; where each group's begin [G]; how many of them are valid [B, G]."""
-    ids, starts = pinned.ids, jnp.asarray(pinned.starts)
-    if valid is None:
-        return ids, starts[:-1], jnp.broadcast_to(starts[1:] - starts[:-1], (batch, len(starts) - 1))
-    before = jnp.pad(jnp.cumsum(ids < valid[:, None], axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))[:, starts]
-    return ids, starts[:-1], before[:, 1:] - before[:, :-1]
-
-
 def _body(
-    q_ref, k_ref, v_ref, own, pinned, lse_ref, layer_ref, source_ref, *refs, mode, part: Launch, heavy, group, scale
+    q_ref, k_ref, v_ref, columns, pinned, lse_ref, layer_ref, source_ref, *refs, mode, part: Launch, heavy, group, scale
 ):
     tile, layer = part.tile.rows, layer_ref[0]
     i, h = _place(part, heavy)
@@ -282,9 +204,9 @@ def _body(
     q = plgpu.load(q_ref.at[at], mask=inside, other=0)
     shift = LOG2E * plgpu.load(lse_ref.at[layer, b, h, rows], mask=rows < rows_total, other=0)
 
-    lists = [_own_list(*own, layer, b, h, g)] + ([] if pinned is None else [_pinned_list(*pinned, b, g)])
+    lists = [columns.loader(layer, b, h, g)] + ([] if pinned is None else [pinned.loader(b, g)])
     # Gathered rows, 16 bytes a copy, pipelined.
-    rows_of = lambda columns: (k_ref[b, columns, h, :], v_ref[b, columns, h, :])
+    rows_of = lambda ids: (k_ref[b, ids, h, :], v_ref[b, ids, h, :])
     out, total = _attend(q, shift, rows_of, lists, scale=scale)
     # Zero, but not to the compiler: it would keep the places of all these rows in registers throughout the loop.
     rows = rows + (jnp.min(total) < 0).astype(jnp.int32)
@@ -309,24 +231,6 @@ def _body(
         plgpu.store(refs[-1].at[of_rows], scale, mask=rows < rows_total)
 
 
-def _own_list(indices_ref, counts_ref, wrap_ref, layer, b, h, g):
-    """(function, slots [n] -> columns [n]; how many there are)."""
-
-    def load(slots):
-        if wrap_ref is None:
-            return plgpu.load(indices_ref.at[layer, b, h, g, slots])
-        ids = (plgpu.load(indices_ref.at[layer, b, h, g, slots >> 1]) >> ((slots & 1) * 16)) & (WRAP - 1)
-        return ids + jnp.where(slots < wrap_ref[layer, b, h, g], 0, WRAP)
-
-    return load, counts_ref[layer, b, h, g]
-
-
-def _pinned_list(ids_ref, starts_ref, counts_ref, b, g):
-    """The same of a group's pinned keys."""
-    start = starts_ref[g]
-    return lambda slots: plgpu.load(ids_ref.at[start + slots]), counts_ref[b, g]
-
-
 def _attend(q, shift, rows_of, lists, *, scale):
     """S [tile, d], f32, over the columns of one or two lists, and the sums of its weights [tile], none negative.
 
@@ -334,7 +238,7 @@ def _attend(q, shift, rows_of, lists, *, scale):
         q: [tile, d].
         shift: [tile], f32, what is subtracted from the logits, in units of log 2.
         rows_of: function, columns [n] -> rows [n, d] of the keys, and of the values.
-        lists: of (load, count), as _own_list has them.
+        lists: (load, count) of each, as Columns.loader gives them.
     """
 
     def weigh(load, count, ragged, j, carry):

@@ -16,19 +16,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
+from pallas_kernels.columns import Columns
+from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
 from pallas_kernels.launch import Launch
 from pallas_kernels.tiles import tiles
 
-SQRT_2_PI, LOG2E = math.sqrt(2 / math.pi), math.log2(math.e)
+SQRT_2_PI = math.sqrt(2 / math.pi)
 
 
 def column_fc1(
     x: jax.Array,
     fc1: jax.Array,
     b1: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    columns: Columns,
     layer: jax.Array | int = 0,
     *,
     group: int,
@@ -40,8 +41,7 @@ def column_fc1(
     Args:
         x: [B, N, D], bf16 (any float for the reference).
         fc1, b1: [L, F, D] and [L, F].
-        indices: [L, B, G, K], i32: the first counts entries are distinct neurons, the others are never used.
-        counts: [L, B, G], i32, 0 to K. Slots of packed behind the count are 0.
+        columns: lists [L, B, G, K] of neurons, not packed. Slots of packed from the count on are 0.
         layer: i32 scalar, which entry of the stacked arrays to use.
         group: rows that share a list, a multiple of 64; G = ceil(N / group).
         activations: [L, B, F, N], post-GELU and transposed, so that a neuron's rows are contiguous. Packed is then the change
@@ -51,28 +51,27 @@ def column_fc1(
         ValueError: shapes that do not fit.
         NotImplementedError: a named implementation cannot take these arguments.
     """
-    _check(x, fc1, indices, counts, group)
+    _check(x, fc1, columns, group)
     if b1.shape != fc1.shape[:-1]:
         raise ValueError(f"b1 {b1.shape}: expected [L, F] to fit fc1 {fc1.shape}")
     if activations is not None and activations.shape[1:] != (x.shape[0], fc1.shape[1], x.shape[1]):
         raise ValueError(f"activations {activations.shape}: expected [L, B, F, N] to fit x {x.shape}, fc1 {fc1.shape}")
     implementation = dispatch.choose(implementation, dtype=x.dtype)
     if implementation == "reference":
-        return _fc1_reference(x, fc1[layer], b1[layer], indices[layer], counts[layer], layer, group, activations)
+        return _fc1_reference(x, fc1[layer], b1[layer], columns, layer, group, activations)
     layer = jnp.asarray(layer, jnp.int32)[None]
-    rows, capacity = x.shape[1], indices.shape[-1]
+    rows, capacity = x.shape[1], columns.capacity
     outputs = [jax.ShapeDtypeStruct((*x.shape[:2], capacity), x.dtype), activations]
     for part in launch.launches(rows, capacity, x.shape[0], *tiles("column_fc1", group)):
         body = functools.partial(_fc1_body, cached=activations is not None, part=part, group=group)
-        outputs = launch.run(body, "column_fc1", (x, fc1, b1, indices, counts, layer), outputs, part, implementation)
+        outputs = launch.run(body, "column_fc1", (x, fc1, b1, columns, layer), outputs, part, implementation)
     return outputs
 
 
 def column_fc2(
     packed: jax.Array,
     fc2: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    columns: Columns,
     layer: jax.Array | int = 0,
     *,
     group: int,
@@ -82,23 +81,22 @@ def column_fc2(
     """residual[layer] + packed @ fc2[layer, chosen]: [B, N, D], a new array.
 
     Args:
-        packed: [B, N, K] of column_fc1, 0 behind each count.
+        packed: [B, N, K] of column_fc1, 0 from each count on.
         fc2: [L, F, D]: the row of a neuron is what it adds to the output.
-        indices, counts, layer, group: as in column_fc1.
+        columns, layer, group: as in column_fc1.
         residual: [L, B, N, D].
         implementation: see dispatch.choose.
 
     Raises:
         ValueError, NotImplementedError: as in column_fc1.
     """
-    return _fc2(packed, fc2, indices, counts, layer, group, residual, "add", implementation)
+    return _fc2(packed, fc2, columns, layer, group, residual, "add", implementation)
 
 
 def move_column_fc2(
     packed: jax.Array,
     fc2: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    columns: Columns,
     layer: jax.Array | int,
     *,
     group: int,
@@ -108,21 +106,20 @@ def move_column_fc2(
     """out [L, B, N, D], in place, with out[layer] += packed @ fc2[layer, chosen]; and a copy of out[layer], [B, N, D].
 
     Args:
-        packed, fc2, indices, counts, layer, group, implementation: as in column_fc2.
+        packed, fc2, columns, layer, group, implementation: as in column_fc2.
         out: [L, B, N, D].
 
     Raises:
         ValueError, NotImplementedError: as in column_fc1.
     """
-    return _fc2(packed, fc2, indices, counts, layer, group, out, "move", implementation)
+    return _fc2(packed, fc2, columns, layer, group, out, "move", implementation)
 
 
 def store_fc2_residual(
     dense: jax.Array,
     packed: jax.Array,
     fc2: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    columns: Columns,
     layer: jax.Array | int,
     *,
     group: int,
@@ -133,12 +130,12 @@ def store_fc2_residual(
 
     Args:
         dense: [B, N, D], what all neurons give.
-        packed, fc2, indices, counts, layer, group, residual, implementation: as in column_fc2.
+        packed, fc2, columns, layer, group, residual, implementation: as in column_fc2.
 
     Raises:
         ValueError, NotImplementedError: as in column_fc1.
     """
-    return _fc2(packed, fc2, indices, counts, layer, group, residual, "store", implementation, dense)
+    return _fc2(packed, fc2, columns, layer, group, residual, "store", implementation, dense)
 
 
 def store_activations(
@@ -189,44 +186,39 @@ def _store_activations_body(activations_ref, layer_ref, _, cached_ref, *, side):
     plgpu.store(cached_ref.at[at], tile.T.astype(cached_ref.dtype), mask=here.T)
 
 
-def _check(x, weights, indices, counts, group) -> None:
+def _check(x, weights, columns: Columns, group) -> None:
     check_group(group)
     batch, rows, width = x.shape
-    lists = (batch, group_count(rows, group))
     if width != weights.shape[-1]:
         raise ValueError(f"x {x.shape}, weights {weights.shape}: expected the same width D")
-    if indices.shape[1:-1] != lists or counts.shape != indices.shape[:-1]:
-        expected = ", ".join(map(str, lists))
-        raise ValueError(
-            f"indices {indices.shape}, counts {counts.shape}: expected [L, {expected}, K], [L, {expected}]"
-        )
+    columns.check((batch, group_count(rows, group)), f"[B, N, D] = {x.shape}")
 
 
-def _fc1_reference(x, fc1, b1, indices, counts, layer, group, activations):
-    listed = jnp.arange(indices.shape[-1]) < counts[..., None]  # [B, G, K]
-    safe = jnp.where(listed, indices, 0)
-    logits = jnp.einsum("bgrd,bgkd->bgrk", split_groups(x, group), fc1[safe], preferred_element_type=jnp.float32)
-    new = jax.nn.gelu(logits + b1[safe][:, :, None].astype(jnp.float32), approximate=True)
+def _fc1_reference(x, fc1, b1, columns: Columns, layer, group, activations):
+    ids, listed = columns.listed(layer)  # [B, G, K]
+    logits = jnp.einsum("bgrd,bgkd->bgrk", split_groups(x, group), fc1[ids], preferred_element_type=jnp.float32)
+    new = jax.nn.gelu(logits + b1[ids][:, :, None].astype(jnp.float32), approximate=True)
     new = jnp.where(listed[:, :, None], new, 0).astype(x.dtype)
     if activations is None:
         return join_groups(new, x.shape[1]), None
     cached = split_groups(activations[layer].swapaxes(1, 2), group)  # [B, G, group, F]
-    old = jnp.take_along_axis(cached, safe[:, :, None], axis=-1)
+    old = jnp.take_along_axis(cached, ids[:, :, None], axis=-1)
     change = jnp.where(listed[:, :, None], new.astype(jnp.float32) - old.astype(jnp.float32), 0).astype(x.dtype)
     # Unlisted slots write past the last neuron, where a scatter drops them.
-    where = jnp.where(listed, indices, cached.shape[-1])
-    write = jax.vmap(jax.vmap(lambda rows, columns, values: rows.at[:, columns].set(values, mode="drop")))
+    where = jnp.where(listed, ids, cached.shape[-1])
+    write = jax.vmap(jax.vmap(lambda rows, neurons, values: rows.at[:, neurons].set(values, mode="drop")))
     updated = join_groups(write(cached, where, new.astype(cached.dtype)), x.shape[1])
     return join_groups(change, x.shape[1]), activations.at[layer].set(updated.swapaxes(1, 2))
 
 
-def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs, cached, part: Launch, group):
+def _fc1_body(x_ref, fc1_ref, b1_ref, columns, layer_ref, *refs, cached, part: Launch, group):
     packed_ref, new_ref = refs[-2:] if cached else (refs[-1], None)  # before them the same memory as inputs
+    indices_ref, counts_ref, _ = columns
     tile, neurons, inner = part.tile.rows, part.tile.columns, part.tile.inner
     i, j, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
     layer = layer_ref[0]
     rows_total, width = x_ref.shape[1:]
-    capacity = indices_ref.shape[-1]
+    capacity = columns.capacity
     g = lax.div(i * tile, group)
     count = counts_ref[layer, b, g]
     rows = i * tile + jnp.arange(tile)
@@ -250,7 +242,7 @@ def _fc1_body(x_ref, fc1_ref, b1_ref, indices_ref, counts_ref, layer_ref, *refs,
     if cached:
         # All in the cache's own orientation: used in two, the GELU would be computed twice, and spill.
         new = change.T
-        # Masked lanes point behind the last neuron: the interpreter scatters them too, and must not meet a written one.
+        # Masked lanes point past the last neuron: the interpreter scatters them too, and must not meet a written one.
         apart = jnp.where(listed, chosen, new_ref.shape[2] + slots)
         at = (layer, b, apart[:, None], rows[None, :])
         live = listed[:, None] & inside[None, :]
@@ -269,7 +261,7 @@ def _gelu(x):
 
 
 def _load_2d(ref, prefix, rows, columns, columns_total, inside=None):
-    """ref[*prefix, rows, columns] as a tile; rows outside and columns behind the last read as 0."""
+    """ref[*prefix, rows, columns] as a tile; rows outside and columns past the last read as 0."""
     shape = (rows.size, columns.size)
     masks = [] if inside is None else [jnp.broadcast_to(inside[:, None], shape)]
     if columns_total is not None and columns_total % columns.size:
@@ -278,21 +270,21 @@ def _load_2d(ref, prefix, rows, columns, columns_total, inside=None):
     return plgpu.load(ref.at[*prefix, rows[:, None], columns[None, :]], mask=mask, other=0 if masks else None)
 
 
-def _fc2(packed, fc2, indices, counts, layer, group, base, mode, implementation, dense=None):
+def _fc2(packed, fc2, columns, layer, group, base, mode, implementation, dense=None):
     if base.shape[1:] != (*packed.shape[:2], fc2.shape[-1]):
         raise ValueError(f"residual or out {base.shape}: expected [L, B, N, D] to fit {packed.shape} and {fc2.shape}")
-    if packed.shape[-1] != indices.shape[-1] or (dense is not None and dense.shape != base.shape[1:]):
+    if packed.shape[-1] != columns.capacity or (dense is not None and dense.shape != base.shape[1:]):
         shapes = f"packed {packed.shape}" + ("" if dense is None else f", dense {dense.shape}")
-        raise ValueError(f"{shapes}: expected [B, N, K] and [B, N, D] to fit indices {indices.shape} and {base.shape}")
-    _check(jax.ShapeDtypeStruct(base.shape[1:], packed.dtype), fc2, indices, counts, group)
+        raise ValueError(f"{shapes}: expected [B, N, K] and [B, N, D] to fit K = {columns.capacity} and {base.shape}")
+    _check(jax.ShapeDtypeStruct(base.shape[1:], packed.dtype), fc2, columns, group)
     implementation = dispatch.choose(implementation, dtype=packed.dtype)
     if implementation == "reference":
-        product = _fc2_reference(packed, fc2[layer], indices[layer], counts[layer], group)
+        product = _fc2_reference(packed, fc2[layer], *columns.listed(layer), group)
         if mode == "store":
             return base.at[layer].set((dense.astype(jnp.float32) - product).astype(base.dtype))
         total = (base[layer].astype(jnp.float32) + product).astype(base.dtype)
         return total if mode == "add" else (base.at[layer].set(total), total)
-    inputs = (packed, fc2, indices, counts, jnp.asarray(layer, jnp.int32)[None])
+    inputs = (packed, fc2, columns, jnp.asarray(layer, jnp.int32)[None])
     fresh = None if mode == "store" else jax.ShapeDtypeStruct(base.shape[1:], base.dtype)
     stack = base
     for part in launch.launches(packed.shape[1], fc2.shape[-1], packed.shape[0], *tiles("column_fc2", group)):
@@ -303,37 +295,37 @@ def _fc2(packed, fc2, indices, counts, layer, group, base, mode, implementation,
     return {"add": fresh, "move": (stack, fresh), "store": stack}[mode]
 
 
-def _fc2_reference(packed, fc2, indices, counts, group):
-    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
-    rows = jnp.where(listed[..., None], fc2[jnp.where(listed, indices, 0)], 0)  # [B, G, K, D]
+def _fc2_reference(packed, fc2, ids, listed, group):
+    rows = jnp.where(listed[..., None], fc2[ids], 0)  # [B, G, K, D]
     values = jnp.where(listed[:, :, None], split_groups(packed, group), 0)
     product = jnp.einsum("bgrk,bgkd->bgrd", values, rows, preferred_element_type=jnp.float32)
     return join_groups(product, packed.shape[1])
 
 
-def _fc2_body(packed_ref, fc2_ref, indices_ref, counts_ref, layer_ref, *refs, mode, part: Launch, group):
-    tile, columns, inner = part.tile.rows, part.tile.columns, part.tile.inner
+def _fc2_body(packed_ref, fc2_ref, columns, layer_ref, *refs, mode, part: Launch, group):
+    indices_ref, counts_ref, _ = columns
+    tile, span, inner = part.tile.rows, part.tile.columns, part.tile.inner
     i, j, b = part.first + pl.program_id(0), pl.program_id(1), pl.program_id(2)
     layer = layer_ref[0]
-    rows_total, width, capacity = packed_ref.shape[1], fc2_ref.shape[-1], indices_ref.shape[-1]
+    rows_total, width, capacity = packed_ref.shape[1], fc2_ref.shape[-1], columns.capacity
     g = lax.div(i * tile, group)
     count = counts_ref[layer, b, g]
     first = indices_ref[layer, b, g, 0]
     rows = i * tile + jnp.arange(tile)
     inside = rows < rows_total
-    features = j * columns + jnp.arange(columns)
+    features = j * span + jnp.arange(span)
 
     def step(offset, acc, ragged):
         slots = offset + jnp.arange(inner)
         neurons = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, capacity - 1) if ragged else slots])
         if ragged:
             neurons = jnp.where(slots < count, neurons, first)
-        # Slots behind the count are 0, those behind the last are not there.
+        # Slots from the count on are 0, those past the last are not there.
         edge = capacity if ragged else None
         changes = _load_2d(packed_ref, (b,), rows, slots, edge, inside if rows_total % tile else None)
         return acc + plgpu.dot(changes, _load_2d(fc2_ref, (layer,), neurons, features, width))
 
-    acc = jnp.zeros((tile, columns), jnp.float32)
+    acc = jnp.zeros((tile, span), jnp.float32)
     whole = lax.div(count, inner)
     acc = lax.fori_loop(0, whole, lambda t, acc: step(t * inner, acc, False), acc)
     acc = lax.fori_loop(whole, lax.div(count + inner - 1, inner), lambda t, acc: step(t * inner, acc, True), acc)

@@ -65,7 +65,7 @@ def _obstacle(dtype, head_dim: int, float8: bool) -> str:
 
 
 class Card(NamedTuple):
-    """What a choice of tiles depends on."""
+    """The properties of a GPU by which tiles are chosen."""
 
     compute_capability: str
     multiprocessors: int
@@ -79,5 +79,5 @@ def card() -> Card:
 
 
 def compiler_params(num_warps: int, num_stages: int) -> plgpu.CompilerParams:
-    """What makes pallas_call lower through Triton, on every JAX version."""
+    """Parameters with which pallas_call lowers through Triton, on every JAX version."""
     return plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.columns import Columns
 from pallas_kernels.groups import group_count
 
 GROUPS, NEURONS, INNER = 64, 32, 64  # a program's tile: small, as many in flight read memory fastest
@@ -84,8 +85,7 @@ def _change_body(rows_ref, fc1_ref, b1_ref, cached_ref, layer_ref, mean_ref, cha
 
 def store_group_mean(
     mean: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    columns: Columns,
     layer: jax.Array | int,
     *,
     cached: jax.Array,
@@ -95,9 +95,8 @@ def store_group_mean(
 
     Args:
         mean: [B, G, F], f32.
-        indices: [L, B, G, K], i32: the first counts entries are distinct neurons, the others are never used.
-        counts: [L, B, G], i32, 0 to K.
-        layer: i32 scalar.
+        columns: lists [L, B, G, K] of neurons, not packed.
+        layer: i32 scalar, which entry of the stacked arrays to use.
         cached: [L, B, G, F], f32.
         implementation: see dispatch.choose.
 
@@ -105,33 +104,34 @@ def store_group_mean(
         ValueError: shapes that do not fit.
         NotImplementedError: a named implementation cannot take these arguments.
     """
-    if cached.shape[1:] != mean.shape or indices.shape[1:-1] != mean.shape[:-1] or counts.shape != indices.shape[:-1]:
-        shapes = f"indices {indices.shape}, counts {counts.shape}, cached {cached.shape}"
-        raise ValueError(f"{shapes}: expected [L, B, G, K], [L, B, G], [L, B, G, F] to fit mean {mean.shape}")
+    if cached.shape[1:] != mean.shape:
+        raise ValueError(f"cached {cached.shape}: expected [L, B, G, F] to fit mean {mean.shape}")
+    columns.check(mean.shape[:-1], f"mean {mean.shape}")
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     if implementation == "reference":
         # Unlisted slots write past the last neuron, where a scatter drops them.
-        listed = jnp.arange(indices.shape[-1]) < counts[layer][..., None]
-        where = jnp.where(listed, indices[layer], mean.shape[-1])
+        ids, listed = columns.listed(layer)
+        where = jnp.where(listed, ids, mean.shape[-1])
         row = lambda old, new, ids: old.at[ids].set(new[jnp.minimum(ids, new.size - 1)], mode="drop")
         return cached.at[layer].set(jax.vmap(jax.vmap(row))(cached[layer], mean, where))
     return pl.pallas_call(
         _store_body,
-        grid=(group_count(indices.shape[-1], SLOTS), mean.shape[1], mean.shape[0]),
+        grid=(group_count(columns.capacity, SLOTS), mean.shape[1], mean.shape[0]),
         name="store_group_mean",
         out_shape=jax.ShapeDtypeStruct(cached.shape, cached.dtype),
-        input_output_aliases={4: 0},
+        input_output_aliases={4: 0},  # cached, the fifth array: lists that are not packed are two
         interpret=implementation == "interpret",
         compiler_params=dispatch.compiler_params(num_warps=4, num_stages=2),
-    )(mean, indices, counts, jnp.asarray(layer, jnp.int32)[None], cached)
+    )(mean, columns, jnp.asarray(layer, jnp.int32)[None], cached)
 
 
-def _store_body(mean_ref, indices_ref, counts_ref, layer_ref, _, cached_ref):
+def _store_body(mean_ref, columns, layer_ref, _, cached_ref):
+    indices_ref, counts_ref, _ = columns
     g, b, layer = pl.program_id(1), pl.program_id(2), layer_ref[0]
     slots = pl.program_id(0) * SLOTS + jnp.arange(SLOTS)
     listed = slots < counts_ref[layer, b, g]
-    neurons = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, indices_ref.shape[-1] - 1)])
-    # Masked lanes point behind the last neuron: the interpreter scatters them too, and must not meet a written one.
+    neurons = plgpu.load(indices_ref.at[layer, b, g, jnp.minimum(slots, columns.capacity - 1)])
+    # Masked lanes point past the last neuron: the interpreter scatters them too, and must not meet a written one.
     neurons = jnp.where(listed, neurons, mean_ref.shape[2] + slots)
     mean = plgpu.load(mean_ref.at[b, g, neurons], mask=listed, other=0)
     plgpu.store(cached_ref.at[layer, b, g, neurons], mean, mask=listed)

@@ -10,7 +10,7 @@ def group_count(rows: int, group: int) -> int:
 
 
 def split_groups(x: jax.Array, group: int) -> jax.Array:
-    """x [..., N, D] as [..., G, group, D], zeros behind the last row."""
+    """x [..., N, D] as [..., G, group, D], zeros after the last row."""
     rows = x.shape[-2]
     groups = group_count(rows, group)
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, groups * group - rows), (0, 0)])

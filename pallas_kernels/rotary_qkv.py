@@ -28,7 +28,7 @@ COLUMNS = 1024  # of four warps
 
 
 class Tile(NamedTuple):
-    """What a program reads of q, of k and of v: all columns that a norm needs, in pieces, as only powers of two are loaded.
+    """The columns of q, of k and of v that a program reads: all that a norm needs, in pieces, as only powers of two are loaded.
 
     They stay in registers from the norm's sum to its product, so that memory is read once.
     """
@@ -149,7 +149,7 @@ def _pallas(parts, cos, sin, layer, *, implementation):
 
 
 def _tile(features: int, normed: int, head_dim: int) -> Tile:
-    """The tile for norms over `normed` of so many features."""
+    """The tile for norms over `normed` of all features."""
     columns = min(features & -features, max(COLUMNS, head_dim))  # the largest power of two that divides them
     return Tile(columns, max(1, normed // columns), warps=max(1, columns // 256))
 

@@ -10,7 +10,7 @@ from pallas_kernels.groups import row_tile
 
 
 class Tile(NamedTuple):
-    """What one program computes."""
+    """The part of the output that one program computes, and how."""
 
     rows: int
     columns: int  # of the output: features, neurons, heads
@@ -26,8 +26,8 @@ TILES = {
     "column_fc1": (Tile(128, 256, warps=8), Tile(128, 32, warps=4, stages=4, inner=128)),
     "column_fc2": (Tile(128, 128, warps=4, resident=2), Tile(64, 32, warps=4, stages=6)),
 }
-# Those that do not fit the 99 KiB of shared memory that a program has on Ada and on Blackwell's workstation cards. Compiled for
-# these cards, never timed on one.
+# In place of tiles that do not fit the 99 KiB of shared memory that a program has on Ada and on Blackwell's workstation cards.
+# Compiled for these cards, never timed on one.
 SMALL_CARDS = ("8.6", "8.9", "12.0", "12.1")
 SMALL_TILES = {"column_fc1": (Tile(128, 128, warps=4), Tile(64, 32, warps=4, stages=4))}
 

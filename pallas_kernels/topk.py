@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.columns import Columns
 
 ON_CHIP = 16384  # columns of the longest row that one program holds in its registers
 ASIDE = 8192  # columns of a longer one that it sets aside at most
@@ -29,12 +30,12 @@ def topk_columns(
     *,
     capacity: int,
     implementation: dispatch.Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """indices [..., capacity], i32, and counts [...], i32: the k largest scores of every row, ids ascending, ties from the left.
+) -> Columns:
+    """Lists [.., capacity] of the columns with the k largest scores of every row; of equal scores the leftmost.
 
     Args:
-        scores: [..., N], f32, bf16 or f16, not negative; +inf is taken first.
-        k: how many, i32, 0 to capacity, one for all rows or [...]; it may be traced. Slots behind the first k are unspecified.
+        scores: [.., N], f32, bf16 or f16, not negative; +inf is taken first.
+        k: how many, i32, 0 to capacity, one for all rows or [..]; it may be traced.
         capacity: length of the lists, at most N.
         implementation: see dispatch.choose.
 
@@ -51,7 +52,7 @@ def topk_columns(
     if implementation == "reference":
         order = lax.top_k(scores, capacity)[1]  # stable: equal scores in ascending order of their ids
         chosen = jnp.where(jnp.arange(capacity) < counts[..., None], order, width)
-        return jnp.sort(chosen, axis=-1).astype(jnp.int32), counts
+        return Columns(jnp.sort(chosen, axis=-1).astype(jnp.int32), counts)
     bits = lax.bitcast_convert_type(scores, jnp.int16 if scores.dtype.itemsize == 2 else jnp.int32)
     short = width <= ON_CHIP
     programs = counts.size if short else min(counts.size, RESIDENT * dispatch.card().multiprocessors)
@@ -65,7 +66,7 @@ def topk_columns(
         interpret=implementation == "interpret",
         compiler_params=dispatch.compiler_params(num_warps=warps, num_stages=2),
     )(bits.reshape(-1, width), counts.reshape(-1))
-    return indices.reshape(*scores.shape[:-1], capacity), counts
+    return Columns(indices.reshape(*scores.shape[:-1], capacity), counts)
 
 
 def _short_body(bits_ref, k_ref, indices_ref, *, compiled):
@@ -140,7 +141,7 @@ def _guess(bits_ref, row, k):
     width, half = bits_ref.shape[1], 3 * ASIDE // 8  # three quarters of ASIDE should lie between
     chunks = jnp.arange(SAMPLE // CHUNK)[:, None] * (width // (SAMPLE // CHUNK))
     patterns = _load(bits_ref, row, chunks + jnp.arange(CHUNK)[None, :]).reshape(SAMPLE)
-    # Ranks behind the last give the lowest pattern, those before the first the highest.
+    # Ranks past the last give the lowest pattern, those before the first the highest.
     rank = lambda columns: (columns.astype(jnp.float32) * (SAMPLE / width)).astype(jnp.int32)
     # A guess: a few patterns more or less between the two cost nothing, and slack saves three rounds of halving.
     low, _ = _bisect(patterns, rank(k + half), *_range(bits_ref.dtype), slack=8)
@@ -195,7 +196,7 @@ def _count(mask):
 
 
 def _write(indices_ref, row, columns, patterns, threshold, ties, carry, compiled):
-    """The columns above the threshold and the first `ties` equal to it, behind those of the blocks before.
+    """The columns above the threshold and the first `ties` equal to it, after those of the blocks before.
 
     Args:
         carry: how many columns before these are larger, how many equal. Returned for the next block.
@@ -214,6 +215,6 @@ def _write(indices_ref, row, columns, patterns, threshold, ties, carry, compiled
 def _scatter(ref, row, slots, values, mask, distinct, compiled):
     """ref[row, slots] = values, where the mask says so."""
     if not compiled:
-        # The interpreter scatters masked lanes too: they point behind the row, so that they meet no other.
+        # The interpreter scatters masked lanes too: they point past the end of the row, so that they meet no other.
         slots = jnp.where(mask, slots, ref.shape[1] + distinct)
     plgpu.store(ref.at[row, slots], values, mask=mask)

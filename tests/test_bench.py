@@ -21,6 +21,7 @@ from chipmunk_jax.cli.main import main
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.sparsity import PRESETS, Sparsity, load_sparsity, to_dict
+from pallas_kernels import Columns
 
 REPEATS = ["--repeats", "1"]
 KEYS = {
@@ -125,7 +126,8 @@ def test_input_sets_make_a_gigabyte_within_their_limits(monkeypatch):
 
 @pytest.mark.parametrize(("kept", "columns"), [(1, 1), (1, 70), (7, 9), (63, 64), (64, 64), (300, 5000)])
 def test_lists_are_distinct_ascending_and_in_range(kept, columns):
-    indices, counts = draw.lists(jax.random.key(kept), (2, 3, 5), kept, columns)
+    indices, counts, wrap = draw.lists(jax.random.key(kept), (2, 3, 5), kept, columns)
+    assert wrap is None
     assert indices.shape == (2, 3, 5, kept) and indices.dtype == counts.dtype == jnp.int32
     assert np.all(np.asarray(counts) == kept) and counts.shape == (2, 3, 5)
     indices = np.asarray(indices)
@@ -280,7 +282,8 @@ def test_a_case_without_room_leaves_the_others(folder, monkeypatch, capsys):
 
 def test_a_wrong_kernel_exits_1_after_all_others(folder, monkeypatch, capsys):
     name = "chipmunk_jax.bench.topk_kernels.topk_columns"
-    monkeypatch.setattr(name, lambda x, k, capacity, **_: (jnp.zeros((*x.shape[:-1], capacity), jnp.int32), None))
+    zeros = lambda x, k, capacity, **_: Columns(jnp.zeros((*x.shape[:-1], capacity), jnp.int32), None)
+    monkeypatch.setattr(name, zeros)
     assert main(["bench", "kernels", "--size", "toy", "--only", "topk", *REPEATS, "-o", "a.jsonl"]) == 1
     found = {(entry["variant"], entry["ms"] is None) for entry in read(folder / "a.jsonl")}
     assert found == {("lax.top_k", False), ("ascending lists", True)}

@@ -4,7 +4,6 @@ Tolerances: both sides compute in float32 and float64 from the same float32 inpu
 order 1 stay below 2e-5.
 """
 
-import importlib
 import itertools
 from functools import partial
 
@@ -20,7 +19,7 @@ from chipmunk_jax.model import Stack
 from chipmunk_jax.pinned_keys import pinned_keys
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, plan_steps
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
-from pallas_kernels import Scaled
+from pallas_kernels import Scaled, columns
 
 B, N, H, D, F, L = 2, 150, 2, 16, 200, 3
 GROUP, LAYER, STEPS = 64, 1, 12
@@ -109,13 +108,13 @@ def test_attention_equals_a_naive_one_through_every_phase(recompute_mask):
 @pytest.mark.parametrize("portions", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
 def test_pinned_keys_and_padding_through_every_phase(packed, portions, monkeypatch):
-    """Text behind, of which one of the batch has less; a window along the order; queries of the text see all."""
+    """Text at the end, of which one of the batch has less; a window along the order; queries of the text see all."""
     if portions > 1:
         monkeypatch.setattr(delta, "SCORES", 1)
         assert delta.head_portions(B, H, 3, N, jnp.float32) == H == portions
     if packed:
         monkeypatch.setattr(caches, "PACKED_LENGTHS", range(N, N + 1))
-        monkeypatch.setattr(importlib.import_module("pallas_kernels.column_attention"), "WRAP", 128)
+        monkeypatch.setattr(columns, "WRAP", 128)
     valid = np.array([N, N - 13])
     config = AttentionSparsity(
         **vars(ATTENTION) | dict(recompute_mask=True, text_keys=True, text_queries=True, local_1d_window=0.02)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import cuda_target
 
-from pallas_kernels import group_mean_change, store_group_mean
+from pallas_kernels import Columns, group_mean_change, pack_lists, store_group_mean
 
 LAYERS, LAYER = 2, 1
 
@@ -33,7 +33,7 @@ def test_only_listed_means_move(implementation):
     batch, groups, neurons, capacity = 2, 3, 3000, 1500
     mean = jnp.asarray(rng.standard_normal((batch, groups, neurons)), jnp.float32)
     cached = jnp.asarray(rng.standard_normal((LAYERS, batch, groups, neurons)), jnp.float32)
-    indices = np.full((LAYERS, batch, groups, capacity), 10**6, np.int32)  # garbage behind the counts
+    indices = np.full((LAYERS, batch, groups, capacity), 10**6, np.int32)  # garbage after the counts
     counts = np.zeros((LAYERS, batch, groups), np.int32)
     expected = np.array(cached)
     for i, at in enumerate(np.ndindex(batch, groups)):
@@ -41,21 +41,22 @@ def test_only_listed_means_move(implementation):
         chosen = np.sort(rng.choice(neurons, counts[LAYER][at], replace=False))
         indices[LAYER][at][: chosen.size] = chosen
         expected[LAYER][at][chosen] = np.asarray(mean)[at][chosen]
-    lists = (jnp.asarray(indices), jnp.asarray(counts), LAYER)
-    moved = jax.jit(lambda c: store_group_mean(mean, *lists, cached=c, implementation=implementation))(cached)
+    columns = Columns(jnp.asarray(indices), jnp.asarray(counts))
+    moved = jax.jit(lambda c: store_group_mean(mean, columns, LAYER, cached=c, implementation=implementation))(cached)
     np.testing.assert_array_equal(moved, expected)
 
 
 def test_they_lower_for_cuda_at_flux_size():
     s = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     cached, mean = s(38, 1, 34, 12288, dtype=jnp.float32), s(1, 34, 12288, dtype=jnp.float32)
-    lists = s(38, 1, 34, 4096, dtype=jnp.int32), s(38, 1, 34, dtype=jnp.int32), s(dtype=jnp.int32)
+    columns = Columns(s(38, 1, 34, 4096, dtype=jnp.int32), s(38, 1, 34, dtype=jnp.int32))
+    layer = s(dtype=jnp.int32)
     change = lambda *args: group_mean_change(*args, implementation="pallas")
-    store = lambda m, i, n, l, c: store_group_mean(m, i, n, l, cached=c, implementation="pallas")
+    store = lambda m, c, l, cached: store_group_mean(m, c, l, cached=cached, implementation="pallas")
     with cuda_target():
         for run, args in (
-            (change, (s(1, 34, 3072), s(38, 12288, 3072), s(38, 12288), cached, lists[2])),
-            (store, (mean, *lists, cached)),
+            (change, (s(1, 34, 3072), s(38, 12288, 3072), s(38, 12288), cached, layer)),
+            (store, (mean, columns, layer, cached)),
         ):
             assert "triton" in jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -65,4 +66,10 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="to fit rows"):
         group_mean_change(a((1, 3, 8)), a((1, 16, 4)), a((1, 16)), a((1, 1, 3, 16)))
     with pytest.raises(ValueError, match="to fit mean"):
-        store_group_mean(a((1, 3, 16)), a((1, 1, 3, 4), jnp.int32), a((1, 1, 2), jnp.int32), 0, cached=a((1, 1, 3, 16)))
+        store_group_mean(a((1, 3, 16)), Columns.empty((1, 1, 3), 4), 0, cached=a((1, 1, 2, 16)))
+    short = Columns(a((1, 1, 3, 4), jnp.int32), a((1, 1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="to fit mean"):
+        store_group_mean(a((1, 3, 16)), short, 0, cached=a((1, 1, 3, 16)))
+    packed = pack_lists(Columns.empty((1, 1, 3), 4))
+    with pytest.raises(ValueError, match="only those of keys are packed"):
+        store_group_mean(a((1, 3, 16)), packed, 0, cached=a((1, 1, 3, 16)))

@@ -5,6 +5,8 @@ round each factor to 2^-8 and sums of some hundred terms stay within 2e-2.
 """
 
 import importlib
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,14 @@ import pytest
 from conftest import cuda_target
 
 from pallas_kernels import (
+    Columns,
     PinnedKeys,
     Scaled,
     column_attention,
     column_fc1,
     column_fc2,
     column_sums,
+    columns,
     dense_attention,
     dispatch,
     launch,
@@ -31,7 +35,6 @@ from pallas_kernels import (
 )
 from pallas_kernels.tiles import Tile
 
-module = importlib.import_module("pallas_kernels.column_attention")  # the package has a function of that name
 LAYERS, LAYER = 2, 1
 
 
@@ -62,17 +65,17 @@ def draw(rng, *shape, dtype=jnp.float32):
 
 
 def draw_lists(rng, lists, capacity, columns, counts):
-    """Stacked lists of distinct ids with garbage behind the counts (a number, or "mixed": 0, 1, .., capacity)."""
+    """Stacked lists of distinct ids with garbage after the counts (a number, or "mixed": 0, 1, .., capacity)."""
     indices = np.full((LAYERS, *lists, capacity), GARBAGE, np.int32)
     sizes = np.full((LAYERS, *lists), 0, np.int32)
     for i, at in enumerate(np.ndindex(LAYERS, *lists)):
         sizes[at] = [0, 1, capacity // 2, capacity][i % 4] if counts == "mixed" else counts
         indices[at][: sizes[at]] = np.sort(rng.choice(columns, sizes[at], replace=False))
-    return jnp.asarray(indices), jnp.asarray(sizes)
+    return Columns(jnp.asarray(indices), jnp.asarray(sizes))
 
 
 def naive_column_attention(q, k, v, indices, counts, group, scale):
-    out = np.zeros_like(q)
+    out, indices, counts = np.zeros_like(q), np.asarray(indices), np.asarray(counts)
     for b, i, h in np.ndindex(q.shape[:3]):
         chosen = indices[b, h, i // group, : counts[b, h, i // group]]
         if chosen.size:
@@ -99,15 +102,15 @@ def test_column_attention_is_softmax_over_the_listed_columns(
     residual, naive_residual = draw(rng, LAYERS, *q.shape, dtype=dtype)
     dense, naive_dense = draw(rng, *q.shape, dtype=dtype)
     groups = -(-rows // group)
-    indices, sizes = draw_lists(rng, (batch, heads, groups), capacity, rows, counts)
-    expected = naive_column_attention(nq, nk, nv, np.asarray(indices[LAYER]), np.asarray(sizes[LAYER]), group, scale)
+    keys = draw_lists(rng, (batch, heads, groups), capacity, rows, counts)
+    expected = naive_column_attention(nq, nk, nv, keys.indices[LAYER], keys.counts[LAYER], group, scale)
 
     lse = draw(rng, LAYERS, batch, heads, rows)[0]  # of logits that have moved since
-    columns, options = (indices, sizes, LAYER), dict(lse=lse, group=group, scale=scale, implementation=implementation)
-    agree(column_attention(q, k, v, *columns, **options), expected, implementation)
-    added = column_attention(q, k, v, *columns, residual=residual, **options)
+    options = dict(layer=LAYER, lse=lse, group=group, scale=scale, implementation=implementation)
+    agree(column_attention(q, k, v, keys, **options), expected, implementation)
+    added = column_attention(q, k, v, keys, residual=residual, **options)
     agree(added, naive_residual[LAYER] + expected, implementation)
-    stored = jax.jit(lambda r: store_attention_residual(dense, q, k, v, *columns, residual=r, **options))(residual)
+    stored = jax.jit(lambda r: store_attention_residual(dense, q, k, v, keys, residual=r, **options))(residual)
     agree(stored[LAYER], naive_dense - expected, implementation)
     np.testing.assert_array_equal(stored[0], residual[0])  # the other layer is untouched
 
@@ -116,18 +119,19 @@ def test_column_attention_is_softmax_over_the_listed_columns(
 @pytest.mark.parametrize("heavy", [0, 1])
 @pytest.mark.parametrize("rows", [200, 1100])
 def test_pinned_keys_are_keys_like_those_of_the_lists(implementation, card, packed, heavy, rows, monkeypatch):
-    """All but the padding, which is poison, and so is what the lists name behind their counts."""
-    monkeypatch.setattr(module, "WRAP", 2048 if rows == 200 else 512)  # packed lists wrap early for once
+    """All but the padding, which is poison, and so is what the lists name after their counts."""
+    monkeypatch.setattr(columns, "WRAP", 2048 if rows == 200 else 512)  # packed lists wrap early for once
     rng, group, batch, heads, width = np.random.default_rng(2), 128, 2, 2, 64
     dtype, scale, groups = dtype_of(implementation), width**-0.5, -(-rows // group)
     (q, nq), (k, nk), (v, nv) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(3))
     valid = np.array([rows, rows - 20])
-    indices, sizes = draw_lists(rng, (batch, heads, groups), 20, rows - 120, "mixed")
+    keys = draw_lists(rng, (batch, heads, groups), 20, rows - 120, "mixed")
     last = np.arange(rows - 120, rows)
     pinned = [(last[:1], last[30:], last, last[:0], last[3:67])[g % 5] for g in range(groups)]
     whole, counts = np.zeros((batch, heads, groups, rows), np.int32), np.zeros((batch, heads, groups), np.int32)
     for b, h, g in np.ndindex(counts.shape):
-        chosen = [*np.asarray(indices[LAYER, b, h, g, : sizes[LAYER, b, h, g]]), *pinned[g][pinned[g] < valid[b]]]
+        own = keys.indices[LAYER, b, h, g, : keys.counts[LAYER, b, h, g]]
+        chosen = [*np.asarray(own), *pinned[g][pinned[g] < valid[b]]]
         whole[b, h, g, : len(chosen)], counts[b, h, g] = chosen, len(chosen)
     expected = naive_column_attention(nq, nk, nv, whole, counts, group, scale)
 
@@ -136,13 +140,12 @@ def test_pinned_keys_are_keys_like_those_of_the_lists(implementation, card, pack
     starts = np.cumsum([0, *map(len, pinned)])
     options = dict(group=group, scale=scale, lse=jnp.zeros((LAYERS, batch, heads, rows)), valid=jnp.asarray(valid))
     options |= dict(pinned=PinnedKeys(jnp.asarray(np.concatenate(pinned)), jnp.asarray(starts), heavy))
-    if packed:
-        indices, options["wrap"] = pack_lists(indices, sizes)
-    columns, options["implementation"] = (indices, sizes, LAYER), implementation
-    agree(column_attention(q, poison(k), poison(v), *columns, **options), expected, implementation)
+    options |= dict(layer=LAYER, implementation=implementation)
+    keys = pack_lists(keys) if packed else keys
+    agree(column_attention(q, poison(k), poison(v), keys, **options), expected, implementation)
     dense, naive_dense = draw(rng, *q.shape, dtype=dtype)
     residual = jnp.zeros((LAYERS, *q.shape), dtype)
-    stored = store_attention_residual(dense, q, poison(k), poison(v), *columns, residual=residual, **options)
+    stored = store_attention_residual(dense, q, poison(k), poison(v), keys, residual=residual, **options)
     agree(stored[LAYER], naive_dense - expected, implementation)
 
 
@@ -151,12 +154,11 @@ def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(implementation,
     dtype = dtype_of(implementation)
     (q, nq), (k, nk), (v, nv), (dense, _) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(4))
     dense = dense.at[0, 7].set(0).at[0, 8].multiply(1e4)
-    indices, sizes = draw_lists(rng, (batch, heads, 3), 64, rows, "mixed")
-    lists = np.asarray(indices[LAYER]), np.asarray(sizes[LAYER])
-    expected = np.asarray(dense, np.float64) - naive_column_attention(nq, nk, nv, *lists, group, 0.125)
+    keys = draw_lists(rng, (batch, heads, 3), 64, rows, "mixed")
+    sparse = naive_column_attention(nq, nk, nv, keys.indices[LAYER], keys.counts[LAYER], group, 0.125)
+    expected = np.asarray(dense, np.float64) - sparse
     options = dict(lse=jnp.zeros((LAYERS, batch, heads, rows)), group=group, scale=0.125, implementation=implementation)
-    columns = (indices, sizes, LAYER)
-    store = lambda r: store_attention_residual(dense, q, k, v, *columns, residual=r, **options)
+    store = lambda r: store_attention_residual(dense, q, k, v, keys, LAYER, residual=r, **options)
     stored = jax.jit(store)(Scaled.zeros((LAYERS, *q.shape)))
     values = np.asarray(stored.values[LAYER], np.float64) * np.asarray(stored.scale[LAYER]).swapaxes(1, 2)[..., None]
     # Three bits of mantissa: half a unit is 1/16 of a value; below 2^-6 of 448 the units are even.
@@ -167,7 +169,7 @@ def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(implementation,
     )
     assert (np.abs(values - expected) <= bound).all()
     assert not np.asarray(stored.values[0], np.float32).any() and not np.asarray(stored.scale[0]).any()
-    added = column_attention(q, k, v, *columns, residual=stored, **options)
+    added = column_attention(q, k, v, keys, LAYER, residual=stored, **options)
     agree(added, values + (np.asarray(dense, np.float64) - expected), implementation)
 
 
@@ -177,14 +179,13 @@ def test_unlisted_garbage_and_extreme_logits_never_leak(implementation, drift):
     dtype = dtype_of(implementation)
     q, k, v = (draw(rng, 1, 128, 1, width, dtype=dtype)[0] for _ in range(3))
     q = q * 20  # logits of up to a hundred: exp of them overflows float32
-    indices, sizes = draw_lists(rng, (1, 1, 2), 64, 128, 37)
-    unlisted = np.setdiff1d(np.arange(128), np.asarray(indices[LAYER])[..., :37])
+    keys = draw_lists(rng, (1, 1, 2), 64, 128, 37)
+    unlisted = np.setdiff1d(np.arange(128), np.asarray(keys.indices[LAYER])[..., :37])
     poison = lambda x: x.at[:, unlisted].set(jnp.nan)
     options = dict(group=group, scale=0.125, implementation=implementation)
     lse = 0.125 * jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32).max(-1) + drift
-    columns = (indices, sizes, LAYER)
-    out = column_attention(q, poison(k), poison(v), *columns, lse=jnp.stack([lse, lse]), **options)
-    lists = (np.asarray(indices[LAYER]), np.asarray(sizes[LAYER]))
+    out = column_attention(q, poison(k), poison(v), keys, LAYER, lse=jnp.stack([lse, lse]), **options)
+    lists = keys.indices[LAYER], keys.counts[LAYER]
     expected = naive_column_attention(*(np.asarray(x, np.float64) for x in (q, k, v)), *lists, group, 0.125)
     agree(out, expected, implementation)
 
@@ -194,9 +195,9 @@ def test_column_attention_stays_finite_under_drift(implementation, drift):
     rng = np.random.default_rng(9)
     q, k, v = (draw(rng, 1, 128, 1, 64, dtype=dtype_of(implementation))[0] for _ in range(3))
     v = 10 * v
-    columns = draw_lists(rng, (1, 1, 1), 64, 128, 64)
+    keys = draw_lists(rng, (1, 1, 1), 64, 128, 64)
     lse = jnp.full((LAYERS, 1, 1, 128), drift)
-    out = column_attention(q, k, v, *columns, lse=lse, group=128, scale=0.125, implementation=implementation)
+    out = column_attention(q, k, v, keys, lse=lse, group=128, scale=0.125, implementation=implementation)
     assert bool(jnp.isfinite(out).all())
 
 
@@ -279,33 +280,33 @@ def test_column_mlp_is_the_mlp_of_the_listed_neurons(
     base, naive_base = draw(rng, LAYERS, batch, rows, width, dtype=dtype)
     dense, naive_dense = draw(rng, batch, rows, width, dtype=dtype)
     n1, n2 = np.asarray(fc1, np.float64), np.asarray(fc2, np.float64)
-    indices, sizes = draw_lists(rng, (batch, -(-rows // group)), capacity, neurons, counts)
+    lists = draw_lists(rng, (batch, -(-rows // group)), capacity, neurons, counts)
 
     full = naive_gelu(nx @ n1[LAYER].T + nb1[LAYER])
     packed = np.zeros((batch, rows, capacity))
     change, moved, product = packed.copy(), naive_cached[LAYER].copy(), np.zeros((batch, rows, width))
     for b, i in np.ndindex(batch, rows):
-        chosen = np.asarray(indices)[LAYER, b, i // group, : int(sizes[LAYER, b, i // group])]
+        chosen = np.asarray(lists.indices)[LAYER, b, i // group, : int(lists.counts[LAYER, b, i // group])]
         packed[b, i, : chosen.size] = full[b, i, chosen]
         change[b, i, : chosen.size] = full[b, i, chosen] - naive_cached[LAYER, b, chosen, i]
         moved[b, chosen, i] = full[b, i, chosen]
         product[b, i] = full[b, i, chosen] @ n2[LAYER, chosen]
 
-    columns, options = (indices, sizes, LAYER), dict(group=group, implementation=implementation)
-    got, none = column_fc1(x, fc1, b1, *columns, **options)
+    options = dict(layer=LAYER, group=group, implementation=implementation)
+    got, none = column_fc1(x, fc1, b1, lists, **options)
     assert none is None
     agree(got, packed, implementation)
-    got_change, got_cache = jax.jit(lambda a: column_fc1(x, fc1, b1, *columns, activations=a, **options))(cached)
+    got_change, got_cache = jax.jit(lambda a: column_fc1(x, fc1, b1, lists, activations=a, **options))(cached)
     agree(got_change, change, implementation)
     agree(got_cache[LAYER], moved, implementation)
     np.testing.assert_array_equal(got_cache[0], cached[0])
 
-    agree(column_fc2(got, fc2, *columns, residual=base, **options), naive_base[LAYER] + product, implementation)
-    added, fresh = jax.jit(lambda o: move_column_fc2(got, fc2, *columns, out=o, **options))(base)
+    agree(column_fc2(got, fc2, lists, residual=base, **options), naive_base[LAYER] + product, implementation)
+    added, fresh = jax.jit(lambda o: move_column_fc2(got, fc2, lists, out=o, **options))(base)
     agree(fresh, naive_base[LAYER] + product, implementation)
     np.testing.assert_array_equal(added[LAYER], fresh)
     np.testing.assert_array_equal(added[0], base[0])
-    left = jax.jit(lambda o: store_fc2_residual(dense, got, fc2, *columns, residual=o, **options))(base)
+    left = jax.jit(lambda o: store_fc2_residual(dense, got, fc2, lists, residual=o, **options))(base)
     agree(left[LAYER], naive_dense - product, implementation)
     np.testing.assert_array_equal(left[0], base[0])
 
@@ -343,7 +344,7 @@ def test_topk_lists_the_largest_ascending_with_ties_from_the_left(implementation
     scores = jnp.asarray(np.abs(rng.standard_normal((2, 3, columns))), dtype)
     scores = scores.at[0, 0].set(jnp.round(scores[0, 0]))  # many ties
     scores = scores.at[1, 1].set(0.0).at[1, 2, columns // 2].set(jnp.inf)
-    indices, counts = topk_columns(scores, jnp.int32(k), capacity=capacity, implementation=implementation)
+    indices, counts, _ = topk_columns(scores, jnp.int32(k), capacity=capacity, implementation=implementation)
     assert indices.shape == (2, 3, capacity) and bool((counts == k).all())
     values = np.asarray(scores, np.float32)
     for at in np.ndindex(2, 3):
@@ -368,7 +369,7 @@ def test_topk_of_long_rows_is_exact_whatever_a_sample_of_them_says(implementatio
         1 + rng.integers(0, 3, columns) * 2.0**-7,  # neighbouring patterns
     ]
     scores = jnp.asarray(np.stack(rows), dtype)
-    indices, _ = topk_columns(scores, jnp.int32(k), capacity=capacity, implementation=implementation)
+    indices = topk_columns(scores, jnp.int32(k), capacity=capacity, implementation=implementation).indices
     for found, values in zip(np.asarray(indices), np.asarray(scores, np.float32), strict=True):
         np.testing.assert_array_equal(found[:k], np.sort(np.argsort(-values, kind="stable")[:k]))
 
@@ -377,7 +378,7 @@ def test_topk_of_long_rows_is_exact_whatever_a_sample_of_them_says(implementatio
 def test_topk_takes_a_number_for_every_row(implementation, columns):
     scores = jnp.asarray(np.random.default_rng(8).random((2, 3, columns)), jnp.float32)
     k = np.array([[0, 5, 64], [1, 0, 33]])
-    indices, counts = topk_columns(scores, jnp.asarray(k), capacity=64, implementation=implementation)
+    indices, counts, _ = topk_columns(scores, jnp.asarray(k), capacity=64, implementation=implementation)
     np.testing.assert_array_equal(counts, k)
     for at in np.ndindex(k.shape):
         expected = np.sort(np.argsort(-np.asarray(scores[at]), kind="stable")[: k[at]])
@@ -386,19 +387,16 @@ def test_topk_takes_a_number_for_every_row(implementation, columns):
 
 def test_topk_fills_every_list_whatever_the_signs(implementation):
     scores = jnp.asarray([[0.5, -0.0, 0.0, -jnp.nan, 2.0, -0.0, 0.0, 0.0]])
-    indices, _ = topk_columns(scores, 6, capacity=6, implementation=implementation)
+    indices = topk_columns(scores, 6, capacity=6, implementation=implementation).indices
     assert np.unique(indices).size == 6 and (np.asarray(indices) >= 0).all() and (np.asarray(indices) < 8).all()
 
 
 def test_a_card_without_8_bits_is_told(monkeypatch):
     monkeypatch.setattr(dispatch, "card", lambda: dispatch.Card("8.0", 108))
-    q, lists = (
-        jnp.zeros((1, 64, 1, 64), jnp.bfloat16),
-        (jnp.zeros((1, 1, 1, 1, 8), jnp.int32), jnp.zeros((1, 1, 1, 1), int)),
-    )
+    q, keys = jnp.zeros((1, 64, 1, 64), jnp.bfloat16), Columns.empty((1, 1, 1, 1), 8)
     options = dict(lse=jnp.zeros((1, 1, 1, 64)), group=64, scale=1.0, residual=Scaled.zeros((1, *q.shape)))
     with pytest.raises(NotImplementedError, match=r"8 bits on a card of compute capability 8\.0"):
-        column_attention(q, q, q, *lists, **options, implementation="pallas")
+        column_attention(q, q, q, keys, **options, implementation="pallas")
 
 
 def test_a_named_implementation_is_obeyed_or_raises():
@@ -413,6 +411,48 @@ def test_a_named_implementation_is_obeyed_or_raises():
         column_sums(x, x, jnp.zeros((1, 1, 64)), group=64, scale=1.0, stride=3)
 
 
+def test_lists_that_do_not_fit_are_refused():
+    x, lse = jnp.zeros((1, 128, 1, 64)), jnp.zeros((1, 1, 1, 128))
+    keys, options = Columns.empty((1, 1, 1, 2), 8, packed=True), dict(lse=lse, group=64, scale=1.0)
+    few = Columns.empty((1, 1, 1, 1), 8)
+    with pytest.raises(ValueError, match=r"expected \[L, 1, 1, 2, K\], \[L, 1, 1, 2\] to fit q \(1, 128, 1, 64\)"):
+        column_attention(x, x, x, few, **options)
+    with pytest.raises(ValueError, match=r"wrap \(1, 1, 1, 1\): expected wrap \[L, 1, 1, 2\] to fit q"):
+        column_attention(x, x, x, keys._replace(wrap=few.counts), **options)
+    neurons, weights = Columns.empty((1, 1, 2), 8), jnp.zeros((1, 32, 64))
+    with pytest.raises(ValueError, match=r"expected \[L, 1, 1, K\], \[L, 1, 1\] to fit"):
+        column_fc1(x[:, :, 0], weights, weights[..., 0], neurons, group=128)
+    with pytest.raises(ValueError, match="expected lists of neurons as they are"):
+        column_fc1(x[:, :, 0], weights, weights[..., 0], pack_lists(neurons), group=64)
+    with pytest.raises(ValueError, match="to fit K = 8"):
+        column_fc2(x[:, :, 0], weights, neurons, group=64, residual=x[None, :, :, 0])
+
+
+@pytest.mark.parametrize("found", ["nothing", "no residual", "bfloat16"])
+def test_a_jax_without_the_attention_of_cudnn_as_it_is_known_is_told(monkeypatch, found):
+    name = "jax._src.cudnn.fused_attention_stablehlo"
+    if found == "nothing":
+        monkeypatch.setitem(sys.modules, name, None)
+    else:
+        known = lambda q, k, v, *, scale, qkv_layout, return_residual: (q, q[..., 0].swapaxes(1, 2))
+        other = known if found == "bfloat16" else lambda q, k, v, *, scale, qkv_layout: q
+        monkeypatch.setattr(importlib.import_module(name), "dot_product_attention", other)
+    x = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=rf"JAX {re.escape(jax.__version__)} .* use JAX 0\.10\.2 to 0\.12\.0"):
+        dense_attention(x, x, x, scale=1.0, implementation="pallas")
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_this_jax_has_the_attention_of_cudnn_as_it_is_known(monkeypatch, padding):
+    """Traced alone: what lowers it asks for the version of cuDNN, which may not be here."""
+    name = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(importlib.import_module(name), "check_cudnn_version", lambda: 91_000)
+    x, valid = jax.ShapeDtypeStruct((2, 64, 3, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    dense = lambda x, valid: dense_attention(x, x, x, scale=1.0, valid=valid, implementation="pallas")
+    out, lse = jax.eval_shape(dense, x, valid if padding else None)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (x.shape, x.dtype, (2, 3, 64), jnp.float32)
+
+
 FLUX = dict(layers=57, tokens=4352, heads=24, head_dim=128, width=3072, neurons=12288, group=128, keys=704, kept=4096)
 
 
@@ -422,11 +462,9 @@ def flux_calls():
     groups, half = f["tokens"] // f["group"], jnp.bfloat16
     s = lambda *shape, dtype=half: jax.ShapeDtypeStruct(shape, dtype)
     qkv = [s(1, f["tokens"], f["heads"], f["head_dim"])] * 3
-    keys = [
-        s(f["layers"], 1, f["heads"], groups, f["keys"], dtype=jnp.int32),
-        s(f["layers"], 1, f["heads"], groups, dtype=jnp.int32),
-    ]
-    neurons = [s(38, 1, groups, f["kept"], dtype=jnp.int32), s(38, 1, groups, dtype=jnp.int32)]
+    ints = lambda *shape: s(*shape, dtype=jnp.int32)
+    lists = lambda *shape: Columns(ints(*shape), ints(*shape[:-1]))
+    keys, neurons = lists(f["layers"], 1, f["heads"], groups, f["keys"]), lists(38, 1, groups, f["kept"])
     layer, kw = s(dtype=jnp.int32), dict(implementation="pallas")
     residual, tokens = s(f["layers"], *qkv[0].shape), s(1, f["tokens"], f["width"])
     weight, out = s(38, f["neurons"], f["width"]), s(38, 1, f["tokens"], f["width"])
@@ -435,33 +473,32 @@ def flux_calls():
     attention = dict(group=128, scale=128**-0.5, **kw)
     mlp = dict(group=128, **kw)
     # HunyuanVideo's, with all that a video adds: packed lists, a residual of 8 bits, keys of a text, padding.
-    video, lists = s(1, 119_056, f["heads"], f["head_dim"]), (58, 1, f["heads"], 931)
-    row, ints = s(58, 1, f["heads"], 119_056, dtype=jnp.float32), lambda *shape: s(*shape, dtype=jnp.int32)
-    video_rest = [
-        *(ints(*lists, 4160), ints(*lists), layer, row, s(58, *video.shape, dtype=jnp.float8_e4m3fn), row),
-        *(ints(*lists), ints(600_000), ints(932), ints(1)),
-    ]
-    of_video = lambda i, n, l, lse, values, scale, wrap, ids, starts, valid: dict(
-        lse=lse, residual=Scaled(values, scale), wrap=wrap, pinned=PinnedKeys(ids, starts, 3), valid=valid
+    video, row = s(1, 119_056, f["heads"], f["head_dim"]), s(58, 1, f["heads"], 119_056, dtype=jnp.float32)
+    packed_keys = lists(58, 1, f["heads"], 931, 4160)._replace(wrap=ints(58, 1, f["heads"], 931))
+    of_video = dict(
+        columns=packed_keys,
+        layer=layer,
+        lse=row,
+        residual=Scaled(s(58, *video.shape, dtype=jnp.float8_e4m3fn), row),
+        pinned=PinnedKeys(ints(600_000), ints(932), 3),
+        valid=ints(1),
     )
     return {
         "column_attention_of_a_video": (
-            lambda q, k, v, *rest: column_attention(q, k, v, *rest[:3], **of_video(*rest), **attention),
-            [*[video] * 3, *video_rest],
+            lambda q, k, v, rest: column_attention(q, k, v, **rest, **attention),
+            [*[video] * 3, of_video],
         ),
         "store_attention_residual_of_a_video": (
-            lambda o, q, k, v, *rest: store_attention_residual(o, q, k, v, *rest[:3], **of_video(*rest), **attention),
-            [*[video] * 4, *video_rest],
+            lambda o, q, k, v, rest: store_attention_residual(o, q, k, v, **rest, **attention),
+            [*[video] * 4, of_video],
         ),
         "column_attention": (
-            lambda q, k, v, i, n, l, m, r: column_attention(q, k, v, i, n, l, lse=m, residual=r, **attention),
-            [*qkv, *keys, layer, measured, residual],
+            lambda q, k, v, c, l, m, r: column_attention(q, k, v, c, l, lse=m, residual=r, **attention),
+            [*qkv, keys, layer, measured, residual],
         ),
         "store_attention_residual": (
-            lambda o, q, k, v, i, n, l, m, r: store_attention_residual(
-                o, q, k, v, i, n, l, lse=m, residual=r, **attention
-            ),
-            [qkv[0], *qkv, *keys, layer, measured, residual],
+            lambda o, q, k, v, c, l, m, r: store_attention_residual(o, q, k, v, c, l, lse=m, residual=r, **attention),
+            [qkv[0], *qkv, keys, layer, measured, residual],
         ),
         "column_sums": (lambda q, k, m: column_sums(q, k, m, **attention), [*qkv[:2], lse]),
         "topk_columns": (
@@ -469,24 +506,24 @@ def flux_calls():
             [s(1, f["heads"], groups, f["tokens"])],
         ),
         "column_fc1": (
-            lambda x, w, b, i, n, l, a: column_fc1(x, w, b, i, n, l, activations=a, **mlp),
-            [tokens, weight, s(38, f["neurons"]), *neurons, layer, s(38, 1, f["neurons"], f["tokens"])],
+            lambda x, w, b, c, l, a: column_fc1(x, w, b, c, l, activations=a, **mlp),
+            [tokens, weight, s(38, f["neurons"]), neurons, layer, s(38, 1, f["neurons"], f["tokens"])],
         ),
         "store_activations": (
             lambda a, l, c: store_activations(a, l, cached=c, **kw),
             [s(1, f["tokens"], f["neurons"]), layer, s(38, 1, f["neurons"], f["tokens"])],
         ),
         "column_fc2": (
-            lambda p, w, i, n, l, r: column_fc2(p, w, i, n, l, residual=r, **mlp),
-            [packed, weight, *neurons, layer, out],
+            lambda p, w, c, l, r: column_fc2(p, w, c, l, residual=r, **mlp),
+            [packed, weight, neurons, layer, out],
         ),
         "move_column_fc2": (
-            lambda p, w, i, n, l, o: move_column_fc2(p, w, i, n, l, out=o, **mlp),
-            [packed, weight, *neurons, layer, out],
+            lambda p, w, c, l, o: move_column_fc2(p, w, c, l, out=o, **mlp),
+            [packed, weight, neurons, layer, out],
         ),
         "store_fc2_residual": (
-            lambda x, p, w, i, n, l, r: store_fc2_residual(x, p, w, i, n, l, residual=r, **mlp),
-            [tokens, packed, weight, *neurons, layer, out],
+            lambda x, p, w, c, l, r: store_fc2_residual(x, p, w, c, l, residual=r, **mlp),
+            [tokens, packed, weight, neurons, layer, out],
         ),
     }
 

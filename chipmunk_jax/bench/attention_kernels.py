@@ -39,7 +39,7 @@ class AttentionCase:
         return self.head_dim**-0.5
 
     def product(self, keys: float) -> float:
-        """Operations of one matrix product of all queries with so many keys."""
+        """Operations of one matrix product of all queries with a number of keys."""
         return 2 * self.heads * self.tokens * keys * self.head_dim
 
     def slices(self):
@@ -122,23 +122,24 @@ def _columns(case: AttentionCase, arrays, kept: int, with_residual: bool, implem
     sets = []
     for i, qkv in enumerate(arrays):
         keys = jax.random.split(jax.random.key(kept + i), 2)
-        indices, counts = draw.lists(keys[0], lists, kept, case.tokens)
+        columns = draw.lists(keys[0], lists, kept, case.tokens)
         residual = draw.normal(keys[1], (layers, *qkv[0].shape), scale=RESIDUAL) if with_residual else None
         caches = dict(lse=jnp.stack([_lse(*qkv[:2], case.scale)] * layers), residual=residual)
-        sets.append((*qkv, indices, counts, jnp.int32(layers - 1), caches))
+        sets.append((*qkv, columns, jnp.int32(layers - 1), caches))
 
     def call(inputs, state):
-        *columns, caches = inputs
+        *arrays, caches = inputs
         tiling = dict(group=case.group, scale=case.scale, implementation=implementation)
-        return column_attention(*columns, **caches, **tiling), state
+        return column_attention(*arrays, **caches, **tiling), state
 
     def expected(inputs, state):
-        heads, indices, residual = _heads(case, inputs[:3]), np.asarray(inputs[3][-1, 0]), inputs[6]["residual"]
+        *qkv, columns, _, caches = inputs
+        heads, lists, residual = _heads(case, qkv), np.asarray(columns.indices[-1, 0]), caches["residual"]
         found = []
         for head, g, rows in case.slices():
-            (q, k, v), columns = heads[head], indices[head, g]
+            (q, k, v), keys = heads[head], lists[head, g]
             base = 0 if residual is None else one_head(residual[-1], head)[rows]
-            found.append(base + references.attention(q[rows], k[columns], v[columns], case.scale))
+            found.append(base + references.attention(q[rows], k[keys], v[keys], case.scale))
         return found
 
     return Candidate(
@@ -147,7 +148,7 @@ def _columns(case: AttentionCase, arrays, kept: int, with_residual: bool, implem
         sparsity=1 - kept / case.tokens,
         call=call, sets=sets, expected=expected, observed=lambda output, state: _rows(case, output),
         operations=2 * case.product(kept),
-        bytes=nbytes(arrays[0]) * (5 if with_residual else 4) / 3 + 4 * (sets[0][3][0].size + case.heads * case.tokens),
+        bytes=nbytes(arrays[0]) * (5 if with_residual else 4) / 3 + 4 * (sets[0][3].indices[0].size + case.heads * case.tokens),
     )  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def _expected_dense(case: AttentionCase, inputs, state) -> list[np.ndarray]:
 
 
 def _heads(case: AttentionCase, arrays) -> dict[int, list[np.ndarray]]:
-    """Those that are checked: f32 [N, d] each."""
+    """The heads that are checked: f32 [N, d] each."""
     return {head: [one_head(x, head) for x in arrays] for head in some(case.heads, 2)}
 
 

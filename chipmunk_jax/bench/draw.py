@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import Columns
+
 
 @partial(jax.jit, static_argnums=(1, 2))
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
@@ -24,8 +26,8 @@ def scores(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def lists(key: jax.Array, shape: tuple[int, ...], kept: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """indices [*shape, kept], i32, distinct and ascending in every list, 0 to columns - 1; counts [*shape], i32, all `kept`.
+def lists(key: jax.Array, shape: tuple[int, ...], kept: int, columns: int) -> Columns:
+    """Lists [*shape, kept] of distinct columns, 0 to columns - 1, ascending; every one of them full.
 
     Sums of exponential gaps, scaled to 0..1, are uniform numbers in ascending order; spread over the columns that are not kept and
     moved up by one a place they become distinct. No list of all columns is ever made: that would take 10 GB for a video.
@@ -41,4 +43,4 @@ def lists(key: jax.Array, shape: tuple[int, ...], kept: int, columns: int) -> tu
         return places + jnp.arange(kept, dtype=jnp.int32)
 
     indices = lax.map(draw, jax.random.split(key, shape[0]))
-    return indices, jnp.full(shape, kept, jnp.int32)
+    return Columns(indices, jnp.full(shape, kept, jnp.int32))

@@ -53,7 +53,7 @@ def mlp_candidates(case: MlpCase, most_sets: int, implementation: Implementation
     candidates = [dense, *torch_baselines.mlp(dense)]
     for kept in case.kept:
         lists = draw.lists(jax.random.key(kept), (LAYERS, 1, group_count(case.rows, case.group)), kept, case.mlp_width)
-        sets = [(x, fc1, b1, fc2, *lists, jnp.int32(LAST)) for x in tokens]
+        sets = [(x, fc1, b1, fc2, lists, jnp.int32(LAST)) for x in tokens]
         candidates += [_residual(case, sets, implementation), _activations(case, sets, implementation)]
     return candidates
 
@@ -79,14 +79,14 @@ def _dense(case: MlpCase, tokens, fc1, b1, fc2, b2) -> Candidate:
 
 
 def _residual(case: MlpCase, sets, implementation) -> Candidate:
-    """What the other neurons give is kept: residual + the chosen neurons."""
+    """Residual + the chosen neurons: the output of the other neurons is kept."""
     state = (draw.normal(jax.random.key(1), (LAYERS, *sets[0][0].shape), scale=0.5),)
     options = dict(group=case.group, implementation=implementation)
 
     def call(inputs, state):
-        x, fc1, b1, fc2, *columns = inputs
-        packed, _ = column_fc1(x, fc1, b1, *columns, **options)
-        return column_fc2(packed, fc2, *columns, residual=state[0], **options), state
+        x, fc1, b1, fc2, columns, layer = inputs
+        packed, _ = column_fc1(x, fc1, b1, columns, layer, **options)
+        return column_fc2(packed, fc2, columns, layer, residual=state[0], **options), state
 
     def expected(inputs, state):
         base = host(state[0][LAST, 0])
@@ -97,17 +97,17 @@ def _residual(case: MlpCase, sets, implementation) -> Candidate:
 
 
 def _activations(case: MlpCase, sets, implementation) -> Candidate:
-    """All activations are kept, and moved together with the output."""
+    """Cached activations, all of them, moved together with the output."""
     shape, keys = sets[0][0].shape, jax.random.split(jax.random.key(2), 2)
     cached = jax.nn.gelu(draw.normal(keys[0], (LAYERS, 1, case.mlp_width, case.rows)))
     state = (cached, draw.normal(keys[1], (LAYERS, *shape), scale=0.5))
     options = dict(group=case.group, implementation=implementation)
 
     def call(inputs, state):
-        x, fc1, b1, fc2, *columns = inputs
+        x, fc1, b1, fc2, columns, layer = inputs
         cached, out = state
-        packed, cached = column_fc1(x, fc1, b1, *columns, activations=cached, **options)
-        moved, fresh = move_column_fc2(packed, fc2, *columns, out=out, **options)
+        packed, cached = column_fc1(x, fc1, b1, columns, layer, activations=cached, **options)
+        moved, fresh = move_column_fc2(packed, fc2, columns, layer, out=out, **options)
         return fresh, (cached, moved)
 
     def expected(inputs, state):
@@ -129,27 +129,28 @@ def _activations(case: MlpCase, sets, implementation) -> Candidate:
 
 
 def _candidate(case: MlpCase, variant: str, call, sets, state, expected, observed) -> Candidate:
-    x, fc1, b1, fc2, indices, _, _ = sets[0]
-    kept = indices.shape[-1]
+    x, fc1, b1, fc2, columns, _ = sets[0]
+    kept = columns.capacity
     moved = 4 * case.rows * kept if variant == "activations" else 0  # read and written
     return Candidate(
         variant=variant, shape=case.shape | {"K": kept, "group": case.group}, sparsity=1 - kept / case.mlp_width,
         call=call, sets=sets, state=state, expected=expected, observed=observed,
         operations=4 * case.rows * case.width * kept,
-        # Groups with lists of their own need nearly all neurons between them. What the output is added to is read, too.
-        bytes=3 * nbytes(x) + nbytes((fc1, b1, fc2, indices)) / LAYERS + moved,
+        # Groups with lists of their own need nearly all neurons between them. The array that the output is added to is read, too.
+        bytes=3 * nbytes(x) + nbytes((fc1, b1, fc2, columns.indices)) / LAYERS + moved,
     )  # fmt: skip
 
 
 def _chosen(case: MlpCase, inputs):
-    """Of every group that is checked: the activations of its neurons [r, K], their rows of fc2 [K, D], and their ids [K]."""
-    x, fc1, b1, fc2, indices = (host(a) for a in (inputs[0][0], *(a[LAST] for a in inputs[1:4]), inputs[4][LAST, 0]))
+    """The activations of the neurons [r, K] of every group that is checked, their rows of fc2 [K, D], and their ids [K]."""
+    x, *weights, columns, _ = inputs
+    x, fc1, b1, fc2, lists = map(host, (x[0], *(a[LAST] for a in weights), columns.indices[LAST, 0]))
     for g, rows in case.slices():
-        columns = indices[g].astype(int)
-        yield references.activations(x[rows], fc1[columns], b1[columns]), fc2[columns], columns
+        neurons = lists[g].astype(int)
+        yield references.activations(x[rows], fc1[neurons], b1[neurons]), fc2[neurons], neurons
 
 
 def _rows(case: MlpCase, out: jax.Array) -> list[np.ndarray]:
-    """Those of out [1, M, D] that are checked."""
+    """The rows of out [1, M, D] that are checked."""
     out = host(out[0])
     return [out[rows] for _, rows in case.slices()]

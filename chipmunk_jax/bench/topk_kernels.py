@@ -17,13 +17,13 @@ CHECKED_ROWS = 16
 
 @dataclass(frozen=True)
 class TopkCase:
-    """Scores of one shape, and how many to take of each row."""
+    """Scores of one shape, and the number to take of each row."""
 
     lists: dict[str, int]  # sizes of the axes in front: H heads, G groups
     columns: int  # of a row: N keys or F neurons
     axis: str  # its letter
     k: int
-    baseline_share: int = 1  # the baseline sorts one row of so many: of all it would take gigabytes and seconds
+    baseline_share: int = 1  # the baseline sorts 1 / share of the rows: all of them would take gigabytes and seconds
 
     @property
     def shape(self) -> dict[str, int]:
@@ -51,7 +51,7 @@ def topk_candidates(case: TopkCase, most_sets: int, implementation: Implementati
     ours = Candidate(
         variant="ascending lists", sets=sets,
         call=lambda scores, state: (
-            topk_columns(scores, case.k, capacity=case.k, implementation=implementation)[0],
+            topk_columns(scores, case.k, capacity=case.k, implementation=implementation).indices,
             state,
         ),
         observed=lambda ids, state: [_checked(ids)],
