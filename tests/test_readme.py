@@ -1,13 +1,27 @@
-"""The README says what was measured: its numbers are those of the committed records; and what is shipped."""
+"""What the documents say was measured is what the committed records say, number by number; and what is shipped.
 
+Every table of README.md and benchmarks/README.md has its test here, which compares all of its cells but the words; every number
+with a unit in their prose is one that a record, a preset or the setting of a benchmark gives.
+"""
+
+import ast
 import json
 import re
+from collections import Counter
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 from chipmunk_jax.sparsity import PRESETS, load_sparsity
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, BENCHMARKS, NOTES = (
+    (ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md", "pallas_kernels/NOTES.md")
+)
+PROJECTED = {"dense": "dense, by its steps", "sparse": "sparse, by its steps"}
+PROJECTED["skipped"] = "sparse, steps skipped, by its steps"
+RIVALS = "quality-rivals-h100"
 
 
 def record(name: str) -> dict:
@@ -18,118 +32,486 @@ def records(name: str) -> list[dict]:
     return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
 
 
-def test_numbers_of_the_speed_table_are_the_committed_records():
-    dense, sparse = records("flux-dev-1280x768-h100")
-    again, skipping = records("flux-dev-step-cache-1280x768-h100")
-    assert [entry["variant"] for entry in (dense, sparse, again, skipping)] == ["dense", "sparse"] * 2
-    for entry in (dense, sparse, skipping):
-        assert f"| {entry['ms'] / 1e3:.2f} s | {entry['ms_per_step']:.1f} ms |" in README
-    assert f"a dense run of {again['ms'] / 1e3:.2f} s" in README
-    for entry in (sparse, skipping):
-        assert f"**{entry['speedup']:.2f} x**" in README
-        assert all(entry[key] in README for key in ("device", "driver", "jax"))
-    keys, neurons = (f"{100 * sparse['density'][part]:.1f} %" for part in ("attention", "mlp"))
-    skipped = " and ".join(f"{100 * skipping['density'][part]:.1f} %" for part in ("attention", "mlp"))
-    assert f"{keys} of the keys and {neurons} of the neurons, with steps skipped {skipped}." in README
-    assert f"Peak memory {sparse['peak_bytes'] / 1e9:.1f} GB" in README
+def by_variant(name: str) -> dict[str, dict]:
+    return {entry["variant"]: entry for entry in records(name)}
 
 
-def test_numbers_of_the_step_and_kernel_tables_are_the_committed_records():
-    digits = lambda ms: f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}"
-    entries = {entry["variant"]: entry for entry in records("flux-dev-step-1280x768-h100")}
-    skipped = entries.pop("skipped")
-    steps = {f"| {e['ms']:.1f} | {e['speedup']:.2f} x |" for e in entries.values() if e["benchmark"] == "step"}
-    steps.add(f"skipped | {skipped['ms']:.1f} |")
-    kernels = [entry for entry in records("kernels-h100") if entry["ms"]]
-    times = {(digits(e["ms"]), digits(e["baseline_ms"]), f"{e['speedup']:.2f}") for e in kernels}
-    table = README[README.index("| step | ms |") : README.index("![speed-up of the kernels")]
-    assert len(steps) == 6 and all(row in table for row in steps)
-    sparse, skipping = (entries[f"{name}, by its steps"]["speedup"] for name in ("sparse", "sparse, steps skipped"))
-    assert f"it would be {sparse:.2f} x, and {skipping:.2f} x with steps skipped" in table
-    found = re.findall(r"^\| [^|]+ \| ([\d.]+) \| [^|]*, ([\d.]+) \| ([\d.]+) x \|$", table, re.MULTILINE)
-    assert len(found) == 12 and set(found) <= times
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """The rows of every table, by the first cell of its header; bold is left out."""
+    found = {}
+    for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.strip()[1:-1].split("|")] for line in block.splitlines())
+        assert header[0] not in found and all(len(row) == len(header) for row in rows), header
+        found[header[0]] = [[cell.replace("**", "") for cell in row] for row in rows]
+    return found
 
 
-def test_numbers_of_the_runs_of_the_mlp_are_the_committed_records():
-    runs = [entry for entry in records("kernels-mlp-five-runs-h100") if entry["variant"] == "dense"]
-    assert f"took {min(e['ms'] for e in runs):.3f} to {max(e['ms'] for e in runs):.2f} ms in [five runs]" in README
-    assert len(runs) == len({entry["commit"] for entry in runs}) == 5
+def table(text: str, name: str) -> list[list[str]]:
+    return tables(text)[name]
 
 
-def test_the_demos_take_what_their_records_say():
-    for name in ("mini-flux", "mini-wan"):
-        path = f"benchmarks/results/{name}-demo-cpu.json"
-        seconds = sum(record(path)[f"{kind}_seconds"] for kind in ("dense", "sparse"))
-        assert re.search(rf"samples for {seconds:.0f} s [^.]*\(\[record\]\({path}\)\)", README)
+def cells(rows: list[list[str]]) -> list[list[str]]:
+    """All but the words in front."""
+    return [row[1:] for row in rows]
 
 
-def test_numbers_of_the_table_of_videos_are_the_committed_records():
-    digits = lambda ms: f"{ms / 1e3:.0f}" if ms >= 1e5 else f"{ms / 1e3:#.3g}"
-    rows = re.findall(
-        r"^\| [^|]+\(\[records\]\(benchmarks/results/([^)]+)\.jsonl\)\) \| (.+) \|$", README, re.MULTILINE
+def linked(label: str) -> list[str]:
+    """Names of the records that a label links to."""
+    return re.findall(r"results/([^)]+?)\.jsonl?\)", label)
+
+
+def seconds(ms: float) -> str:
+    return f"{ms / 1e3:.0f}" if ms >= 1e5 else f"{ms / 1e3:#.3g}"
+
+
+def milliseconds(ms: float) -> str:
+    return f"{ms:.3f}" if ms < 0.9995 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def gigabytes(entry: dict) -> str:
+    return f"{entry['peak_bytes'] / 1e9:.1f}"
+
+
+def card(entry: dict) -> str:
+    return re.search(r"H\d00", entry["device"]).group()
+
+
+def flux_samples() -> tuple[dict, dict, dict, dict]:
+    """Whole samples of FLUX: dense and sparse, dense and sparse with steps skipped."""
+    entries = (*records("flux-dev-1280x768-h100"), *records("flux-dev-step-cache-1280x768-h100"))
+    assert [entry["variant"] for entry in entries] == ["dense", "sparse"] * 2
+    return entries
+
+
+def sample_cells(name: str) -> list[str]:
+    """Card, dense, sparse, over dense, steps skipped, over dense, and how: of whole samples, or projected ones."""
+    if name.startswith("flux"):
+        (dense, sparse, _, skipped), how = flux_samples(), "measured"
+    else:
+        entries, how = by_variant(name), "projected"
+        dense, sparse, skipped = (entries[variant] for variant in PROJECTED.values())
+        assert dense["counts"] == {"dense": 50} and skipped["counts"]["skipped"] == 25
+    ratios = [f"{seconds(e['ms'])} {times(e['speedup'])}".split() for e in (sparse, skipped)]
+    return [card(dense), seconds(dense["ms"]), *ratios[0], *ratios[1], how]
+
+
+def of_this_size(label: str, entry: dict) -> bool:
+    """Whether a label says the pixels and frames of a record."""
+    size = entry["shape"]
+    frames = "frames" not in size or f"{size['frames']} frames" in label
+    return f"{size['width']}x{size['height']}" in label and frames
+
+
+def numbers(text: str) -> Counter:
+    return Counter(re.findall(r"[\d.]*\d", text))
+
+
+# What every table is tested by; a table that nothing here names fails. Those of words alone are the last ones.
+TESTED = {
+    "README.md": {
+        "one card, full size, 50 steps", "50 steps, or one call", "setting", "pipeline",
+        "room; each imports only those above it",
+    },
+    "benchmarks/README.md": {
+        "FLUX.1-dev, 50 steps", "one step", "FLUX.1-dev, over dense", "video, seconds", "kernel", "exact top-k", "run of the MLP",
+        "model and preset", "setting", "Chipmunk paper, H100",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_no_table_is_untested(name):
+    assert set(tables((ROOT / name).read_text())) == TESTED[name]
+
+
+def test_the_table_at_the_top_is_the_committed_records():
+    names = ("flux-dev-1280x768-h100", "hunyuan-video-720x1280x129-h100", "wan-14b-720x1280x81-h200")
+    rows = table(README, "one card, full size, 50 steps")
+    assert len(rows) == len(names)
+    for row, name in zip(rows, names, strict=True):
+        device, dense, sparse, ratio, skipped, skipped_ratio, how = sample_cells(name)
+        assert row[0].endswith(f", {device}") and of_this_size(row[0], records(name)[0])
+        assert row[1:4] == [f"{dense} s", f"{sparse} s, {ratio}", f"{skipped} s, {skipped_ratio}"]
+        assert row[4] == ("measured" if how == "measured" else "projected from measured step times")
+
+
+def test_the_table_of_speed_is_the_committed_records():
+    rows = table(README, "50 steps, or one call")
+    samples, kernels = rows[:4], rows[4:]
+    for row in samples:
+        entry = records(linked(row[0])[0])[0]
+        assert of_this_size(row[0], entry)
+        if "bits" in row[0]:
+            assert f"residuals of {entry['sparsity']['attention']['residual_bits']} bits" in row[0]
+        device, dense, sparse, ratio, skipped, skipped_ratio, how = sample_cells(linked(row[0])[0])
+        assert row[1:] == [device, f"{dense} s", "-", f"{sparse} s", ratio, f"{skipped} s", skipped_ratio, how], row[0]
+    assert linked(samples[0][0]) == ["flux-dev-1280x768-h100", "flux-dev-step-cache-1280x768-h100"]
+    assert len({tuple(linked(row[0])) for row in samples}) == 4 and linked(kernels[0][0]) == ["kernels-h100"]
+    assert len(kernels) == 3
+    for row, expected in zip(kernels, (kernel_cells(*KERNELS[place][1:]) for place in (0, 2, 3)), strict=True):
+        ms, dense, ratio, pytorch, _ = expected
+        assert row[1:] == ["H100", f"{dense} ms", f"{pytorch} ms", f"{ms} ms", ratio, "", "", "measured"], row[0]
+    assert [re.search(r"([\d.]+) %", row[0]).group(1) for row in kernels] == [
+        KERNELS_LEFT_OUT[place][1] for place in (0, 2, 3)
+    ]
+
+
+def test_memory_of_the_supported_models_is_the_committed_records():
+    compiled = {
+        e["name"]: e["compiled"]["peak"] / 1e9 for e in record("benchmarks/results/memory-aot-h100.json")["samples"]
+    }
+    dense = lambda size: f"{compiled[f'{size} batch 1 dense']:.1f}"
+    measured = lambda name: gigabytes(by_variant(name)["delta"])
+    wan_14b = f"{dense('wan-14b 720x1280x81')} / {measured('wan-14b-720x1280x81-h200')}"
+    assert [row[3] for row in table(README, "pipeline")] == [
+        "",
+        f"{dense('flux-dev 768x1280')} / {gigabytes(flux_samples()[1])}",
+        f"{dense('hunyuan-video 720x1280x129')} / {measured('hunyuan-video-720x1280x129-h100')}",
+        f"{dense('wan-1.3b 480x832x81')} / {measured('wan-1.3b-480x832x81-h100')}",
+        f"{wan_14b}; - / {compiled['wan-i2v-14b 720x1280x81 batch 1 wan-14b']:.1f}",
+    ]
+    attention = records("hunyuan-video-720x1280x129-h100")[0]["sparsity"]["attention"]
+    assert (
+        f"HunyuanVideo fits one H100 with `--sparsity.attention.residual-bits {attention['residual_bits']}`" in README
     )
-    for name, cells in rows:
-        entries = {entry["variant"]: entry for entry in records(name)}
-        times = [digits(entries[kind]["ms"]) for kind in ("dense", "full", "select", "delta", "dense, by its steps")]
-        for kind in ("sparse, by its steps", "sparse, steps skipped, by its steps"):
-            times += [digits(entries[kind]["ms"]), f"{entries[kind]['speedup']:.2f} x"]
-        assert cells.replace("*", "") == " | ".join(times), name
-        assert f"{entries['delta']['peak_bytes'] / 1e9:.1f}" in README
-    assert len(rows) == 5
 
 
-def test_numbers_at_the_top_are_those_of_the_tables():
-    top = README[: README.index("## Three commands")]
-    video = [entry["ms"] / 1e3 for entry in records("hunyuan-video-720x1280x129-h100")[-3:]]  # by its steps
-    assert "{:.0f} s dense, {:.0f} s sparse, {:.0f} s where".format(*video) in top
-    runs = [*records("flux-dev-1280x768-h100"), records("flux-dev-step-cache-1280x768-h100")[-1]]
-    assert "1280x768 takes {:.1f}, {:.1f} and {:.1f} s.".format(*(entry["ms"] / 1e3 for entry in runs)) in top
+def test_the_table_of_whole_samples_is_the_committed_records():
+    dense, sparse, again, skipped = flux_samples()
+    shares = lambda e: [percent(e["density"][part]) for part in ("attention", "mlp")]
+    row = lambda e: [seconds(e["ms"]), f"{e['ms_per_step']:.1f}", times(e["speedup"]), gigabytes(e)]
+    rows = table(BENCHMARKS, "FLUX.1-dev, 50 steps")
+    assert cells(rows) == [
+        [*row(dense), "100.0 %", "100.0 %"],
+        [*row(sparse), *shares(sparse)],
+        [*row(skipped), *shares(skipped)],
+    ]
+    assert f"The dense run beside the third row took {seconds(again['ms'])} s, too." in " ".join(BENCHMARKS.split())
+    for entry in (dense, skipped):
+        assert all(entry[key] in BENCHMARKS for key in ("device", "driver", "jax"))
 
 
-def test_numbers_of_the_table_of_a_delta_step_are_the_committed_record():
+def test_the_tables_of_steps_are_the_committed_record():
+    entries = by_variant("flux-dev-step-1280x768-h100")
+    kinds = ("dense", "full", "select", "select neurons", "delta")
+    expected = [[f"{entries[kind]['ms']:.1f}", times(entries[kind]["speedup"])] for kind in kinds]
+    expected.append([f"{entries['skipped']['ms']:.1f}", f"{entries['skipped']['speedup']:.0f}x"])
+    assert cells(table(BENCHMARKS, "one step")) == expected
+    _, sparse, _, skipped = flux_samples()
+    projected = [entries[PROJECTED[kind]] for kind in ("sparse", "skipped")]
+    rows = table(BENCHMARKS, "FLUX.1-dev, over dense")
+    pairs = zip(projected, (sparse, skipped), strict=True)
+    assert cells(rows) == [[times(a["speedup"]), times(b["speedup"])] for a, b in pairs]
+    counts = projected[0]["counts"]
+    words = "{full} full steps, {select} that selects, {select neurons} that select neurons, {delta} delta"
+    assert words.format(**counts) in rows[0][0]
+    assert f"{projected[1]['counts']['skipped']} steps skipped" in rows[1][0]
+
+
+def test_the_table_of_videos_is_the_committed_records():
+    rows, names = table(BENCHMARKS, "video, seconds"), set()
+    for label, device, *shown in rows:
+        (name,) = linked(label)
+        entries = by_variant(name)
+        kinds = ["dense", "full", "select", "delta", *PROJECTED.values()]
+        value = lambda kind, key, show, entries=entries: show(entries[kind][key]) if kind in entries else "-"
+        expected = [value(kind, "ms", seconds) for kind in kinds[:6]]
+        expected += [
+            value(kinds[5], "speedup", times),
+            value(kinds[6], "ms", seconds),
+            value(kinds[6], "speedup", times),
+        ]
+        assert shown == [*expected, gigabytes(entries["delta"])], name
+        assert device == card(entries["delta"])
+        attention, mlp = (entries["delta"]["sparsity"][part] for part in ("attention", "mlp"))
+        if name.startswith("hunyuan"):
+            assert f"residuals of {attention['residual_bits']} bits" in label
+        assert ("every 4th query" in label) == (attention["query_stride"] == 4)
+        assert ("of the neurons" in label) == bool(mlp)
+        assert not mlp or f"{100 * mlp['top_keys']:.0f} % of the neurons" in label
+        assert label.startswith("the same") or of_this_size(label, entries["delta"])
+        if "voxels" in label:
+            assert " x ".join(3 * [str(attention["local_voxels"])]) + " voxels" in label
+        names.add(name)
+    kinds_of_files = ("hunyuan-video-*.jsonl", "wan-*.jsonl")
+    assert names == {file.stem for kind in kinds_of_files for file in (ROOT / "benchmarks/results").glob(kind)}
+    assert len(rows) == len(names)
+
+
+def test_what_the_paper_published_is_told_apart_from_what_was_measured():
+    assert cells(table(BENCHMARKS, "Chipmunk paper, H100")) == [
+        ["1.37 to 1.41x", "2.25 to 2.56x"],
+        ["477 s, 2.16x", "277 s, 3.72x"],
+        ["", "2.67x"],
+    ]
+    assert "(not measured by us)" in BENCHMARKS
+
+
+# Of every row of the table of kernels: its benchmark and variant, and the shape of it.
+KERNELS = [
+    ("84.6 % of the keys left out", "column_attention", "plain", {"N": 4352, "d": 128, "K": 672}),
+    ("none left out", "column_attention", "plain", {"N": 4352, "d": 128, "K": 4352}),
+    ("93.0 % left out", "column_attention", "plain", {"N": 119_040, "K": 8320}),
+    ("70.8 % of the neurons left out, activations cached", "mlp", "activations", {"K": 3584}),
+    ("70.8 % left out, residual cached", "mlp", "residual", {"K": 3584}),
+    ("85.4 % left out, activations cached", "mlp", "activations", {"K": 1792}),
+    ("85.4 % left out, residual cached", "mlp", "residual", {"K": 1792}),
+    ("dense attention with column sums, 119,040 tokens", "dense_colsum", "with sums", {"N": 119_040}),
+    ("every 2nd query", "dense_colsum", "with sums of 1/2 of the queries", {"N": 119_040}),
+    ("every 4th query", "dense_colsum", "with sums of 1/4 of the queries", {"N": 119_040}),
+]
+PYTORCH = {"column_attention": "torch cuDNN", "mlp": "torch compile"}
+
+
+def kernel(benchmark: str, variant: str, shape: dict, name: str = "kernels-h100") -> dict:
+    """The one record of a kernel with this shape."""
+    fits = lambda e: e["benchmark"] == benchmark and e["variant"] == variant and shape.items() <= e["shape"].items()
+    (found,) = (entry for entry in records(name) if fits(entry))
+    return found
+
+
+def kernel_cells(benchmark: str, variant: str, shape: dict) -> list[str]:
+    """Its time; JAX's dense one and the ratio; PyTorch's and the ratio."""
+    entry = kernel(benchmark, variant, shape)
+    ours = [milliseconds(entry["ms"]), milliseconds(entry["baseline_ms"]), times(entry["speedup"])]
+    if benchmark not in PYTORCH:
+        return [*ours, "-", "-"]
+    same = {name: size for name, size in entry["shape"].items() if name not in ("K", "group")}
+    pytorch = kernel(benchmark, PYTORCH[benchmark], same)["ms"]
+    return [*ours, milliseconds(pytorch), times(pytorch / entry["ms"])]
+
+
+def left_out(benchmark: str, variant: str, shape: dict) -> str:
+    """Percentage of the columns that a kernel leaves out."""
+    size = kernel(benchmark, variant, shape)["shape"]
+    return f"{100 * (1 - size['K'] / size['F' if benchmark == 'mlp' else 'N']):.1f}"
+
+
+KERNELS_LEFT_OUT = {place: (KERNELS[place][0], left_out(*KERNELS[place][1:])) for place in (0, 2, 3, 4, 5, 6)}
+
+
+def test_the_table_of_kernels_is_the_committed_records():
+    rows = table(BENCHMARKS, "kernel")
+    assert cells(rows) == [kernel_cells(*size) for _, *size in KERNELS]
+    assert all(words in row[0] for row, (words, *_) in zip(rows, KERNELS, strict=True))
+    assert all(words.startswith(f"{share} % ") for words, share in KERNELS_LEFT_OUT.values())
+
+
+def test_the_table_of_top_k_is_the_committed_records():
+    rows = table(BENCHMARKS, "exact top-k")
+    entries = [entry for entry in records("kernels-h100") if entry["variant"] == "ascending lists"]
+    three = lambda e: [milliseconds(e["ms"]), milliseconds(e["baseline_ms"]), times(e["speedup"])]
+    assert cells(rows) == [three(entry) for entry in entries]
+    for row, entry in zip(rows, entries, strict=True):
+        size = entry["shape"]
+        count, columns = size.get("H", 1) * size["G"], size.get("N") or size["F"]
+        assert row[0] == f"{count:,} rows of {columns:,}, k {size['K']:,}"
+
+
+def test_the_table_of_runs_of_the_mlp_is_the_committed_records():
+    entries, runs = records("kernels-mlp-five-runs-h100"), []
+    for commit in dict.fromkeys(entry["commit"] for entry in entries):
+        run = [entry for entry in entries if entry["commit"] == commit]
+        dense, pytorch = (next(e["ms"] for e in run if e["variant"] == v) for v in ("dense", "torch compile"))
+        sparse = {(e["shape"]["K"], e["variant"]): times(e["speedup"]) for e in run if "K" in e["shape"]}
+        order = [sparse[neurons, cache] for neurons in (3584, 1792) for cache in ("activations", "residual")]
+        runs.append([milliseconds(dense), milliseconds(pytorch), *order])
+    rows = table(BENCHMARKS, "run of the MLP")
+    assert cells(rows) == runs and [row[0] for row in rows] == list("12345")
+    dense = [entry["ms"] for entry in entries if entry["variant"] == "dense"]
+    assert f"took {milliseconds(min(dense))} to {milliseconds(max(dense))} ms in five runs" in NOTES
+    fourth, fifth = ([e["ms"] for e in entries[i : i + 6] if "K" in e["shape"]] for i in (18, 24))
+    assert all(abs(a / b - 1) < 0.01 for a, b in zip(fourth, fifth, strict=True))
+    assert "sparse times of the last two are the same within 1 %" in BENCHMARKS
+
+
+def test_the_table_of_a_delta_step_is_the_committed_record():
     (kernels,) = (e["kernels"] for e in records("flux-dev-step-1280x768-h100") if e["variant"] == "delta")
     total = sum(k["ms"] for k in kernels)
-    expected = {(f"{k['calls'] or 0:g}", f"{k['ms']:.2f}", f"{k['ms'] / total:.1%}") for k in kernels}
-    text = (ROOT / "benchmarks/README.md").read_text()
-    found = re.findall(r"^\| `[^`]+`[^|]*\| (\d+) \| ([\d.]+) \| ([\d.]+) % \|", text, re.MULTILINE)
-    assert len(found) >= 12 and {(calls, ms, f"{share}%") for calls, ms, share in found} <= expected
+    expected = {(f"{k['calls'] or 0:g}", f"{k['ms']:.2f}", f"{100 * k['ms'] / total:.1f} %") for k in kernels}
+    found = [tuple(row[1:4]) for row in table(NOTES, "kernel")]
+    assert len(found) >= 12 and set(found) <= expected
     assert sum(float(ms) for _, ms, _ in found) > 0.95 * total
 
 
-def test_numbers_of_the_fidelity_table_are_the_committed_records():
-    for name in ("mini-flux-demo-cpu", "mini-flux-preset-flux-cpu"):
+def test_measured_times_beside_the_bounds_are_the_committed_records():
+    """And the time of the products, at the rate of a large one."""
+    rate = int(re.search(r"and (\d+) TFLOP/s for long", NOTES).group(1))
+    products = lambda e: e["tflops"] * e["ms"] / rate
+    single = [kernel(*KERNELS[place][1:]) for place in (2, 0, 1)]
+    expected = [(milliseconds(e["ms"]), products(e)) for e in single]
+    for _, *size in KERNELS[7:]:
+        entry = kernel(*size)
+        dense = kernel("dense_colsum", "dense", {"N": 119_040})
+        expected.append((f"{entry['ms'] - dense['ms']:.0f}", products(entry) - products(dense)))
+    expected.append((milliseconds(kernel("topk", "ascending lists", {"N": 119_040})["ms"]), None))
+    expected += [(milliseconds(e["ms"]), products(e)) for e in (kernel(*size) for _, *size in KERNELS[3:7])]
+    rows = table(NOTES, "measured and bounds")
+    assert [row[1] for row in rows] == [ms for ms, _ in expected]
+    for row, (_, bound) in zip(rows, expected, strict=True):
+        digits = len(row[2].partition(".")[2])
+        assert row[2] == ("" if bound is None else f"{bound:.{digits}f}"), row[0]
+    for size in (4352, 119_040):
+        dense = kernel("column_attention", "dense", {"N": size, "d": 128})
+        assert f"{dense['tflops']:.0f} TFLOP/s ({size:,} tokens)" in NOTES
+
+
+def test_the_demos_take_what_their_records_say():
+    for name, target in (("mini-flux", "make demo"), ("mini-wan", "make demo-video")):
+        path = f"benchmarks/results/{name}-demo-cpu.json"
+        took = sum(record(path)[f"{kind}_seconds"] for kind in ("dense", "sparse"))
+        assert re.search(rf"`{target}` samples for {took:.0f} s\s+\(\[record\]\({path}\)\)", README)
+
+
+def test_the_table_of_the_models_in_the_repository_is_the_committed_records():
+    rows = table(BENCHMARKS, "model and preset")
+    names = ["mini-flux-demo-cpu", "mini-flux-query-stride-4-cpu", "mini-flux-preset-flux-cpu", "mini-wan-demo-cpu"]
+    assert [linked(row[0]) for row in rows] == [[name] for name in names]
+    for row, name in zip(rows, names, strict=True):
         entry = record(f"benchmarks/results/{name}.json")
-        shares = [f"{100 * entry['density'][part]:.1f} %" for part in ("attention", "mlp")]
-        assert f"| {' | '.join(shares)} | {', '.join(f'{level:.1f}' for level in entry['psnr'])} dB |" in README
-    demo = record("benchmarks/results/mini-flux-demo-cpu.json")
-    assert f"({demo['dense_seconds'] / demo['sparse_seconds']:.2f} x dense in the demo)" in README
-    right = record("examples/mini-flux/judge.json")["accuracy"]["guidance 2"]["all"]
-    assert right >= 0.6 and f"right in {100 * right:.1f} % of" in README
+        shares = [percent(entry["density"][part]) for part in ("attention", "mlp")]
+        assert row[1:] == [*shares, ", ".join(f"{level:.1f}" for level in entry["psnr"])], name
+    for name in ("mini-flux", "mini-wan"):
+        assert load_sparsity(record(f"benchmarks/results/{name}-demo-cpu.json")["sparsity"]) == PRESETS[name]
 
 
-def test_numbers_of_the_tables_of_quality_are_the_committed_records():
-    """In benchmarks/README.md all rows, in their order; in README.md some."""
-    rows = []
-    for entry in records("quality-mini-wan-h100"):
-        shares = [f"{100 * entry['density'][part]:.1f} %" for part in ("attention", "mlp")]
-        to_first = f"{entry['difference']:+.1f} +- {entry['difference_error']:.1f}"
-        rows.append((*shares, f"{entry['mean_psnr']:.1f}", to_first))
-    row = r"^\| [^|]+ \| ([\d.]+ %) \| ([\d.]+ %) \| ([\d.]+)(?: dB)? \| ?([^|]*?) \|$"
-    assert re.findall(row, (ROOT / "benchmarks/README.md").read_text(), re.MULTILINE) == rows
-    first, *some = re.findall(row, README, re.MULTILINE)
-    assert first[:3] == rows[0][:3] and len(some) == 6 and set(some) <= set(rows)
+def quality_cells(entry: dict, against: int) -> list[str]:
+    """Steps that ran, shares of what a dense sample of so many steps computes, mean PSNR, and its change from the first."""
+    cache = (entry["sparsity"] or {}).get("step_cache") or {"skip_steps": []}
+    shares = [percent(entry["density"][part] * entry["steps"] / against) for part in ("attention", "mlp")]
+    change = f"{entry['difference']:+.1f} +- {entry['difference_error']:.1f}"
+    return [str(entry["steps"] - len(cache["skip_steps"])), *shares, f"{entry['mean_psnr']:.1f}", change]
 
 
-def test_numbers_of_the_video_are_the_committed_record():
-    entry = record("benchmarks/results/mini-wan-demo-cpu.json")
-    assert (load_sparsity(entry["sparsity"]), entry["frames"]) == (PRESETS["mini-wan"], 16)
-    assert f"{100 * entry['density']['attention']:.1f} % of the keys and all neurons" in README
-    assert entry["density"]["mlp"] == 1
-    frames = entry["psnr_of_frames"][0]
-    found = f"{entry['median_psnr']:.1f} dB, its frames {min(frames):.1f} to {max(frames):.1f} dB"
-    assert found in README
-    right = record("examples/mini-wan/judge.json")["accuracy"]["guidance 3"]["all"]
-    assert f"right in {100 * right:.1f} % of the frames" in README
+def rivals() -> list[tuple[str, list[str]]]:
+    """Names and cells of the samples of fewer steps, where their record is there."""
+    if not (ROOT / f"benchmarks/results/{RIVALS}.jsonl").exists():
+        return []
+    first, *others = records(RIVALS)
+    assert (first["variant"], first["difference"]) == ("mini-wan", 0), "the changes are from the preset"
+    named = [(e["variant"], quality_cells(e, first["steps"])) for e in others]
+    return [(name, shown) for name, shown in named if re.match(r"\d+ of \d+ steps", name)]
+
+
+def test_the_tables_of_quality_are_the_committed_records():
+    """In benchmarks/README.md all rows, in their order; in README.md some; in both fewer steps, the rivals."""
+    entries = records("quality-mini-wan-h100")
+    assert {entry["steps"] for entry in entries} == {30}
+    measured = [quality_cells(entry, 30) for entry in entries]
+    fewer = [shown for name, shown in rivals()]
+    assert cells(table(BENCHMARKS, "setting")) == [*measured, *fewer]
+    for row, entry in zip(table(BENCHMARKS, "setting"), entries, strict=False):
+        assert numbers(entry["variant"]) <= numbers(row[0]), row[0]
+    first, last = entries[0]["sparsity"]["attention"], entries[-1]["sparsity"]["attention"]
+    chosen = f"{100 * first['top_keys']:g} % of the keys, chosen anew every {first['full_step_every']} steps"
+    assert chosen in table(BENCHMARKS, "setting")[0][0]
+    schedule = ", ".join(map(str, last["full_step_schedule"]))
+    assert f"full steps {schedule}" in table(BENCHMARKS, "setting")[len(entries) - 1][0]
+    by_name = dict(zip((entry["variant"] for entry in entries), measured, strict=True))
+    some = (
+        "mini-wan", "residuals of 8 bits", "keys and 30 % of the neurons, activations", "3 x 3 x 3 voxels",
+        "10 of 30 steps skipped", "10 of 30 steps skipped, all keys",
+    )  # fmt: skip
+    expected = [*(by_name[name] for name in some), *fewer]
+    expected = [[*row[:3], f"{row[3]} dB", row[4]] for row in expected]
+    expected[0][-1] = ""
+    assert cells(table(README, "setting")) == expected
+    for row, name in zip(table(README, "setting"), some, strict=False):
+        assert numbers(name) <= numbers(row[0]), row[0]
+
+
+@pytest.mark.parametrize("text", [README, BENCHMARKS], ids=["README.md", "benchmarks/README.md"])
+def test_simpler_methods_stand_in_the_tables_of_quality(text):
+    """Skipping alone, said to win where it does, and samples of fewer steps, or the place where they will be."""
+    labels = [row[0] for row in table(text, "setting")]
+    assert "rival: 10 of 30 steps skipped, all keys" in labels
+    alone, preset = (
+        by_variant("quality-mini-wan-h100")[name] for name in ("10 of 30 steps skipped, all keys", "mini-wan")
+    )
+    assert ("The rival wins" in text) == (alone["mean_psnr"] > preset["mean_psnr"])
+    assert "No sample of a published model has been judged" in " ".join(text.split())
+    names = [name for name, _ in rivals()]
+    assert [label for label in labels if re.search(r"\d+ of \d+ steps$", label)] == [f"rival: {name}" for name in names]
+    assert ("<!-- rivals -->" in text) == (not names)
+
+
+MEASURED = r"(?<![\w.,-])\d[\d.,]*(?= (?:s|ms|us|GB|dB|TFLOP/s|%)(?!\w)|x(?![\w]))"
+
+
+def prose(text: str) -> str:
+    """Running text: no code, tables, addresses."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"^\|.*\|$|`[^`]*`", "", text, flags=re.MULTILINE)
+    return " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
+
+
+def test_numbers_in_the_prose_of_the_readme_are_the_committed_records():
+    """Those with a unit; each is asserted above or here."""
+    demos = [record(f"benchmarks/results/{name}-demo-cpu.json") for name in ("mini-flux", "mini-wan")]
+    expected = [f"{entry['dense_seconds'] + entry['sparse_seconds']:.0f}" for entry in demos]
+    assert re.findall(MEASURED, prose(README)) == expected
+    entry = records("quality-mini-wan-h100")[0]
+    assert f"PSNR of {entry['prompts']} prompts to dense samples of {entry['steps']} steps" in prose(README)
+
+
+def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
+    """Those with a unit, in their order: of records, or of settings."""
+    flux, wan = (record(f"benchmarks/results/{name}-demo-cpu.json") for name in ("mini-flux", "mini-wan"))
+    judges = [record(f"examples/{name}/judge.json")["accuracy"] for name in ("mini-flux", "mini-wan")]
+    right = [f"{100 * judge[f'guidance {scale}']['all']:.1f}" for judge, scale in zip(judges, (2, 3), strict=True)]
+    assert judges[0]["guidance 2"]["all"] >= 0.6
+    frames = wan["psnr_of_frames"][0]
+    levels = {name: np.array(entry["psnr"]) for name, entry in by_variant("quality-mini-wan-h100").items()}
+    changes = [levels[f"groups of 128, one of {stride}"] - levels["groups of 128"] for stride in (2, 4)]
+    costs = [f"{-change.mean():.1f} +- {change.std(ddof=1) / len(change) ** 0.5:.1f} dB" for change in changes]
+    long = kernel(*KERNELS[2][1:])["shape"]
+    expected = [
+        "0.3",  # seconds a kernel runs
+        f"{flux_samples()[2]['ms'] / 1e3:.2f}",
+        f"{100 * long['K'] / long['N']:.0f}",
+        "1",  # per cent, of the last two runs of the MLP
+        f"{max(frames):.1f}",
+        f"{flux['dense_seconds'] / flux['sparse_seconds']:.2f}",
+        *right,
+        *(cost.split()[2] for cost in costs),
+        f"{100 * PRESETS['hunyuan-video'].attention.top_keys:.0f}",
+    ]
+    text = prose(BENCHMARKS)
+    assert re.findall(MEASURED, text) == expected
+    assert f"have {min(frames):.1f} to {max(frames):.1f} dB" in text and wan["frames"] == len(frames)
+    assert f"every 2nd query costs {costs[0]} and with every 4th {costs[1]}." in text
+    assert wan["density"]["mlp"] == 1
+    judged = records("quality-mini-wan-h100")[0]
+    setting = "{width}x{height} pixels, {steps} steps, guidance {guidance:g}"
+    video = "{frames} frames of {width}x{height} pixels, 4,096 tokens, {steps} steps of UniPC, guidance {guidance:g}"
+    assert text.count(setting.format(**flux)) == 1
+    assert video.format(**wan) == video.format(**judged) and text.count(video.format(**wan)) == 2
+    assert f"{judged['prompts']} prompts" in text
+
+
+@pytest.mark.parametrize("text", [README, BENCHMARKS], ids=["README.md", "benchmarks/README.md"])
+def test_code_blocks_of_python_parse(text):
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks or text is BENCHMARKS
+    for block in blocks:
+        ast.parse(block)
+
+
+def test_the_network_of_your_own_is_that_of_the_example():
+    """Every line of its blocks, but for what is left out with dots and comments."""
+    block = README[README.index("## Your own model") :].split("```")[1].removeprefix("python\n")
+    example = (ROOT / "examples/own_network.py").read_text()
+    lines = [line.partition("  #")[0].strip() for line in block.splitlines()]
+    said = [line for line in lines if line and "..." not in line]
+    assert len(said) >= 6 and all(line in example for line in said)
 
 
 def test_both_shipped_models_together_stay_under_40_megabytes():
@@ -138,6 +520,15 @@ def test_both_shipped_models_together_stay_under_40_megabytes():
     assert all(sizes) and sum(map(sum, sizes)) < 40e6
 
 
-def test_files_that_the_readme_names_exist():
-    linked = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", README)
-    assert linked and all((ROOT / name).exists() for name in linked)
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "pallas_kernels/NOTES.md"])
+def test_what_the_documents_link_to_exists(name):
+    """Files, and headings in them."""
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / name).read_text())
+    assert links
+    for path, heading in links:
+        file = ROOT / name if not path else (ROOT / name).parent / path
+        assert file.exists(), path
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], (
+            heading
+        )
