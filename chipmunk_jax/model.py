@@ -57,8 +57,8 @@ class Model(Protocol):
     def stacks(self, tokens: int, cond: Condition) -> dict[str, Stack]:
         """Sizes of the stacks of layers, for the caches."""
 
-    def conditions(self, tokens: int, text: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the conditions of one sample of N tokens and so many rows of text, without B."""
+    def conditions(self, tokens: int, text: int | str) -> dict[str, tuple[int | str, ...]]:
+        """Shapes of the conditions of one sample of N tokens and so many rows of text, without B; a letter is any number."""
 
     def check(self, noise: jax.Array, cond: Condition) -> None:
         """Raises InputError unless the arrays fit the network."""

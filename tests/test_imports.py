@@ -120,6 +120,43 @@ def test_a_forbidden_import_would_be_found(module, source, forbidden):
     assert bool(violations(module, source)) == forbidden
 
 
+def circle(graph):
+    """Some modules that import each other in a circle, or none."""
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        path.append(module)
+        found = next((found for other in sorted(graph[module]) if (found := visit(other))), [])
+        path.pop()
+        done.add(module)
+        return found
+
+    return next((found for module in sorted(graph) if (found := visit(module))), [])
+
+
+def neighbours(source):
+    """Modules of ours that a source imports; of `from package import module` the module alone."""
+    modules = set(FILES.values())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ({alias.name for alias in node.names} & modules)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield from ({inner} if inner in modules else {node.module} & modules)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: set(neighbours(file.read_text())) for file, name in FILES.items()}
+    graph["chipmunk_jax"] = set()  # it imports names when they are asked for
+    assert circle(graph) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
 def test_nothing_imports_pytorch():
     files = [file for file in (*FILES, *(ROOT / "examples").glob("*.py")) if file.name != MAY_USE_PYTORCH]
     found = {file.name: {name.split(".")[0] for name in imported(file.read_text())} & PYTORCH for file in files}
