@@ -32,9 +32,9 @@ test: .venv/tested
 # A line for each download of megabytes and for each stage: --quiet is minutes of silence, and all that pip says a hundred lines.
 define install
 	@rm -f $@
-	@echo "installing $(1) and the packages it needs into .venv: some 200 MB, a minute or more the first time"
+	@echo "installing $(1) and what it needs into .venv: a minute or more"
 	@{ $(BIN)/python -m pip install --editable '$(1)' && touch $@; } | grep --line-buffered -oE \
-		'(Downloading|Using cached) [^ ]+ \([0-9.]+ MB\)|Installing [a-z ]+|Successfully installed'; test -f $@
+		'(Downloading|Using cached) [^ ]+ \([0-9.]+ MB\)|Installing collected packages|Successfully installed'; test -f $@
 endef
 
 .venv/installed: pyproject.toml | .venv/bin/python
