@@ -1,13 +1,14 @@
 # make demo         a trained FLUX, dense and sparse, side by side in demo/compare.png
 # make demo-video   a trained Wan likewise: demo/video.webp, its frames in demo/video.png
-# make test         ruff and all tests
+# make test         ruff and all tests that need no GPU; another JAX: PIP_CONSTRAINT=file with a line such as jax==0.10.2
+# make wheel        the wheel in dist/, installed into an empty environment and used from there
 
 PYTHON ?= python3
 BIN := .venv/bin
 # One, as a clip takes minutes on a CPU.
 VIDEO_PROMPT ?= red striped heart on meadow
 
-.PHONY: demo demo-video test clean
+.PHONY: demo demo-video test wheel clean
 
 demo: .venv/installed
 	@mkdir -p demo
@@ -23,7 +24,18 @@ demo-video: .venv/installed
 test: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+# build/ would add files that are gone to the wheel.
+wheel: .venv/bin/python
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet dist/*.whl
+	cd dist && venv/bin/chipmunk --version
+	cd dist && venv/bin/chipmunk convert ../examples/mini-flux mini-flux
+	cd dist && venv/bin/chipmunk sample mini-flux --prompt "red striped heart on meadow" --steps 4 --height 32 --width 32
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("%s is Python %d.%d: expected 3.11 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)" % (sys.executable, *sys.version_info[:2]) if sys.version_info < (3, 11) else 0)'
@@ -44,4 +56,4 @@ endef
 	$(call install,.[test])
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo build dist

@@ -51,11 +51,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """One of the above, imported when it is asked for: the command line begins before JAX is there (cli/main.py)."""
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # or a checker would take any name
+
+    def __getattr__(name: str) -> Any:
+        """One of the above, imported when it is asked for: the command line begins before JAX is there (cli/main.py)."""
+        if name in _MODULES:
+            return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -28,10 +28,21 @@ class Stack:
 class Model(Protocol):
     """A network of blocks and a final layer: a pytree of weights that gives the velocity dx/dt of noisy tokens."""
 
-    dtype: jnp.dtype  # of its weights and tokens
-    prompted: tuple[str, ...]  # conditions that a prompt makes: zeros are no prompt
-    on_grid: tuple[str, ...]  # conditions of the tokens, each [B, N, ..]
-    channels: int  # C, values of a token
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of its weights and tokens."""
+
+    @property
+    def prompted(self) -> tuple[str, ...]:
+        """Conditions that a prompt makes: zeros are no prompt."""
+
+    @property
+    def on_grid(self) -> tuple[str, ...]:
+        """Conditions of the tokens, each [B, N, ..]."""
+
+    @property
+    def channels(self) -> int:
+        """C, values of a token."""
 
     def hidden(
         self,
@@ -45,7 +56,7 @@ class Model(Protocol):
     ) -> tuple[jax.Array, Any]:
         """The tokens after the last block, [B, N, D] in the model's dtype, at x [B, N, C] and t [B]; and the caches."""
 
-    def velocity(self, hidden: jax.Array, modulations: Any) -> jax.Array:
+    def velocity(self, hidden: jax.Array, modulations: Any, /) -> jax.Array:
         """[B, N, C], f32: what the final layer makes of the tokens after the last block."""
 
     def modulations(self, t: jax.Array, cond: Condition) -> Any:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from tqdm import tqdm
 
 from chipmunk_jax.convert.rules import Match, fill
 from chipmunk_jax.convert.source import Source, open_source
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.memory import nbytes
+from chipmunk_jax.models import Network
 from chipmunk_jax.models.checkpoint import abstract, leaves_of, nest, parse_dtype, replacing, with_arrays, write
 
 # The small trained models take prompts from a table of words instead of a text encoder.
@@ -51,13 +51,13 @@ def convert(
         write(model, partial, word_table(opened.weights.path), opened.layout.name)
 
 
-def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> nnx.Module:
+def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> Network:
     """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`."""
     opened, dtype = open_source(source), parse_dtype(dtype)
     return materialize(opened, opened.check(), dtype, progress)
 
 
-def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: bool) -> nnx.Module:
+def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: bool) -> Network:
     """The model with its weights, leaf by leaf on the default device."""
     model = abstract(source.layout.model, source.config, dtype)
     leaves = leaves_of(model)

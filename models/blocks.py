@@ -1,6 +1,6 @@
 """The parts of textbook transformers: the base class of a network, embedders, modulation, norms, positions, checks of inputs."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,21 @@ from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.delta import product
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.layers import Linear, Stacked
-from chipmunk_jax.model import Condition
+from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.schedule import Step
 from pallas_kernels.rotary_qkv import Projection
 
 Caches = dict[str, LayerCache | None]  # by stack
 
+if TYPE_CHECKING:
 
-class Network(nnx.Module):
+    class _Module(nnx.Module, Model): ...
+
+else:  # Protocol and nnx.Module have metaclasses of their own
+    _Module = nnx.Module
+
+
+class Network(_Module):
     """A network of blocks and a final layer: what all have in common of chipmunk_jax.model.Model, whose rest a network defines.
 
     Called as network(config, dtype=.., rngs=..), it keeps `config` and `dtype`. A config says in `text_rows` how many rows of
@@ -26,6 +33,8 @@ class Network(nnx.Module):
     """
 
     config_class: type
+    config: Any
+    dtype: jnp.dtype
     depths: tuple[str, ...]  # fields of the config that count layers, one for each stack
     prompted: tuple[str, ...]
     on_grid: tuple[str, ...] = ()

@@ -53,6 +53,6 @@ class Flux(MMDiT):
         """[B, T, D], all of them valid."""
         return self.txt_in(cond["text"].astype(self.dtype)), None
 
-    def positions(self, grid: tuple[int, int]) -> np.ndarray:
+    def positions(self, grid: tuple[int, ...]) -> np.ndarray:
         """(0, row, column) of every image token of a grid (rows, columns), in raster order, f32 [N, 3]."""
         return np.pad(grid_positions(grid, axes=2), ((0, 0), (1, 0)))

@@ -82,7 +82,7 @@ class HunyuanVideo(MMDiT):
         """[B, T, D], and how many of them are the prompt's, i32 [B]."""
         return self.txt_in(cond["text"], cond["mask"], t, step), cond["mask"].sum(-1, dtype=jnp.int32)
 
-    def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
+    def positions(self, grid: tuple[int, ...]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
         return grid_positions(grid, axes=3)
 

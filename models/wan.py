@@ -157,7 +157,7 @@ class Wan(Network):
         """cos and +-sin of the rotary angles as `rotary_qkv` takes them, f32 [N, d] each."""
         return rotary_table(positions, self.config.axes_dim, self.config.theta)
 
-    def positions(self, grid: tuple[int, int, int]) -> np.ndarray:
+    def positions(self, grid: tuple[int, ...]) -> np.ndarray:
         """(frame, row, column) of every token of a grid, in raster order, f32 [N, 3]."""
         return grid_positions(grid, axes=3)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class Pipeline:
         self.load_parts()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: str | None = None) -> "Pipeline":
+    def from_pretrained(cls, folder: str | Path, *, dtype: str | None = None) -> Self:
         """The pipeline of a checkpoint; its weights are placed on the device by the first call.
 
         Args:
