@@ -483,7 +483,7 @@ def test_the_version_is_that_of_the_package(capsys):
 def test_dense_ignores_sparsity(checkpoint, folder):
     flags = ["--dense", "--sparsity", "flux", "--sparsity.mlp.top-keys", 0.1]
     assert run("sample", checkpoint, "-o", "a.png", *flags) == 0
-    assert run("sample", checkpoint, "-o", "b.png") == 0
+    assert run("sample", checkpoint, "-o", "b.png", "--dense") == 0
     with Image.open("a.png") as a, Image.open("b.png") as b:
         assert json.loads(a.text["settings"])["sparsity"] is None
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -650,7 +650,7 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
         (["inspect", "--plan", "--model", "hunyuan-video", "--frames", "-3"], ["frames=-3", "multiple of 4, and one"]),
         (
             ["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20"],
-            ["names step 40", "there are 20 steps", "made for 50 steps\n"],
+            ["names step 40", "there are 20 steps", "made for 50 steps; dense sampling does without\n"],
         ),
         (["inspect", "--plan", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
         (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides"]),

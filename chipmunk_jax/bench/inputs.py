@@ -53,7 +53,7 @@ def random_inputs(variant: Variant, settings: Settings, batch: int, seed: int = 
     noise_key, *keys = jax.random.split(jax.random.key(seed), 1 + len(cond))
     drawn = {name: jax.random.normal(key, a.shape) for key, (name, a) in zip(keys, cond.items(), strict=True)}
     if "guidance" in cond:
-        drawn["guidance"] = jnp.full(batch, variant.distilled or 0.0)
+        drawn["guidance"] = jnp.full(batch, variant.distilled or 0.0, jnp.float32)
     if "mask" in cond:
         drawn["mask"] = jnp.ones(cond["mask"].shape, bool)  # the longest prompt
     return jax.random.normal(noise_key, noise.shape), drawn

@@ -139,7 +139,8 @@ def _plot_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=tuple(VARIANTS), default="flux-dev", help="default: flux-dev")
+    models = dict(metavar="MODEL", choices=tuple(VARIANTS), default="flux-dev")
+    parser.add_argument("--model", **models, help=f"one of {', '.join(VARIANTS)} (default: flux-dev)")
     usual = "default: the model's usual"
     parser.add_argument("--height", type=int, help=f"pixels ({usual}: 768 for FLUX.1)")
     parser.add_argument("--width", type=int, help=f"pixels ({usual}: 1280 for FLUX.1)")

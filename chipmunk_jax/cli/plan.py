@@ -18,7 +18,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plan", action="store_true", help="print the memory plan; PATH is a converted folder, or --model"
     )
-    group.add_argument("--model", choices=tuple(VARIANTS), help="a published model in place of PATH")
+    group.add_argument(
+        "--model", metavar="MODEL", choices=tuple(VARIANTS), help=f"in place of PATH, one of {', '.join(VARIANTS)}"
+    )
     group.add_argument("--height", type=int, help="pixels (default: the model's usual)")
     group.add_argument("--width", type=int, help="pixels (default: the model's usual)")
     group.add_argument("--frames", type=int, help="of a video (default: the model's usual)")

@@ -13,8 +13,8 @@ from chipmunk_jax.pipelines import Pipeline, PipelineOutput
 from chipmunk_jax.sparsity import to_dict
 
 DESCRIPTION = """\
-Sample images (FLUX) or videos (Wan) from a folder written by `chipmunk convert`, sparse by the model's own preset unless told
---dense. The same seed gives the same sample, alone or in a batch; a sparse one is nearly the dense one (see `chipmunk
+Sample images (FLUX) or videos (Wan) from a folder written by `chipmunk convert`, sparse by the model's own preset unless
+told --dense. The same seed gives the same sample, alone or in a batch; a sparse one is nearly the dense one (see `chipmunk
 verify`). Prompts of the small models are sentences with one word each of
   shape       disc square triangle star ring cross hexagon heart
   colour      red orange yellow green teal blue purple white
