@@ -392,13 +392,15 @@ def quality_cells(entry: dict, against: int) -> list[str]:
 
 
 def rivals() -> list[tuple[str, list[str]]]:
-    """Names and cells of the samples of fewer steps, where their record is there."""
-    if not (ROOT / f"benchmarks/results/{RIVALS}.jsonl").exists():
-        return []
+    """Names and cells of all that was measured beside the preset at other costs."""
     first, *others = records(RIVALS)
     assert (first["variant"], first["difference"]) == ("mini-wan", 0), "the changes are from the preset"
-    named = [(e["variant"], quality_cells(e, first["steps"])) for e in others]
-    return [(name, shown) for name, shown in named if re.match(r"\d+ of \d+ steps", name)]
+    return [(e["variant"], quality_cells(e, first["steps"])) for e in others]
+
+
+def fewer_steps() -> list[tuple[str, list[str]]]:
+    """Those that are dense, in fewer steps."""
+    return [(name, shown) for name, shown in rivals() if re.match(r"\d+ of \d+ steps", name)]
 
 
 def test_the_tables_of_quality_are_the_committed_records():
@@ -406,8 +408,7 @@ def test_the_tables_of_quality_are_the_committed_records():
     entries = records("quality-mini-wan-h100")
     assert {entry["steps"] for entry in entries} == {30}
     measured = [quality_cells(entry, 30) for entry in entries]
-    fewer = [shown for name, shown in rivals()]
-    assert cells(table(BENCHMARKS, "setting")) == [*measured, *fewer]
+    assert cells(table(BENCHMARKS, "setting")) == [*measured, *(shown for _, shown in rivals())]
     for row, entry in zip(table(BENCHMARKS, "setting"), entries, strict=False):
         assert numbers(entry["variant"]) <= numbers(row[0]), row[0]
     first, last = entries[0]["sparsity"]["attention"], entries[-1]["sparsity"]["attention"]
@@ -420,7 +421,7 @@ def test_the_tables_of_quality_are_the_committed_records():
         "mini-wan", "residuals of 8 bits", "keys and 30 % of the neurons, activations", "3 x 3 x 3 voxels",
         "10 of 30 steps skipped", "10 of 30 steps skipped, all keys",
     )  # fmt: skip
-    expected = [*(by_name[name] for name in some), *fewer]
+    expected = [*(by_name[name] for name in some), *(shown for _, shown in fewer_steps())]
     expected = [[*row[:3], f"{row[3]} dB", row[4]] for row in expected]
     expected[0][-1] = ""
     assert cells(table(README, "setting")) == expected
@@ -430,17 +431,17 @@ def test_the_tables_of_quality_are_the_committed_records():
 
 @pytest.mark.parametrize("text", [README, BENCHMARKS], ids=["README.md", "benchmarks/README.md"])
 def test_simpler_methods_stand_in_the_tables_of_quality(text):
-    """Skipping alone, said to win where it does, and samples of fewer steps, or the place where they will be."""
+    """Skipping alone, said to win where it does, and samples of fewer steps."""
     labels = [row[0] for row in table(text, "setting")]
     assert "rival: 10 of 30 steps skipped, all keys" in labels
     alone, preset = (
         by_variant("quality-mini-wan-h100")[name] for name in ("10 of 30 steps skipped, all keys", "mini-wan")
     )
-    assert ("The rival wins" in text) == (alone["mean_psnr"] > preset["mean_psnr"])
+    assert (re.search("The rivals? wins?", text) is not None) == (alone["mean_psnr"] > preset["mean_psnr"])
     assert "No sample of a published model has been judged" in " ".join(text.split())
-    names = [name for name, _ in rivals()]
+    names = [name for name, _ in fewer_steps()]
     assert [label for label in labels if re.search(r"\d+ of \d+ steps$", label)] == [f"rival: {name}" for name in names]
-    assert ("<!-- rivals -->" in text) == (not names)
+    assert len(names) >= 3
 
 
 MEASURED = r"(?<![\w.,-])\d[\d.,]*(?= (?:s|ms|us|GB|dB|TFLOP/s|%)(?!\w)|x(?![\w]))"
