@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chipmunk_jax.errors import InputError
     from chipmunk_jax.media import save_image, save_video
-    from chipmunk_jax.models.checkpoint import load
+    from chipmunk_jax.models import FluxConfig, HunyuanVideoConfig, Network, WanConfig
+    from chipmunk_jax.models.checkpoint import load, save
     from chipmunk_jax.pipelines import Pipeline, PipelineOutput, Variant, register, variant_of
     from chipmunk_jax.sampling import denoise, plan, sample, start
     from chipmunk_jax.solvers import Euler, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "errors": ("InputError",),
     "media": ("save_image", "save_video"),
-    "models.checkpoint": ("load",),
+    "models": ("FluxConfig", "HunyuanVideoConfig", "Network", "WanConfig"),
+    "models.checkpoint": ("load", "save"),
     "pipelines": ("Pipeline", "PipelineOutput", "Variant", "register", "variant_of"),
     "sampling": ("denoise", "plan", "sample", "start"),
     "solvers": ("Euler", "UniPC", "flux_timesteps", "shifted_timesteps", "wan_timesteps"),
@@ -27,14 +29,18 @@ _MODULES = {name: module for module, names in _EXPORTS.items() for name in names
 __all__ = [
     "AttentionSparsity",
     "Euler",
+    "FluxConfig",
+    "HunyuanVideoConfig",
     "InputError",
     "MlpSparsity",
+    "Network",
     "Pipeline",
     "PipelineOutput",
     "Sparsity",
     "StepCache",
     "UniPC",
     "Variant",
+    "WanConfig",
     "denoise",
     "flux_timesteps",
     "load",
@@ -42,6 +48,7 @@ __all__ = [
     "plan",
     "register",
     "sample",
+    "save",
     "save_image",
     "save_video",
     "shifted_timesteps",

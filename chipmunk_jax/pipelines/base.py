@@ -88,7 +88,10 @@ class Pipeline:
             )
         if not issubclass(variant.pipeline, cls):
             raise InputError(f"{folder}: a {network} model, expected one of a {cls.__name__}")
-        check_weights(folder) if converted else found.check()
+        if converted:
+            check_weights(folder)
+        else:
+            found.check()
         return variant.pipeline(folder, variant, dtype)
 
     def load_parts(self) -> None:

@@ -13,14 +13,18 @@ import chipmunk_jax
 from chipmunk_jax import (
     AttentionSparsity,
     Euler,
+    FluxConfig,
+    HunyuanVideoConfig,
     InputError,
     MlpSparsity,
+    Network,
     Pipeline,
     PipelineOutput,
     Sparsity,
     StepCache,
     UniPC,
     Variant,
+    WanConfig,
     denoise,
     flux_timesteps,
     load,
@@ -28,6 +32,7 @@ from chipmunk_jax import (
     plan,
     register,
     sample,
+    save,
     save_image,
     save_video,
     shifted_timesteps,
@@ -35,9 +40,9 @@ from chipmunk_jax import (
     variant_of,
     wan_timesteps,
 )
-from chipmunk_jax.convert import convert, read, save
+from chipmunk_jax.convert import convert, read
 from chipmunk_jax.model import Condition, Model, Stack
-from chipmunk_jax.models import MODELS, Flux, FluxConfig, Network
+from chipmunk_jax.models import MODELS, Flux
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.sampling import SampleState, Table
@@ -132,7 +137,8 @@ def checkpoints(source: Path, folder: Path) -> Model:
 def own_network(network: type[Network]) -> Variant:
     assert_type(MODELS, dict[str, type[Network]])
     MODELS["flux"] = Flux
-    assert_type(variant_of(FluxConfig()), Variant)
+    configs = FluxConfig(), HunyuanVideoConfig(), WanConfig(num_layers=2)
+    assert_type([variant_of(config) for config in configs], list[Variant])
     variant = Variant(network="own", config=FluxConfig(depth=2), preset="flux", patch=(16, 16), height=768, width=1280)
     register("own", network, layouts=[], variants={"own-small": variant})
     stack = Stack(layers=2, tokens=64, heads=2, head_dim=64, mlp_tokens=64, width=128, mlp_width=512)
