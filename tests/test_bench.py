@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from chipmunk_jax import memory
-from chipmunk_jax.bench import draw, kernels, measure, records, references
-from chipmunk_jax.bench.compare import compare
+from chipmunk_jax.bench import draw, kernels, measure, references
 from chipmunk_jax.bench.inputs import random_inputs, shortened
-from chipmunk_jax.bench.profile import kernel_table, kernel_times
+from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.schedule import by_schedule, kinds
 from chipmunk_jax.bench.timing import Chain, Timed, input_sets, time_in_turn
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import VARIANTS
+from chipmunk_jax.report import records
+from chipmunk_jax.report.compare import compare
+from chipmunk_jax.report.tables import kernel_table, record_table
 from chipmunk_jax.sparsity import PRESETS, Sparsity, load_sparsity, to_dict
 from pallas_kernels import Columns
 
@@ -104,7 +106,7 @@ def test_a_chain_rotates_its_inputs(sets, calls, expected):
     for inputs in expected:
         outputs, _ = chain.dispatch()
         assert [float(x) / 2 for x in outputs] == inputs
-    assert chain.timed().calls == len(expected[0])
+    assert chain.calls == len(expected[0])
 
 
 def test_a_chain_hands_its_state_on():
@@ -158,11 +160,9 @@ def candidate(variant="ours", factor=1.0, call=None):
     return measure.Candidate(
         variant=variant,
         shape={"N": 4},
-        sparsity=0.5,
         call=call or (lambda x, state: (2 * factor * x, state)),
         sets=[jnp.arange(4.0), jnp.arange(1.0, 5.0)],
-        expected=lambda x, state: [2 * np.asarray(x)],
-        observed=lambda x, state: [np.asarray(x)],
+        check=lambda x, found, *_: [(np.asarray(found), 2 * np.asarray(x))],
         operations=4.0,
         bytes=32.0,
     )
@@ -203,7 +203,7 @@ def test_a_wrong_result_has_no_time():
     assert wrong["rel_err"] == pytest.approx(0.02) and "0.02 against float32, expected at most 0.01" in wrong["error"]
     assert infinite["error"] == "the result is not finite" and infinite["rel_err"] is None
     assert failing["error"] == "NotImplementedError: no such kernel"
-    assert "no time: the result is not finite" in records.table([dense, infinite])
+    assert "no time: the result is not finite" in record_table([dense, infinite])
 
 
 def test_candidates_of_a_wrong_baseline_have_times_and_no_speedup():
@@ -220,7 +220,7 @@ def test_rates_are_counted_work_over_the_median():
 
 
 def test_a_part_of_the_rows_counts_as_all():
-    part = dataclasses.replace(candidate("lax.top_k"), share=1 / 16)
+    part = dataclasses.replace(candidate("lax.top_k"), share=1 / 16, bytes=16 * 32.0)  # of all rows
     outcomes = [measure.Outcome(part, seconds=[16.0]), measure.Outcome(candidate(), seconds=[2.0])]
     baseline, ours = measure.to_records("topk", outcomes, measure.Ceilings(flops=8.0, bytes=64.0))
     assert baseline.baseline == ours.baseline == "lax.top_k on 1/16 of the rows, scaled"
@@ -327,7 +327,7 @@ def test_steps_without_caches_want_no_room_for_them(folder, monkeypatch):
     monkeypatch.setattr("chipmunk_jax.bench.steps.caches", None)
     monkeypatch.setattr("chipmunk_jax.bench.steps.plan_stacks", None)
     monkeypatch.setattr(
-        "chipmunk_jax.bench.steps.check_room",
+        "chipmunk_jax.bench.inputs.check_room",
         lambda *shapes, placed, **options: rooms.append(memory.plan(*shapes, **options)),
     )
     assert main(["bench", "step", *TINY, "--layers", "4", "--only", "dense,skipped"]) == 0
@@ -660,6 +660,6 @@ def test_a_table_shows_long_times_in_seconds():
         dict.fromkeys(("speedup", "rel_err", "tflops", "gbps", "of_matrix_ceiling", "of_copy_ceiling")) | r
         for r in rows
     ]
-    lines = records.table(rows).splitlines()
+    lines = record_table(rows).splitlines()
     assert [line.split("50.0 %")[1].split() for line in lines[1:3]] == [["9999", "4e+02"], ["1037", "s", "0.4", "s"]]
     assert "1037 s" in compare(rows[1:2], rows[1:2], "b")

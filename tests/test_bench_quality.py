@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chipmunk_jax.bench.quality import SAME, read_configurations
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.report.quality import SAME, read_configurations
 from chipmunk_jax.sparsity import PRESETS, load_sparsity, to_dict
 
 ROOT = Path(__file__).parents[1]

@@ -1,16 +1,60 @@
-"""Random weights and inputs of a variant: speed does not depend on what they are."""
+"""Workload: samples of a variant with random weights and inputs, as speed does not depend on what they are."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from chipmunk_jax.bench.record import Record, times
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.model import Condition, Model
+from chipmunk_jax.memory import check_room
+from chipmunk_jax.model import Condition, Model, Stack
 from chipmunk_jax.models import MODELS
 from chipmunk_jax.pipelines import Variant
+from chipmunk_jax.pipelines.room import PlannedSample
 from chipmunk_jax.pipelines.variant import Settings
+from chipmunk_jax.sparsity import Sparsity, to_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload(PlannedSample):
+    """What is timed: steps or samples, dense and with this sparsity."""
+
+    name: str  # of VARIANTS, whatever layers are left of it
+
+    def check_room(self, steps: int, sparsity: Sparsity) -> None:
+        """Raises InputError where weights, inputs and all that so many steps hold at once have no room."""
+        shapes = self.variant.shapes(self.settings, self.batch, self.dtype)
+        usual = dict(guidance=self.variant.guidance, solver=self.variant.solver)
+        check_room(*shapes, placed=False, steps=steps, sparsity=sparsity, **usual)
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """Sizes of the stacks of layers."""
+        network, noise, cond = self.variant.shapes(self.settings, self.batch, self.dtype)
+        return network.stacks(noise.shape[1], cond)
+
+    @property
+    def layers(self) -> int:
+        """Layers of all stacks."""
+        return sum(stack.layers for stack in self.stacks.values())
+
+    def record(self, kind: str, seconds: dict[str, list[float]], sizes: dict[str, int], **fields: Any) -> Record:
+        """What was measured of one kind, against the dense one.
+
+        Args:
+            kind: the record's variant.
+            seconds: of the repeats of every kind that has a time.
+            sizes: that its shape holds besides.
+            fields: others of the record.
+        """
+        shape = self.variant.sizes(self.settings) | {"batch": self.batch} | sizes | {"text": self.variant.text_rows}
+        common = dict(sparsity=to_dict(self.sparsity), dtype=self.dtype, baseline="dense", model=self.name)
+        taken = times(seconds.get(kind, ()), seconds.get("dense", ()))
+        return Record(variant=kind, shape=shape, **taken, **common, **fields)
 
 
 def shortened(variant: Variant, layers: int | None) -> Variant:

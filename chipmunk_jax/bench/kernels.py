@@ -1,21 +1,17 @@
 """The kernels' cases, and the run over them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from chipmunk_jax.bench import draw, torch_baselines
-from chipmunk_jax.bench.attention_kernels import (
-    AttentionCase,
-    column_attention_candidates,
-    dense_colsum_candidates,
-)
-from chipmunk_jax.bench.measure import Candidate, Ceilings, failed, measure, to_records
+from chipmunk_jax.bench.attention_kernels import AttentionCase, column_attention_candidates, dense_colsum_candidates
+from chipmunk_jax.bench.measure import Candidate, Ceilings, measure, sentence, to_records
 from chipmunk_jax.bench.mlp_kernels import MlpCase, mlp_candidates
-from chipmunk_jax.bench.records import Record
+from chipmunk_jax.bench.record import Record
 from chipmunk_jax.bench.timing import MOST_SETS, Chain, time_in_turn
 from chipmunk_jax.bench.topk_kernels import TopkCase, topk_candidates
 from pallas_kernels import Implementation
@@ -33,52 +29,40 @@ class Size:
     cases: dict[str, Sequence[Any]]
 
 
-FLUX = dict(
-    heads=24, tokens=4352, head_dim=128, group=128
-)  # FLUX.1 at 1280x768: 3,840 of the image and 512 of the text
+FLUX = dict(heads=24, tokens=4352, head_dim=128, group=128)  # FLUX.1 at 1280x768: 3,840 of the image, 512 of the text
 VIDEO = dict(heads=24, tokens=119_040, head_dim=128, group=128)  # HunyuanVideo at 720x1280, 129 frames
 
+FULL = {
+    "column_attention": (
+        # None left out, half, 69 %, the preset, 84.6 and 85.3 % (as published), 93 %.
+        AttentionCase(**FLUX, plain=(4352, 2176, 1344, 704, 672, 640, 320), residual=(704,)),
+        AttentionCase(**FLUX | {"head_dim": 64}, plain=(704,)),
+        AttentionCase(**VIDEO, plain=(8320,)),
+    ),
+    "dense_colsum": (AttentionCase(**FLUX), AttentionCase(**VIDEO)),
+    "topk": (
+        TopkCase({"H": 24, "G": 34, "N": 4352, "K": 704}),
+        TopkCase({"G": 34, "F": 12_288, "K": 4096}),
+        TopkCase({"H": 24, "G": 930, "N": 119_040, "K": 5952}, baseline_share=16),
+    ),
+    "mlp": (MlpCase(rows=4352, width=3072, mlp_width=12_288, group=128, kept=(3584, 1792)),),
+}
+TOY = {
+    "column_attention": (
+        AttentionCase(heads=2, tokens=192, head_dim=32, group=64, plain=(192, 64), residual=(64,)),
+        AttentionCase(heads=1, tokens=320, head_dim=16, group=128, plain=(40,)),
+    ),
+    "dense_colsum": (AttentionCase(heads=2, tokens=192, head_dim=32, group=64),),
+    "topk": (
+        TopkCase({"H": 2, "G": 3, "N": 192, "K": 64}),
+        TopkCase({"G": 3, "F": 256, "K": 96}),
+        TopkCase({"H": 2, "G": 4, "N": 320, "K": 40}, baseline_share=4),
+    ),
+    "mlp": (MlpCase(rows=160, width=64, mlp_width=256, group=64, kept=(128, 64)),),
+}
 SIZES = {
-    "full": Size(
-        most_sets=MOST_SETS,
-        most_calls=16,
-        matrix=8192,
-        copy=2**30,
-        cases={
-            "column_attention": (
-                # None left out, half, 69 %, the preset, 84.6 and 85.3 % (as published), 93 %.
-                AttentionCase(**FLUX, plain=(4352, 2176, 1344, 704, 672, 640, 320), residual=(704,)),
-                AttentionCase(**FLUX | {"head_dim": 64}, plain=(704,)),
-                AttentionCase(**VIDEO, plain=(8320,)),
-            ),
-            "dense_colsum": (AttentionCase(**FLUX), AttentionCase(**VIDEO)),
-            "topk": (
-                TopkCase({"H": 24, "G": 34}, 4352, "N", 704),
-                TopkCase({"G": 34}, 12_288, "F", 4096),
-                TopkCase({"H": 24, "G": 930}, 119_040, "N", 5952, baseline_share=16),
-            ),
-            "mlp": (MlpCase(rows=4352, width=3072, mlp_width=12_288, group=128, kept=(3584, 1792)),),
-        },
-    ),
-    "toy": Size(
-        most_sets=2,
-        most_calls=2,
-        matrix=256,
-        copy=2**20,
-        cases={
-            "column_attention": (
-                AttentionCase(heads=2, tokens=192, head_dim=32, group=64, plain=(192, 64), residual=(64,)),
-                AttentionCase(heads=1, tokens=320, head_dim=16, group=128, plain=(40,)),
-            ),
-            "dense_colsum": (AttentionCase(heads=2, tokens=192, head_dim=32, group=64),),
-            "topk": (
-                TopkCase({"H": 2, "G": 3}, 192, "N", 64),
-                TopkCase({"G": 3}, 256, "F", 96),
-                TopkCase({"H": 2, "G": 4}, 320, "N", 40, baseline_share=4),
-            ),
-            "mlp": (MlpCase(rows=160, width=64, mlp_width=256, group=64, kept=(128, 64)),),
-        },
-    ),
+    "full": Size(most_sets=MOST_SETS, most_calls=16, matrix=8192, copy=2**30, cases=FULL),
+    "toy": Size(most_sets=2, most_calls=2, matrix=256, copy=2**20, cases=TOY),
 }
 
 CANDIDATES: dict[str, Callable[[Any, int, Implementation | None], list[Candidate]]] = {
@@ -119,9 +103,8 @@ def _bench_case(
             bar.reset(total=len(candidates) * (1 + repeats))
             outcomes = measure(candidates, ceilings, repeats=repeats, most_calls=size.most_calls, bar=bar)
         except RuntimeError as error:  # of the device, such as too little memory: the other cases may do
-            return [failed(name, case.shape, error)]
-    records = to_records(name, outcomes, ceilings)
-    return [replace(record, implementation=implementation) for record in records]
+            return [Record(benchmark=name, variant="all", shape=case.shape, error=sentence(error))]
+    return to_records(name, outcomes, ceilings, implementation)
 
 
 def measure_ceilings(size: Size, repeats: int) -> Ceilings:
@@ -129,16 +112,14 @@ def measure_ceilings(size: Size, repeats: int) -> Ceilings:
     n = size.matrix
     a, b = (draw.normal(key, (n, n)) for key in jax.random.split(jax.random.key(0)))
     x = draw.normal(jax.random.key(1), (size.copy // 2,))
+    product, copy = lambda ab, state: (ab[0] @ ab[1], state), lambda x, state: (-x, state)
     chains = {
-        "product": Chain(
-            lambda ab, state: (ab[0] @ ab[1], state), [(a, b)], calls=1, compiler_options=COMPILER_OPTIONS
-        ),
-        "copy": Chain(lambda x, state: (-x, state), [x], calls=1),
+        "product": Chain(product, [(a, b)], calls=1, compiler_options=COMPILER_OPTIONS),
+        "copy": Chain(copy, [x], calls=1),
     }
     with tqdm(desc="ceilings", total=len(chains) * (1 + repeats), unit="run", leave=False) as bar:
         for chain in chains.values():
             jax.block_until_ready(chain.dispatch())
             bar.update()
-        timed = {name: chain.timed() for name, chain in chains.items()}
-        seconds = time_in_turn(timed, repeats, report=lambda _: bar.update())
+        seconds = time_in_turn(chains, repeats, report=lambda _: bar.update())
     return Ceilings(flops=2 * n**3 / min(seconds["product"]), bytes=2 * x.nbytes / min(seconds["copy"]))

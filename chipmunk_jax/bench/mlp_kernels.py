@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from chipmunk_jax.bench import draw, references, torch_baselines
 from chipmunk_jax.bench.measure import Candidate
-from chipmunk_jax.bench.references import host, some
+from chipmunk_jax.bench.references import host, some_groups
 from chipmunk_jax.bench.timing import input_sets
 from chipmunk_jax.memory import nbytes
 from pallas_kernels import Implementation, column_fc1, column_fc2, move_column_fc2
@@ -33,10 +32,21 @@ class MlpCase:
     def shape(self) -> dict[str, int]:
         return {"M": self.rows, "D": self.width, "F": self.mlp_width}
 
-    def slices(self) -> list[tuple[int, slice]]:
+    def product(self, neurons: int) -> int:
+        """Operations of one matrix product of all rows with a number of neurons."""
+        return 2 * self.rows * self.width * neurons
+
+    def checked(self):
         """(group, its rows) of what is checked."""
-        groups = some(group_count(self.rows, self.group), 2)
-        return [(g, slice(g * self.group, min(self.rows, (g + 1) * self.group))) for g in groups]
+        return some_groups(self.rows, self.group, 2)
+
+    def chosen(self, inputs):
+        """The rows of every group that is checked, its neurons' activations [r, K] and rows of fc2 [K, D], and their ids [K]."""
+        x, *weights, columns, _ = inputs
+        x, fc1, b1, fc2, lists = map(host, (x[0], *(a[LAST] for a in weights), columns.indices[LAST, 0]))
+        for g, rows in self.checked():
+            neurons = lists[g].astype(int)
+            yield rows, references.activations(x[rows], fc1[neurons], b1[neurons]), fc2[neurons], neurons
 
 
 def mlp_candidates(case: MlpCase, most_sets: int, implementation: Implementation | None) -> list[Candidate]:
@@ -49,7 +59,8 @@ def mlp_candidates(case: MlpCase, most_sets: int, implementation: Implementation
     b2 = draw.normal(keys[3], (LAYERS, case.width), scale=0.1)
     # At least two, as the change of activations between equal inputs is zero, and zeros are cheap to multiply.
     tokens = input_sets(lambda key: draw.normal(key, (1, case.rows, case.width)), keys[4], least=2, most=most_sets)
-    dense = _dense(case, tokens, fc1[LAST], b1[LAST], fc2[LAST], b2[LAST])
+    last = [a[LAST] for a in (fc1, b1, fc2, b2)]
+    dense = _dense(case, [(x, *last) for x in tokens])
     candidates = [dense, *torch_baselines.mlp(dense)]
     for kept in case.kept:
         lists = draw.lists(jax.random.key(kept), (LAYERS, 1, group_count(case.rows, case.group)), kept, case.mlp_width)
@@ -58,24 +69,19 @@ def mlp_candidates(case: MlpCase, most_sets: int, implementation: Implementation
     return candidates
 
 
-def _dense(case: MlpCase, tokens, fc1, b1, fc2, b2) -> Candidate:
+def _dense(case: MlpCase, sets) -> Candidate:
     def call(inputs, state):
         x, fc1, b1, fc2, b2 = inputs
         hidden = jax.nn.gelu(jnp.einsum("bmd,fd->bmf", x, fc1) + b1, approximate=True)
         return jnp.einsum("bmf,fd->bmd", hidden, fc2) + b2, state
 
-    def expected(inputs, state):
-        x, fc1, b1, fc2, b2 = map(host, inputs)
-        return [references.activations(x[0, rows], fc1, b1) @ fc2 + b2 for _, rows in case.slices()]
+    def check(inputs, out, *_):
+        x, fc1, b1, fc2, b2, found = map(host, (*inputs, out))
+        for _, rows in case.checked():
+            yield found[0, rows], references.activations(x[0, rows], fc1, b1) @ fc2 + b2
 
-    return Candidate(
-        variant="dense", shape=case.shape, sparsity=0.0, call=call,
-        sets=[(x, fc1, b1, fc2, b2) for x in tokens],
-        expected=expected, observed=lambda out, state: _rows(case, out),
-        operations=4 * case.rows * case.width * case.mlp_width,
-        bytes=2 * nbytes(tokens[0]) + nbytes((fc1, b1, fc2, b2)),
-        compiler_options=COMPILER_OPTIONS,
-    )  # fmt: skip
+    work = dict(operations=2 * case.product(case.mlp_width), bytes=nbytes(sets[0]) + nbytes(sets[0][0]))
+    return Candidate("dense", case.shape, call, sets, check, **work, compiler_options=COMPILER_OPTIONS)
 
 
 def _residual(case: MlpCase, sets, implementation) -> Candidate:
@@ -88,12 +94,12 @@ def _residual(case: MlpCase, sets, implementation) -> Candidate:
         packed, _ = column_fc1(x, fc1, b1, columns, layer, **options)
         return column_fc2(packed, fc2, columns, layer, residual=state[0], **options), state
 
-    def expected(inputs, state):
-        base = host(state[0][LAST, 0])
-        chosen = zip(case.slices(), _chosen(case, inputs), strict=True)
-        return [base[rows] + new @ fc2 for (_, rows), (new, fc2, _) in chosen]
+    def check(inputs, out, before, _):
+        found, base = host(out[0]), host(before[0][LAST, 0])
+        for rows, new, fc2, _ in case.chosen(inputs):
+            yield found[rows], base[rows] + new @ fc2
 
-    return _candidate(case, "residual", call, sets, state, expected, lambda out, state: _rows(case, out))
+    return _sparse(case, "residual", call, sets, state, check)
 
 
 def _activations(case: MlpCase, sets, implementation) -> Candidate:
@@ -110,47 +116,23 @@ def _activations(case: MlpCase, sets, implementation) -> Candidate:
         moved, fresh = move_column_fc2(packed, fc2, columns, layer, out=out, **options)
         return fresh, (cached, moved)
 
-    def expected(inputs, state):
+    def check(inputs, output, before, after):
         # After any number of calls with these lists: what the chosen neurons gave before goes, what the last input gives comes.
-        cached, out = (host(x[LAST, 0]) for x in state)
-        outs, news = [], []
-        for (_, rows), (new, fc2, columns) in zip(case.slices(), _chosen(case, inputs), strict=True):
-            outs.append(out[rows] + (new - cached[columns, rows].T) @ fc2)
-            moved = cached[:, rows].copy()
-            moved[columns] = new.T
-            news.append(moved)
-        return outs + news
+        cached, out, moved = (host(x[LAST, 0]) for x in (*before, after[0]))
+        found = host(output[0])
+        for rows, new, fc2, neurons in case.chosen(inputs):
+            yield found[rows], out[rows] + (new - cached[neurons, rows].T) @ fc2
+            cached[neurons, rows] = new.T
+            yield moved[:, rows], cached[:, rows]
 
-    def observed(output, state):
-        cached = host(state[0][LAST, 0])
-        return [*_rows(case, output), *(cached[:, rows] for _, rows in case.slices())]
-
-    return _candidate(case, "activations", call, sets, state, expected, observed)
+    return _sparse(case, "activations", call, sets, state, check, 4 * case.rows)
 
 
-def _candidate(case: MlpCase, variant: str, call, sets, state, expected, observed) -> Candidate:
+def _sparse(case: MlpCase, variant: str, call, sets, state, check, bytes_a_neuron: int = 0) -> Candidate:
     x, fc1, b1, fc2, columns, _ = sets[0]
     kept = columns.capacity
-    moved = 4 * case.rows * kept if variant == "activations" else 0  # read and written
-    return Candidate(
-        variant=variant, shape=case.shape | {"K": kept, "group": case.group}, sparsity=1 - kept / case.mlp_width,
-        call=call, sets=sets, state=state, expected=expected, observed=observed,
-        operations=4 * case.rows * case.width * kept,
-        # Groups with lists of their own need nearly all neurons between them. The array that the output is added to is read, too.
-        bytes=3 * nbytes(x) + nbytes((fc1, b1, fc2, columns.indices)) / LAYERS + moved,
-    )  # fmt: skip
-
-
-def _chosen(case: MlpCase, inputs):
-    """The activations of the neurons [r, K] of every group that is checked, their rows of fc2 [K, D], and their ids [K]."""
-    x, *weights, columns, _ = inputs
-    x, fc1, b1, fc2, lists = map(host, (x[0], *(a[LAST] for a in weights), columns.indices[LAST, 0]))
-    for g, rows in case.slices():
-        neurons = lists[g].astype(int)
-        yield references.activations(x[rows], fc1[neurons], b1[neurons]), fc2[neurons], neurons
-
-
-def _rows(case: MlpCase, out: jax.Array) -> list[np.ndarray]:
-    """The rows of out [1, M, D] that are checked."""
-    out = host(out[0])
-    return [out[rows] for _, rows in case.slices()]
+    shape = case.shape | {"K": kept, "group": case.group}
+    # Groups with lists of their own need nearly all neurons between them. The array that the output is added to is read, too.
+    touched = 3 * nbytes(x) + nbytes((fc1, b1, fc2, columns.indices)) / LAYERS + bytes_a_neuron * kept
+    work = dict(operations=2 * case.product(kept), bytes=touched)
+    return Candidate(variant, shape, call, sets, check, state=state, **work)

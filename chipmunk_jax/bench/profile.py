@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 
-from chipmunk_jax.bench.records import align
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.report.records import Entry
 
 RUNS = 3
-SHOWN = 24  # kernels of a table; the rest is one line
 
 
-def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
+def kernel_times(run: Callable[[], Any]) -> list[Entry]:
     """{"kernel", "calls", "ms"} of every kernel of one run on a GPU, the longest first; then the time in which none ran.
 
     Args:
@@ -49,21 +48,3 @@ def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
         for name, ns in busy.most_common()
     ]
     return [*rows, {"kernel": "(between kernels)", "calls": None, "ms": (span - busy.total()) / RUNS / 1e6}]
-
-
-def kernel_table(kernels: list[dict[str, Any]]) -> str:
-    """Aligned lines: kernel, calls, ms of all calls, us a call, share of the step."""
-    *kernels, gap = kernels
-    shown, rest = kernels[:SHOWN], kernels[SHOWN:]
-    if rest:
-        shown.append({"kernel": "(others)"} | {key: sum(k[key] for k in rest) for key in ("calls", "ms")})
-    shown.append(gap)
-    total = sum(k["ms"] for k in shown)
-    columns = {
-        "kernel": [k["kernel"][:48] for k in shown],
-        "calls": [f"{k['calls']:g}" if k["calls"] else "" for k in shown],
-        "ms": [f"{k['ms']:.2f}" for k in shown],
-        "us a call": [f"{1e3 * k['ms'] / k['calls']:.1f}" if k["calls"] else "" for k in shown],
-        "share": [f"{k['ms'] / total:.1%}" for k in shown],
-    }
-    return align(columns, [None] * len(shown))

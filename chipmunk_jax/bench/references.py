@@ -4,19 +4,23 @@ import jax
 import numpy as np
 from jax import lax
 
+from pallas_kernels.groups import group_count
+
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
     """softmax(scale q k^T) v for one head: q [r, d], k and v [n, d] -> [r, d]."""
-    logits = scale * (q @ k.T)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights @ v / weights.sum(axis=1, keepdims=True)
+    return _softmax(q, k, scale) @ v
 
 
 def column_mass(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
     """Sum over the queries of their softmax over the keys: q [r, d], k [n, d] -> [n]."""
+    return _softmax(q, k, scale).sum(axis=0)
+
+
+def _softmax(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
     logits = scale * (q @ k.T)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def activations(x: np.ndarray, fc1: np.ndarray, b1: np.ndarray) -> np.ndarray:
@@ -50,6 +54,11 @@ _take = jax.jit(lambda x, places: x[places])
 def host(x: jax.Array) -> np.ndarray:
     """x as float32 on the host."""
     return np.asarray(x).astype(np.float32)
+
+
+def some_groups(rows: int, group: int, most: int = 3) -> list[tuple[int, slice]]:
+    """Some groups of so many rows: (g, its rows)."""
+    return [(g, slice(g * group, (g + 1) * group)) for g in some(group_count(rows, group), most)]
 
 
 def some(n: int, most: int = 3) -> list[int]:

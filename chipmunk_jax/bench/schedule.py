@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.report.records import Entry
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, attention_phases, check_schedules, mlp_phases
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
-
-Entry = dict[str, Any]  # of a file of records
 
 
 def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = None) -> list[Entry]:
@@ -33,9 +32,8 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
         raise InputError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one")
     measured = load_sparsity(entries[0]["sparsity"])
     sparsity = sparsity or measured
-    if _without_schedules(sparsity) != _without_schedules(measured):
-        given, timed_with = (_flat(_without_schedules(x)) for x in (sparsity, measured))
-        names = [name for name in given if name in timed_with and given[name] != timed_with[name]]
+    given, timed_with = _settings(sparsity), _settings(measured)
+    if names := [name for name in given if name in timed_with and given[name] != timed_with[name]]:
         found = ", ".join(f"{name}={given[name]}: timed with {timed_with[name]}" for name in names)
         raise InputError(f"{found}; expected the sparsity of the timed steps, but for its schedules")
     check_schedules(sparsity, steps)
@@ -65,20 +63,16 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     ]
 
 
-def _without_schedules(sparsity: Sparsity) -> Sparsity:
-    usual = dict(full_step_every=1, full_step_schedule=None)
-    attention = sparsity.attention and replace(sparsity.attention, **usual)
-    mlp = sparsity.mlp and replace(sparsity.mlp, **usual, select_every=1)
-    return replace(sparsity, attention=attention, mlp=mlp, step_cache=None)
+SCHEDULES = {"full_step_every", "full_step_schedule", "select_every", "step_cache"}  # settings that say when
 
 
-def _flat(sparsity: Sparsity) -> dict[str, Any]:
-    """All settings by their dotted names; a part is "some" or None."""
-    flat: dict[str, Any] = {}
+def _settings(sparsity: Sparsity) -> dict[str, Any]:
+    """All settings but the schedules by their dotted names; a part is "some" or None."""
+    found: dict[str, Any] = {}
     for name, value in to_dict(sparsity).items():
         fields = value if isinstance(value, dict) else {}
-        flat |= {name: "some" if fields else value} | {f"{name}.{field}": x for field, x in fields.items()}
-    return flat
+        found |= {name: "some" if fields else value} | {f"{name}.{field}": x for field, x in fields.items()}
+    return {name: value for name, value in found.items() if not SCHEDULES & set(name.split("."))}
 
 
 def kinds(sparsity: Sparsity, steps: int) -> list[str]:

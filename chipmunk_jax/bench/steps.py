@@ -13,21 +13,18 @@ from tqdm import tqdm
 
 from chipmunk_jax import cache as caches
 from chipmunk_jax.bench import draw
-from chipmunk_jax.bench.inputs import random_inputs, random_model, shortened
+from chipmunk_jax.bench.inputs import Workload, random_inputs, random_model
 from chipmunk_jax.bench.measure import judge
 from chipmunk_jax.bench.profile import kernel_times
-from chipmunk_jax.bench.records import Record, times
+from chipmunk_jax.bench.record import Record
 from chipmunk_jax.bench.timing import REPEAT_SECONDS, Timed, time_in_turn
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.memory import check_room
 from chipmunk_jax.model import modulations_of
 from chipmunk_jax.order import patch_order
-from chipmunk_jax.pipelines import VARIANTS, Variant
-from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, by_kind
 from chipmunk_jax.solvers import MOST_STEPS
-from chipmunk_jax.sparsity import Sparsity, StepCache, to_dict
+from chipmunk_jax.sparsity import Sparsity, StepCache
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
 # Rows of the table of steps, in an order that fills the caches: the first measures what the second chooses keys by.
@@ -48,29 +45,12 @@ INPUTS = 3  # in turn: unchanged tokens would have the delta steps multiply zero
 
 
 def bench_step(
-    name: str,
-    *,
-    height: int | None,
-    width: int | None,
-    frames: int | None,
-    layers: int | None,
-    batch: int,
-    dtype: str,
-    sparsity: Sparsity,
-    repeats: int,
-    kernels: bool = False,
-    only: Collection[str] | None = None,
+    work: Workload, *, repeats: int, kernels: bool = False, only: Collection[str] | None = None
 ) -> list[Record]:
     """A record of each of KINDS, or of some.
 
     Args:
-        name: of VARIANTS.
-        height, width: pixels; None: the model's usual ones.
-        frames: of a video, likewise.
-        layers: to shorten the model to; None for all.
-        batch: images at once.
-        dtype: of weights and activations.
-        sparsity: of the steps with caches; its schedule does not count.
+        work: what a step is one of; the schedule of its sparsity does not count.
         repeats: timed runs of each.
         kernels: whether to record in which kernels each kind spends its time, too; on a GPU.
         only: some of KINDS; None: all that there are with this sparsity.
@@ -78,41 +58,22 @@ def bench_step(
     Raises:
         InputError: a kind that there is not, sizes that do not fit, or no room, before any work.
     """
-    variant = shortened(VARIANTS[name], layers)
-    settings = variant.complete(height=height, width=width, frames=frames)
-    variant.check(settings, sparsity, schedules=False)
-    kinds, filling = _kinds(only, sparsity)
+    work.variant.check(work.settings, work.sparsity, schedules=False)
+    kinds, filling = _kinds(only, work.sparsity)
+    cached = work.sparsity if filling else Sparsity(attention=None, mlp=None)
     # A skipped step is timed whatever the schedule, so its tokens want room.
-    skipping = replace(sparsity if filling else Sparsity(attention=None, mlp=None), step_cache=StepCache())
-    shapes, usual = (
-        variant.shapes(settings, batch, jnp.dtype(dtype)),
-        dict(guidance=variant.guidance, solver=variant.solver),
-    )
-    check_room(*shapes, placed=False, steps=INPUTS, sparsity=skipping, **usual)
+    work.check_room(INPUTS, replace(cached, step_cache=StepCache()))
     checked = {"dense", *filling, *kinds}
     with tqdm(total=len(checked) + len(kinds) * repeats, unit="step", leave=False) as bar:
         bar.set_postfix_str("drawing weights")
-        steps = _Steps(variant, settings, batch, jnp.dtype(dtype), sparsity, bool(filling))
-        errors = steps.check(checked, TOLERANCES[dtype], bar)
+        steps = _Steps(work, cached=bool(filling))
+        errors = steps.check(checked, TOLERANCES[work.dtype], bar)
         bar.set_postfix_str("timing")
         right = {kind: Timed(partial(steps.run, kind)) for kind in kinds if errors[kind][0] is None}
         seconds = time_in_turn(right, repeats, warm=steps.last < REPEAT_SECONDS, report=lambda _: bar.update())
-        profiles = {kind: kernel_times(timed.dispatch) for kind, timed in right.items()} if kernels else {}
-    shape = variant.sizes(settings) | {"batch": batch, "layers": steps.layers, "text": variant.text_rows}
-    common = dict(shape=shape, dtype=dtype, sparsity=to_dict(sparsity), model=name)
-    return [
-        Record(
-            benchmark="step",
-            variant=kind,
-            baseline="dense",
-            error=errors[kind][0],
-            rel_err=errors[kind][1],
-            extra={"kernels": profiles[kind]} if kind in profiles else {},
-            **times(seconds.get(kind, ()), seconds.get("dense", ())),
-            **common,
-        )
-        for kind in kinds
-    ]
+        profiles = {kind: {"kernels": kernel_times(one.dispatch)} for kind, one in right.items() if kernels}
+    record = partial(work.record, seconds=seconds, sizes={"layers": work.layers}, benchmark="step")
+    return [record(k, error=errors[k][0], rel_err=errors[k][1], extra=profiles.get(k, {})) for k in kinds]
 
 
 def _kinds(only: Collection[str] | None, sparsity: Sparsity) -> tuple[list[str], list[str]]:
@@ -129,27 +90,24 @@ def _kinds(only: Collection[str] | None, sparsity: Sparsity) -> tuple[list[str],
 class _Steps:
     """A model with random weights, its caches, and inputs in turn."""
 
-    def __init__(
-        self, variant: Variant, settings: Settings, batch: int, dtype: jnp.dtype, sparsity: Sparsity, cached: bool
-    ):
-        grid = variant.grid(settings)
-        batch *= 1 if variant.guidance is None else 2  # the network sees both sides
-        inputs = [random_inputs(variant, settings, batch, seed) for seed in range(INPUTS)]
+    def __init__(self, work: Workload, *, cached: bool):
+        variant, sparsity, dtype = work.variant, work.sparsity, jnp.dtype(work.dtype)
+        grid = variant.grid(work.settings)
+        batch = work.batch * (1 if variant.guidance is None else 2)  # the network sees both sides
+        inputs = [random_inputs(variant, work.settings, batch, seed) for seed in range(INPUTS)]
         self.model = random_model(variant, dtype)
-        tokens = inputs[0][0].shape[1]
-        stacks = self.model.stacks(tokens, inputs[0][1])
-        self.layers = sum(stack.layers for stack in stacks.values())
         if cached:
             every = replace(sparsity, step_cache=None)
-            self.table = _table(plan_stacks(stacks, every, MOST_STEPS, grid), sparsity)
-            self.cache = caches.zeros(stacks, sparsity, batch, dtype)
+            self.table = _table(plan_stacks(work.stacks, every, MOST_STEPS, grid), sparsity)
+            self.cache = caches.zeros(work.stacks, sparsity, batch, dtype)
         positions = jnp.asarray(self.model.positions(grid)[patch_order(grid, sparsity.patches)])
         times = jnp.broadcast_to(jnp.linspace(0.9, 0.5, INPUTS)[:, None], (INPUTS, batch))
         self.inputs = [
             (x, t, cond, positions, modulations_of(self.model, t, cond))  # as sample() has them, before its steps
             for (x, cond), t in zip(inputs, times, strict=True)
         ]
-        self.hidden = draw.normal(jax.random.key(0), (batch, tokens, next(iter(stacks.values())).width), dtype)
+        width = next(iter(work.stacks.values())).width
+        self.hidden = draw.normal(jax.random.key(0), (batch, inputs[0][0].shape[1], width), dtype)
         self.turn = cycle(self.inputs)
         self.last = 0.0  # seconds of the last step with caches that was checked, with everything compiled
 
@@ -166,18 +124,15 @@ class _Steps:
     def check(self, kinds: set[str], tolerance: float, bar: tqdm) -> dict[str, tuple[str | None, float | None]]:
         """What is wrong with each of these kinds on one input, or None, and its error relative to the dense step."""
         bar.set_postfix_str("compiling")
-        inputs = self.inputs[0]
-        dense = np.asarray(self.run("dense", inputs))
-        errors = {"dense": judge([dense], [dense], tolerance)}
-        bar.update()
-        if "skipped" in kinds:
-            self.run("skipped", inputs)
-            errors["skipped"] = None, None  # its tokens are another step's
-            bar.update()
-        for kind in [kind for kind in PHASES if kind in kinds]:
+        errors = {}
+        for kind in [kind for kind in ("dense", "skipped", *PHASES) if kind in kinds]:
             start = time.perf_counter()
-            errors[kind] = judge([np.asarray(self.run(kind, inputs))], [dense], tolerance)
-            self.last = time.perf_counter() - start
+            found = np.asarray(self.run(kind, self.inputs[0]))
+            self.last = time.perf_counter() - start if kind in PHASES else 0.0
+            if kind == "dense":
+                dense = found
+            # The tokens of a skipped step are another step's.
+            errors[kind] = (None, None) if kind == "skipped" else judge([(found, dense)], tolerance)
             bar.update()
         return errors
 

@@ -46,7 +46,7 @@ class Timed:
 
 
 def time_in_turn(
-    timed: Mapping[str, Timed],
+    timed: "Mapping[str, Timed | Chain]",
     repeats: int,
     *,
     warm: bool = True,
@@ -86,7 +86,7 @@ def _run(one: Timed, dispatches: int, clock: Callable[[], float]) -> float:
 
 
 class Chain:
-    """Calls in a row as one compiled program, over rotating sets of inputs."""
+    """Work to time: calls in a row as one compiled program, over rotating sets of inputs."""
 
     def __init__(
         self,
@@ -120,20 +120,18 @@ class Chain:
 
         self.program = jax.jit(program, donate_argnums=1, compiler_options=compiler_options)
 
+    wait = staticmethod(jax.block_until_ready)
+
     @property
     def last_inputs(self) -> Inputs:
         """Of the last call in the first dispatch."""
         return self.portions[0][-1]
 
     def dispatch(self) -> tuple[Any, State]:
-        """Outputs of all calls of the next program, and the state behind it."""
+        """Outputs of all calls of the next program, and the state after it."""
         outputs, self.state = self.program(self.portions[self.turn % len(self.portions)], self.state)
         self.turn += 1
         return outputs, self.state
-
-    def timed(self) -> Timed:
-        """This chain for time_in_turn."""
-        return Timed(self.dispatch, self.calls)
 
 
 def input_sets(

@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from chipmunk_jax.bench.measure import Candidate
-from chipmunk_jax.bench.timing import Inputs, Timed
+from chipmunk_jax.bench.timing import Chain, Inputs, State
 
 
 def obstacle() -> str | None:
@@ -52,42 +51,35 @@ def mlp(dense: Candidate) -> list[Candidate]:
 
 
 def _candidate(dense: Candidate, variant: str, call: Callable[[Any], Any]) -> Candidate:
-    observed = lambda output, state: dense.observed(_to_jax(output), state)
-    return replace(dense, variant=variant, call=call, chain=_TorchChain, observed=observed, compiler_options=None)
+    import torch
+
+    def check(inputs, output, *states):
+        torch.cuda.synchronize()
+        return dense.check(inputs, jax.dlpack.from_dlpack(output.contiguous()), *states)
+
+    return replace(dense, variant=variant, call=call, check=check, chain=_TorchChain)
 
 
-class _TorchChain:
-    """Calls of a function of PyTorch in a row; its arrays are those of JAX, not copies."""
+class _TorchChain(Chain):
+    """The same calls by PyTorch, one by one; its arrays are those of JAX, not copies."""
 
-    def __init__(self, call, sets: Sequence[Inputs], state=(), *, calls: int, compiler_options=None):
+    def __init__(self, call: Callable[[Any], Any], sets: Sequence[Inputs], state: State = (), *, calls: int, **_: Any):
+        import torch
+
+        super().__init__(call, sets, state, calls=calls)
         jax.block_until_ready(list(sets))
-        self.call, self.calls, self.sets, self.turn = call, calls, sets, 0
-        self.tensors = [jax.tree.map(_to_torch, inputs) for inputs in sets]
-        self.last_inputs = sets[(calls - 1) % len(sets)]
+        self.call, self.tensors = call, jax.tree.map(torch.from_dlpack, self.portions)
 
     def dispatch(self):
         import torch
 
         with torch.no_grad():
-            for _ in range(self.calls):
-                output = self.call(self.tensors[self.turn % len(self.tensors)])
-                self.turn += 1
+            for inputs in self.tensors[self.turn % len(self.tensors)]:
+                output = self.call(inputs)
+        self.turn += 1
         return [output], ()
 
-    def timed(self) -> Timed:
+    def wait(self, _):
         import torch
 
-        return Timed(self.dispatch, self.calls, wait=lambda _: torch.cuda.synchronize())
-
-
-def _to_torch(x: jax.Array):
-    import torch
-
-    return torch.from_dlpack(x)
-
-
-def _to_jax(x) -> np.ndarray:
-    import torch
-
-    torch.cuda.synchronize()
-    return jax.dlpack.from_dlpack(x.contiguous())
+        torch.cuda.synchronize()

@@ -7,13 +7,9 @@ from typing import NamedTuple
 
 import jax
 
-from chipmunk_jax.bench import records
-from chipmunk_jax.bench.compare import compare
+from chipmunk_jax.bench.inputs import Workload, shortened
 from chipmunk_jax.bench.kernels import CANDIDATES, SIZES, bench_kernels
-from chipmunk_jax.bench.plot import PLOTTED, check_plotting, plot
-from chipmunk_jax.bench.profile import kernel_table
-from chipmunk_jax.bench.quality import Samples, bench_quality, quality_table, read_configurations
-from chipmunk_jax.bench.records import Record
+from chipmunk_jax.bench.record import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.schedule import by_schedule
 from chipmunk_jax.bench.steps import KINDS, bench_step
@@ -23,6 +19,11 @@ from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import check_output, check_writable
 from chipmunk_jax.pipelines import VARIANTS
+from chipmunk_jax.report import records
+from chipmunk_jax.report.compare import compare
+from chipmunk_jax.report.plot import PLOTTED, check_plotting, plot
+from chipmunk_jax.report.quality import Samples, judge_configurations, quality_table, read_configurations
+from chipmunk_jax.report.tables import kernel_table, record_table
 
 DESCRIPTION = """\
 Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
@@ -183,20 +184,16 @@ def run_step(args: argparse.Namespace) -> int:
     _check(args, "batch", "repeats")
     if args.kernels and jax.default_backend() != "gpu":
         raise InputError(f"--kernels: expected a GPU, found {jax.default_backend()}")
-    options = _options(args, "height", "width", "frames", "layers", "batch", "dtype", "repeats", "kernels")
-    options["only"] = args.only and args.only.split(",")
-    options["sparsity"] = read_sparsity(args, VARIANTS[args.model].preset)
-    return _report(args, lambda: [bench_step(args.model, **options)])
+    options = dict(kernels=args.kernels, only=args.only and args.only.split(","))
+    work = _workload(args, layers=args.layers)
+    return _report(args, lambda: [bench_step(work, repeats=args.repeats, **options)])
 
 
 def run_sample(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench sample`."""
-    usual = VARIANTS[args.model]
-    args.steps = usual.steps if args.steps is None else args.steps
     _check(args, "steps", "batch", "repeats")
-    options = _options(args, "height", "width", "frames", "steps", "batch", "dtype", "repeats")
-    options["sparsity"] = read_sparsity(args, usual.preset)
-    return _report(args, lambda: [bench_sample(args.model, **options)])
+    work = _workload(args, steps=args.steps)
+    return _report(args, lambda: [bench_sample(work, repeats=args.repeats)])
 
 
 def run_schedule(args: argparse.Namespace) -> int:
@@ -209,7 +206,7 @@ def run_schedule(args: argparse.Namespace) -> int:
     samples = by_schedule(steps, args.steps, read_sparsity(args, steps[0]["sparsity"]))
     if args.output:
         records.append(args.output, samples)
-    print(records.table(samples))
+    print(record_table(samples))
     for entry in samples:
         print(f"{entry['variant']}: " + ", ".join(f"{count} {kind}" for kind, count in entry["counts"].items()))
     return 0
@@ -226,7 +223,7 @@ def run_quality(args: argparse.Namespace) -> int:
     given = dict(count=args.prompts, at_once=args.batch, seed=args.seed, dtype=args.dtype)
     keep_compilations()
     entries = []
-    for entry in bench_quality(Samples(checkpoint=args.checkpoint, settings=settings, **given), configurations):
+    for entry in judge_configurations(Samples(checkpoint=args.checkpoint, settings=settings, **given), configurations):
         entries.append(entry | ({"commit": args.commit} if args.commit else {}))
         if args.output:
             records.append(args.output, entries[-1:])
@@ -243,15 +240,19 @@ def run_plot(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace, *names: str) -> dict:
-    return {name: getattr(args, name) for name in names}
+def _workload(args: argparse.Namespace, *, layers: int | None = None, steps: int | None = None) -> Workload:
+    """What the flags of a model ask for."""
+    variant = shortened(VARIANTS[args.model], layers)
+    settings = variant.complete(height=args.height, width=args.width, frames=args.frames, steps=steps)
+    given = dict(batch=args.batch, dtype=args.dtype, sparsity=read_sparsity(args, variant.preset))
+    return Workload(name=args.model, variant=variant, settings=settings, **given)
 
 
 def _check(args: argparse.Namespace, *counts: str) -> None:
     """Raises InputError for what is wrong whatever is timed."""
     for name in counts:
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: expected at least 1")
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise InputError(f"--{name} {count}: expected at least 1")
     if args.output:
         _check_appendable(check_writable(args.output))
     if getattr(args, "compare", None):
@@ -281,7 +282,7 @@ def _report(args: argparse.Namespace, measure) -> int:
         if args.output:
             records.append(args.output, new)
         entries += new
-    print(records.table(entries))
+    print(record_table(entries))
     for entry in entries:
         if "kernels" in entry:
             print(f"\n{entry['benchmark']}, {entry['variant']}\n{kernel_table(entry['kernels'])}")

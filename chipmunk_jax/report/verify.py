@@ -70,7 +70,7 @@ def verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto"
     steps = dense.settings["steps"]
     dense_seconds *= steps / (steps - 1)
     sparse_seconds += dense_seconds / steps  # its first step is full, as long as a dense one
-    pairs = list(zip(_pixels(sparse), _pixels(dense), strict=True))
+    pairs = list(zip(pixels_of(sparse), pixels_of(dense), strict=True))
     levels = [min(psnr(*pair), SAME) for pair in pairs]
     numbers = {
         "prompts": list(prompts),
@@ -86,7 +86,7 @@ def verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto"
     }
     if pipeline.variant.video:
         numbers["psnr_of_frames"] = [[min(psnr(*two), SAME) for two in zip(*pair, strict=True)] for pair in pairs]
-    return Verification(dense=_pixels(dense), sparse=_pixels(sparse), numbers=numbers)
+    return Verification(dense=pixels_of(dense), sparse=pixels_of(sparse), numbers=numbers)
 
 
 def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> tuple[PipelineOutput, float]:
@@ -97,5 +97,6 @@ def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> 
     return out, ends[-1] - ends[0]
 
 
-def _pixels(out: PipelineOutput) -> np.ndarray:
+def pixels_of(out: PipelineOutput) -> np.ndarray:
+    """Images or videos that were asked for as arrays."""
     return out.images if out.frames is None else out.frames

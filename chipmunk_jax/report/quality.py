@@ -11,11 +11,13 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from chipmunk_jax.bench.records import align, machine
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.quality import psnr
+from chipmunk_jax.report.records import machine
+from chipmunk_jax.report.tables import table
+from chipmunk_jax.report.verify import pixels_of
 from chipmunk_jax.sampling import check_seed
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
 
@@ -91,7 +93,7 @@ def _telling(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {error}") from error
 
 
-def bench_quality(samples: Samples, configurations: Mapping[str, Configuration]) -> Iterator[dict[str, Any]]:
+def judge_configurations(samples: Samples, configurations: Mapping[str, Configuration]) -> Iterator[dict[str, Any]]:
     """A record of each configuration: the PSNR of every prompt, and how it differs from the first one's in the mean.
 
     Raises:
@@ -120,7 +122,7 @@ def bench_quality(samples: Samples, configurations: Mapping[str, Configuration])
                 some = prompts[start : start + samples.at_once]
                 options = dict(sparsity=sparsity, output_type="np", progress=False)
                 out = pipeline(some, **settings, seed=samples.seed + start, **options)
-                pixels += [*(out.images if out.frames is None else out.frames)]
+                pixels += [*pixels_of(out)]
                 bar.update(len(some))
             return pixels, out
 
@@ -153,12 +155,12 @@ def quality_table(entries: list[dict[str, Any]]) -> str:
     """Aligned lines under a header."""
     error = lambda e: "" if e["difference_error"] is None else f" +- {e['difference_error']:.2f}"
     columns = {
-        "variant": [e["variant"] for e in entries],
-        "steps": [f"{e['steps'] - e['skipped_steps']}" for e in entries],
-        "keys": [f"{100 * e['density']['attention']:.1f} %" for e in entries],
-        "neurons": [f"{100 * e['density']['mlp']:.1f} %" for e in entries],
-        "median dB": [f"{e['median_psnr']:.2f}" for e in entries],
-        "mean dB": [f"{e['mean_psnr']:.2f}" for e in entries],
-        "to the first": [f"{e['difference']:+.2f}{error(e)}" for e in entries],
+        "variant": lambda e: e["variant"],
+        "steps": lambda e: f"{e['steps'] - e['skipped_steps']}",
+        "keys": lambda e: f"{100 * e['density']['attention']:.1f} %",
+        "neurons": lambda e: f"{100 * e['density']['mlp']:.1f} %",
+        "median dB": lambda e: f"{e['median_psnr']:.2f}",
+        "mean dB": lambda e: f"{e['mean_psnr']:.2f}",
+        "to the first": lambda e: f"{e['difference']:+.2f}{error(e)}",
     }
-    return align(columns, [None] * len(entries))
+    return table(entries, columns)

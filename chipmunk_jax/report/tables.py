@@ -1,0 +1,95 @@
+"""Records as a terminal shows them: tables of aligned columns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+
+from chipmunk_jax.report.records import Entry
+
+
+def table(
+    rows: Sequence[Entry],
+    columns: Mapping[str, Callable[[Entry], str]],
+    note: Callable[[Entry], str | None] = lambda row: None,
+) -> str:
+    """Aligned lines under a header, numbers to the right, words to the left, without columns that are empty.
+
+    Args:
+        rows: one a line.
+        columns: by title, what a row says there.
+        note: what stands after the last column.
+    """
+    cells = {title: [text(row) for row in rows] for title, text in columns.items()}
+    cells = {title: texts for title, texts in cells.items() if any(texts)}
+    widths = [max(map(len, (title, *texts))) for title, texts in cells.items()]
+    words = [any(text[:1].isalpha() for text in texts) for texts in cells.values()]
+    lines = []
+    for texts, end in zip([tuple(cells), *zip(*cells.values(), strict=True)], [None, *map(note, rows)], strict=True):
+        fields = zip(texts, widths, words, strict=True)
+        line = "  ".join(text.ljust(width) if word else text.rjust(width) for text, width, word in fields)
+        lines.append(f"{line}  {end or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def shape_text(entry: Entry) -> str:
+    """H 24 N 4352 d 128 .."""
+    return " ".join(f"{name} {size}" for name, size in entry["shape"].items())
+
+
+def sparsity_text(entry: Entry) -> str:
+    """In percent; nothing for a configuration, which has no single number."""
+    return f"{100 * entry['sparsity']:.1f} %" if isinstance(entry["sparsity"], (int, float)) else ""
+
+
+def ms_text(ms: float | None, digits: int = 4, *, of: float | None = None) -> str:
+    """Milliseconds; beyond 10 s, or where those that they belong to are, seconds with their unit; nothing for None."""
+    if ms is None:
+        return ""
+    return f"{ms / 1e3:.{digits}g} s" if (of or ms) > 1e4 else f"{ms:.{digits}g}"
+
+
+def _number(key: str, form: str) -> Callable[[Entry], str]:
+    return lambda entry: "" if entry[key] is None else form.format(entry[key])
+
+
+WORDS = {  # columns that say what was measured
+    "benchmark": itemgetter("benchmark"),
+    "variant": itemgetter("variant"),
+    "shape": shape_text,
+    "sparsity": sparsity_text,
+}
+NUMBERS = {
+    "ms": lambda entry: ms_text(entry["ms"]),
+    "+-": lambda entry: ms_text(entry["ms_spread"], 2, of=entry["ms"]),
+    "speed-up": _number("speedup", "{:.2f} x"),
+    "rel err": _number("rel_err", "{:.1e}"),
+    "TFLOP/s": _number("tflops", "{:.3g}"),
+    "GB/s": _number("gbps", "{:.4g}"),
+    "of matrix": _number("of_matrix_ceiling", "{:.1%}"),
+    "of copy": _number("of_copy_ceiling", "{:.1%}"),
+}
+
+
+def record_table(entries: Sequence[Entry]) -> str:
+    """A line a record; an error stands where its numbers would be."""
+    return table(entries, WORDS | NUMBERS, lambda entry: entry["error"] and f"no time: {entry['error']}")
+
+
+SHOWN = 24  # kernels of a table; the rest is one line
+
+
+def kernel_table(kernels: list[Entry]) -> str:
+    """Aligned lines: kernel, calls, ms of all calls, us a call, share of the step."""
+    *kernels, gap = kernels
+    shown, rest = kernels[:SHOWN], kernels[SHOWN:]
+    if rest:
+        shown.append({"kernel": "(others)"} | {key: sum(k[key] for k in rest) for key in ("calls", "ms")})
+    shown.append(gap)
+    total = sum(k["ms"] for k in shown)
+    columns = {
+        "kernel": lambda k: k["kernel"][:48],
+        "calls": lambda k: f"{k['calls']:g}" if k["calls"] else "",
+        "ms": lambda k: f"{k['ms']:.2f}",
+        "us a call": lambda k: f"{1e3 * k['ms'] / k['calls']:.1f}" if k["calls"] else "",
+        "share": lambda k: f"{k['ms'] / total:.1%}",
+    }
+    return table(shown, columns)
