@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from chipmunk_jax import memory
-from chipmunk_jax.bench import draw, kernels, measure, references
+from chipmunk_jax.bench import draw, kernels, measure, references, steps, timing
 from chipmunk_jax.bench.inputs import random_inputs, shortened
 from chipmunk_jax.bench.profile import kernel_times
 from chipmunk_jax.bench.schedule import by_schedule, kinds
@@ -38,6 +38,14 @@ def folder(tmp_path, monkeypatch):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def short_runs(request, monkeypatch):
+    """No test looks at a time, so a timed run need not last, but in those of timing itself, which have a clock."""
+    if not request.node.name.startswith("test_timing"):
+        for module in (timing, steps):
+            monkeypatch.setattr(module, "REPEAT_SECONDS", 1e-3)
 
 
 class Clock:
@@ -418,7 +426,7 @@ def test_bench_sample_times_dense_and_sparse(folder):
 
 @pytest.mark.parametrize("model", ["hunyuan-tiny", "wan-tiny"])
 def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
-    given = ["--model", model, "--height", "64", "--width", "48", "--frames", "17", "--repeats", "1", "-o", "a.jsonl"]
+    given = ["--model", model, "--height", "64", "--width", "48", "--frames", "5", "--repeats", "1", "-o", "a.jsonl"]
     given += ["--dtype", "float32"]
     assert main(["bench", "step", *given]) == 0
     entries = read(folder / "a.jsonl")
@@ -431,7 +439,7 @@ def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
     ]  # no neurons are chosen
     preset = to_dict(PRESETS[VARIANTS[model].preset])
     for entry in entries:
-        assert entry["shape"] | {"layers": 0} == dict(height=64, width=48, frames=17, batch=1, layers=0, text=16)
+        assert entry["shape"] | {"layers": 0} == dict(height=64, width=48, frames=5, batch=1, layers=0, text=16)
         assert entry["sparsity"] == preset and entry["ms"] > 0
     (folder / "a.jsonl").unlink()
     assert main(["bench", "sample", *given, "--steps", "3", "--sparsity.attention.full-step-schedule", "0,1"]) == 0
