@@ -235,42 +235,38 @@ def sample(
         InputError: arguments that do not fit together, or no room for the caches; before anything is compiled.
         KeyboardInterrupt: at once; what was begun runs on, and a process that ends waits for it.
     """
+    fixed = dict(timesteps=timesteps, grid=grid, sparsity=sparsity, guidance=guidance, seed=seed)
+    fixed |= dict(solver=solver, implementation=implementation)
+    check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
-    options = dict(timesteps=timesteps, grid=grid, sparsity=sparsity, guidance=guidance, uncond=uncond, seed=seed)
-    options |= dict(solver=solver, progress=progress, implementation=implementation)
-    return run(model, noise, cond, **options, callback=seen)
+    table = plan(model, noise, cond, **fixed)
+    return run(model, noise, cond, table, uncond=uncond, sparsity=sparsity, progress=progress, callback=seen)
 
 
 def run(
     model: Model,
     noise: jax.Array,
     cond: Condition,
+    table: Table,
     *,
-    timesteps: np.ndarray,
-    grid: tuple[int, ...],
-    sparsity: Sparsity | None,
-    guidance: float | None,
-    uncond: Condition | None,
-    seed: int,
-    solver: Solver | None,
-    progress: bool,
-    callback: Callback | None,
-    implementation: Implementation | None,
+    uncond: Condition | None = None,
+    sparsity: Sparsity | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
 ) -> jax.Array:
-    """sample(), whose callback sees the predicted clean sample, too: callback(step, t, x, clean)."""
-    _check(model, noise, cond, timesteps, grid, guidance, uncond, seed)
-    steps = len(timesteps) - 1
-    if sparsity is not None:
-        check_grid(sparsity, grid)
-        check_schedules(sparsity, steps)
-    fixed = dict(sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
-    memory.check_room(model, noise, cond, steps=steps, **fixed, placed=True)
-    if guidance is not None:
+    """The sample of a table, as sample() gives it once all is checked; callback(step, t, x, clean) sees the clean one, too.
+
+    Args:
+        model, noise, cond, uncond, progress: as of sample().
+        table: of plan().
+        sparsity: that of the table.
+        callback: as of sample(), with the clean sample that x points at, in raster order.
+    """
+    if table.guidance is not None:
         cond = both_sides(model, cond, uncond)
-    table = plan(model, noise, cond, timesteps=timesteps, grid=grid, seed=seed, **fixed)
     state = start(model, noise, cond, table, sparsity=sparsity)
     given = model, state.cache, state.replace(cache=None), cond, table
-    with Reporter(steps, "sparse" if sparsity else "dense", progress, callback) as reporter:
+    with Reporter(len(table.times), "sparse" if sparsity else "dense", progress, callback) as reporter:
         x, _ = finished(_run.lower(*given, reporter.run, report=reporter.kind), *given, reporter.run)
     return x
 
@@ -282,7 +278,21 @@ def _run(model: Model, cache, state: SampleState, cond: Condition, table: Table,
     return state.x, state.cache
 
 
-def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, uncond, seed) -> None:
+def check(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    *,
+    timesteps: np.ndarray,
+    grid: tuple[int, ...],
+    sparsity: Sparsity | None,
+    guidance: float | None,
+    uncond: Condition | None,
+    seed: int,
+    solver: Solver | None,
+    implementation: Implementation | None,
+) -> None:
+    """Raises InputError where the arguments of sample() do not fit together, or there is no room."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((model, noise, cond, uncond, jnp.zeros(())))):
         raise InputError(
             "sample() under jit, grad or vmap: use start() and denoise() of chipmunk_jax.sampling, which are pure"
@@ -302,6 +312,11 @@ def _check(model: Model, noise, cond: Condition, timesteps, grid, guidance, unco
     model.check(noise, cond)
     if uncond is not None:
         model.check(noise, uncond)
+    if sparsity is not None:
+        check_grid(sparsity, grid)
+        check_schedules(sparsity, len(timesteps) - 1)
+    fixed = dict(steps=len(timesteps) - 1, guidance=guidance, solver=solver, implementation=implementation)
+    memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, **fixed)
 
 
 def check_seed(seed: int, samples: int = 1) -> None:

@@ -424,9 +424,22 @@ def test_bench_sample_times_dense_and_sparse(folder):
     assert sparse["density"]["attention"] < 1
 
 
-@pytest.mark.parametrize("model", ["hunyuan-tiny", "wan-tiny"])
-def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
-    given = ["--model", model, "--height", "64", "--width", "48", "--frames", "5", "--repeats", "1", "-o", "a.jsonl"]
+@pytest.mark.parametrize(("model", "frames"), [("hunyuan-tiny", 5), ("wan-tiny", 17)])  # more than Wan's neighbourhood
+def test_videos_are_timed_with_their_preset_and_guidance(folder, model, frames):
+    given = [
+        "--model",
+        model,
+        "--height",
+        "64",
+        "--width",
+        "48",
+        "--frames",
+        str(frames),
+        "--repeats",
+        "1",
+        "-o",
+        "a.jsonl",
+    ]
     given += ["--dtype", "float32"]
     assert main(["bench", "step", *given]) == 0
     entries = read(folder / "a.jsonl")
@@ -439,7 +452,7 @@ def test_videos_are_timed_with_their_preset_and_guidance(folder, model):
     ]  # no neurons are chosen
     preset = to_dict(PRESETS[VARIANTS[model].preset])
     for entry in entries:
-        assert entry["shape"] | {"layers": 0} == dict(height=64, width=48, frames=5, batch=1, layers=0, text=16)
+        assert entry["shape"] | {"layers": 0} == dict(height=64, width=48, frames=frames, batch=1, layers=0, text=16)
         assert entry["sparsity"] == preset and entry["ms"] > 0
     (folder / "a.jsonl").unlink()
     assert main(["bench", "sample", *given, "--steps", "3", "--sparsity.attention.full-step-schedule", "0,1"]) == 0

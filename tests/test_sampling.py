@@ -328,8 +328,8 @@ def test_a_step_hook_sees_the_clean_sample_that_the_velocity_points_at(model):
     """With Euler every step moves x to (t_next / t) x + (1 - t_next / t) clean."""
     noise, cond = inputs(1)
     seen, times = [], flux_timesteps(STEPS, TOKENS)
-    fixed = dict(uncond=None, guidance=None, solver=None, seed=0, progress=False, implementation=None, sparsity=SPARSE)
-    sampling.run(model, noise, cond, timesteps=times, grid=GRID, **fixed, callback=lambda *args: seen.append(args))
+    table = table_of(model, noise, cond, SPARSE)
+    sampling.run(model, noise, cond, table, sparsity=SPARSE, callback=lambda *args: seen.append(args))
     x = np.asarray(noise)
     for (_, t, after, clean), before in zip(seen, times, strict=False):
         np.testing.assert_allclose(after, t / before * x + (1 - t / before) * clean, **CLOSE)

@@ -1,6 +1,5 @@
 """Pipeline: a checkpoint, prompts in, pixels out, in the words of diffusers: check, encode, denoise, decode."""
 
-import math
 import numbers
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +20,8 @@ from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
-from chipmunk_jax.sampling import check_seed, plan_stacks
-from chipmunk_jax.schedule import Step, density, full_steps
+from chipmunk_jax.sampling import check_seed
+from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from pallas_kernels import Implementation
 
@@ -230,37 +229,24 @@ class Pipeline:
         memory.check_room(self.model, noise, cond, placed=True, steps=settings["steps"], **fixed)
         draw = lambda i: jax.random.normal(jax.random.key(request.seed + i), noise.shape[1:])
         against = request.negative_prompts if scale is not None else None
-        tokens = sampling.run(
-            self.model,
-            jnp.stack([draw(i) for i in range(batch)]),
-            self.encode(request.prompts),
-            uncond=None if against is None else self.encode(against),
-            timesteps=variant.timesteps(settings),
-            grid=variant.grid(settings),
-            seed=0,  # of the columns kept by chance, which must not depend on a sample's place in its batch
-            progress=progress,
-            callback=callback_on_step_end,
-            **fixed,
-        )
-        tokens = np.asarray(tokens)
+        arrays = jnp.stack([draw(i) for i in range(batch)]), self.encode(request.prompts)
+        uncond = None if against is None else self.encode(against)
+        # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
+        fixed |= dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), seed=0)
+        sampling.check(self.model, *arrays, uncond=uncond, **fixed)
+        table = sampling.plan(self.model, *arrays, **fixed)
+        options = dict(uncond=uncond, sparsity=request.sparsity, progress=progress, callback=callback_on_step_end)
+        tokens = np.asarray(sampling.run(self.model, *arrays, table, **options))
         made = tokens if output_type == "latent" else self.decode(tokens, settings)
-        table, layers = self._table(settings, request.sparsity)
+        layers = sum(stack.layers for stack in self.network.stacks(noise.shape[1], cond).values())
         return PipelineOutput(
             **{"frames" if variant.video else "images": to_pil(made) if output_type == "pil" else made},
             seconds=time.perf_counter() - start,
-            density=density(table, layers),
-            full_steps=tuple(np.flatnonzero(full_steps(table, settings["steps"])).tolist()),
-            skipped_steps=() if table.skip is None else tuple(np.flatnonzero(table.skip).tolist()),
+            density=density(table.step, layers),
+            full_steps=tuple(np.flatnonzero(full_steps(table.step, settings["steps"])).tolist()),
+            skipped_steps=() if table.step.skip is None else tuple(np.flatnonzero(table.step.skip).tolist()),
             settings=settings | {"seed": request.seed},
         )
-
-    def _table(self, settings: Settings, sparsity: Sparsity | None) -> tuple[Step, int]:
-        """What the steps of such a sample compute, and how many layers the network has."""
-        grid = self.variant.grid(settings)
-        network, _, cond = self.variant.shapes(settings, 1, self.network.dtype)
-        stacks = network.stacks(math.prod(grid), cond)
-        table = plan_stacks(stacks, sparsity, settings["steps"], grid) if sparsity else Step()
-        return table, sum(stack.layers for stack in stacks.values())
 
 
 def to_pil(pixels: np.ndarray) -> list[Any]:
