@@ -8,7 +8,7 @@ BIN := .venv/bin
 # One, as a clip takes minutes on a CPU.
 VIDEO_PROMPT ?= red striped heart on meadow
 
-# Programs of tests run once: to compile them without optimization takes half the time.
+# Most programs of tests run once, so they are compiled without optimization.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0
 
 .PHONY: demo demo-video test wheel clean

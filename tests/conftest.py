@@ -1,7 +1,6 @@
 """Shared by all tests: which bodies of a kernel run here, and how a GPU test says that it needs one."""
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -23,10 +22,6 @@ WORDS = {
     "texture": ["plain", "striped", "checkered"],
     "background": ["sky", "night", "desert", "meadow"],
 }
-
-
-# Traced and compiled programs stay: to look through all of them again and again for garbage took a fifth of the time.
-gc.set_threshold(100_000, 50, 1000)
 
 
 def pytest_collection_modifyitems(items):
