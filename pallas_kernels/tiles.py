@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     inner: int = 64  # width of a step of the contraction
 
 
-# Measured on an H100 at the sizes of FLUX.1, and of HunyuanVideo for attention: benchmarks/README.md has what others took.
+# Measured on an H100 at the sizes of FLUX.1, and of HunyuanVideo for attention: NOTES.md has what others took.
 TILES = {
     "column_attention": (Tile(128, 1, warps=4, resident=2), Tile(32, 1, warps=4, resident=2, stages=4)),
     "column_fc1": (Tile(128, 256, warps=8), Tile(128, 32, warps=4, stages=4, inner=128)),

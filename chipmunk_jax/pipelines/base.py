@@ -138,15 +138,17 @@ class Pipeline:
         Raises:
             InputError: a prompt, size or setting that does not fit.
         """
-        given = [prompt] if isinstance(prompt, str) else list(prompt)
+        given = _sentences(prompt)
         if not given:
             raise InputError("no prompts: expected at least one")
         count = num_images_per_prompt
         if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
             raise InputError(f"num_images_per_prompt={count}: expected at least 1")
         negative_prompt = self.variant.negative_prompt or None if negative_prompt is None else negative_prompt
-        against = [negative_prompt] * len(given) if isinstance(negative_prompt, str) else negative_prompt
-        if against is not None and len(against := list(against)) != len(given):
+        against = None if negative_prompt is None else _sentences(negative_prompt)
+        if isinstance(negative_prompt, str):
+            against = [negative_prompt] * len(given)
+        if against is not None and len(against) != len(given):
             raise InputError(f"{len(against)} negative prompts for {len(given)} prompts: expected one, or as many")
         for one in (*given, *(against or ())):
             if not isinstance(one, str):
@@ -247,6 +249,11 @@ class Pipeline:
             skipped_steps=() if table.step.skip is None else tuple(np.flatnonzero(table.step.skip).tolist()),
             settings=settings | {"seed": request.seed},
         )
+
+
+def _sentences(prompt: str | Sequence[str]) -> list[str]:
+    """One or several as a list, whatever else is given too, so that it is told by its value."""
+    return list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
 
 
 def to_pil(pixels: np.ndarray) -> list[Any]:
