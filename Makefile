@@ -8,9 +8,6 @@ BIN := .venv/bin
 # One, as a clip takes minutes on a CPU.
 VIDEO_PROMPT ?= red striped heart on meadow
 
-# Most programs of tests run once, so they are compiled without optimization.
-TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0
-
 .PHONY: demo demo-video test wheel clean
 
 demo: .venv/installed
@@ -27,7 +24,7 @@ demo-video: .venv/installed
 test: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 # build/ would add files that are gone to the wheel.
 wheel: .venv/bin/python

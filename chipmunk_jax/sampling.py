@@ -231,6 +231,14 @@ def sample(
         callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order.
         implementation: of the kernels, see pallas_kernels.dispatch.choose.
 
+    Example, of a published model as it is usually sampled:
+        model = chipmunk_jax.load("flux-dev")  # written by `chipmunk convert flux1-dev.safetensors flux-dev`
+        usual = variant_of(model.config)  # of chipmunk_jax.pipelines
+        noise = jax.random.normal(jax.random.key(0), (1, 48 * 80, 64), "bfloat16")
+        cond = {"text": .., "pooled": .., "guidance": jax.numpy.full(1, 3.5)}  # text [1, 512, 4096] of T5, pooled [1, 768] of CLIP
+        settings = dict(timesteps=usual.timesteps(), grid=usual.grid(), guidance=usual.guidance, solver=usual.solver)
+        latents = sample(model, noise, cond, sparsity=chipmunk_jax.load_sparsity("flux"), **settings)
+
     Raises:
         InputError: arguments that do not fit together, or no room for the caches; before anything is compiled.
         KeyboardInterrupt: at once; what was begun runs on, and a process that ends waits for it.

@@ -12,6 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+# Most programs of tests run once, so on a CPU they are compiled in a hurry. XLA reads this when the first array is made.
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    hurry = ["--xla_backend_optimization_level=0"]
+    if jax.__version_info__ < (0, 11):
+        hurry.append("--xla_cpu_use_fusion_emitters=false")  # twice as quick; XLA no longer knows it
+    os.environ["XLA_FLAGS"] = " ".join([*hurry, os.environ.get("XLA_FLAGS", "")])
+
 from chipmunk_jax.convert import save
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.wan import Wan, WanConfig

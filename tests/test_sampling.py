@@ -89,6 +89,22 @@ def plain_euler(model, noise, cond, guidance=None):
     return np.asarray(x)
 
 
+@jax.jit
+def modulations(model, t, cond):
+    return model.modulations(t, cond)
+
+
+@jax.jit
+def hidden(model, x, cond, mods):
+    """The tokens before the final layer, dense."""
+    return model.hidden(x, None, cond, model.positions(GRID), None, None, mods)[0]
+
+
+@jax.jit
+def velocity(model, tokens, mods):
+    return model.velocity(tokens, mods)
+
+
 # Float32 in another order of tokens and additions, six steps: 1e-4 for values of order 1.
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
@@ -121,13 +137,12 @@ def test_a_schedule_of_full_steps_equals_dense(model):
 def test_a_skipped_step_shows_the_final_layer_the_tokens_of_the_last_one_that_ran(model, guidance):
     noise, cond = inputs()
     skip, x = (2, 3, 5), noise
-    hidden = jax.jit(lambda x, cond, mods: model.hidden(x, None, cond, model.positions(GRID), None, None, mods)[0])
     sides = [cond] if guidance is None else [cond, jax.tree.map(jnp.zeros_like, cond)]
     for i, (t, t_next) in enumerate(itertools.pairwise(flux_timesteps(STEPS, TOKENS))):
-        mods = [model.modulations(jnp.full(len(x), t), side) for side in sides]
+        mods = [modulations(model, np.full(len(x), t), side) for side in sides]
         if i not in skip:
-            tokens = [hidden(x, *side) for side in zip(sides, mods, strict=True)]
-        v, *u = map(model.velocity, tokens, mods)
+            tokens = [hidden(model, x, *side) for side in zip(sides, mods, strict=True)]
+        v, *u = (velocity(model, *side) for side in zip(tokens, mods, strict=True))
         x = x + (t_next - t) * (v if guidance is None else u[0] + guidance * (v - u[0]))
     caching = Sparsity(attention=None, mlp=None, step_cache=StepCache(skip_steps=skip))
     np.testing.assert_allclose(draw(model, noise, cond, sparsity=caching, guidance=guidance), x, **CLOSE)
@@ -137,17 +152,12 @@ def test_a_solver_with_a_history_and_a_callback_see_skipped_steps_like_others(mo
     noise, cond = inputs()
     skip, seen = (2, 3, 5), []
     times, solver = wan_timesteps(STEPS, 3.0), UniPC()
-    last = lambda x, t, cond: model.hidden(
-        x, None, cond, model.positions(GRID), None, None, model.modulations(t, cond)
-    )[0]
-    hidden = jax.jit(last)
     x, state = noise, solver.init(noise)
     for i, t in enumerate(solver.times(times)):
-        t = jnp.full(len(x), t)
+        mods = modulations(model, np.full(len(x), t), cond)
         if i not in skip:
-            tokens = hidden(x, t, cond)
-        v = model.velocity(tokens, model.modulations(t, cond))
-        x, state = solver.step(x, state, v, times[i], times[i + 1])
+            tokens = hidden(model, x, cond, mods)
+        x, state = solver.step(x, state, velocity(model, tokens, mods), times[i], times[i + 1])
     caching = Sparsity(attention=None, mlp=None, step_cache=StepCache(skip_steps=skip))
     options = dict(timesteps=times, solver=solver, callback=lambda i, t, x: seen.append(i))
     np.testing.assert_allclose(draw(model, noise, cond, sparsity=caching, **options), x, **CLOSE)
@@ -165,13 +175,13 @@ def compilations():
 
 
 def test_another_choice_of_skipped_steps_compiles_nothing(model, compilations):
-    sampling._run.clear_cache()
     skipping = lambda *steps: dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=steps))
     draw(model, *inputs(), sparsity=skipping(2))
-    assert compilations
     compilations.clear()
     draw(model, *inputs(), sparsity=skipping(3, 5), seed=9)
     assert not compilations
+    draw(model, *inputs(), timesteps=flux_timesteps(STEPS + 1, TOKENS))
+    assert compilations
 
 
 def test_a_skipped_step_leaves_the_caches_alone(model):
@@ -196,11 +206,7 @@ def test_sparse_sampling_runs_every_body_of_the_kernels_to_the_same_result(model
 
 def test_an_image_does_not_depend_on_its_batch(model):
     noise, cond = inputs(3)
-    together = draw(model, noise, cond, sparsity=SPARSE)
-    alone = draw(model, noise[1:2], {name: value[1:2] for name, value in cond.items()}, sparsity=SPARSE)
-    assert np.isfinite(together).all()
-    # The random neurons are drawn for the whole batch, so only deterministic parts agree: here all.
-    fixed = Sparsity(attention=SPARSE.attention, mlp=None)
+    fixed = Sparsity(attention=SPARSE.attention, mlp=None)  # the random neurons are drawn for the whole batch
     together = draw(model, noise, cond, sparsity=fixed)
     alone = draw(model, noise[1:2], {name: value[1:2] for name, value in cond.items()}, sparsity=fixed)
     np.testing.assert_allclose(together[1:2], alone, **CLOSE)
@@ -212,7 +218,6 @@ def test_one_compile_for_all_prompts_seeds_guidance_scales_and_schedules_of_a_sh
         Sparsity(attention=AttentionSparsity(top_keys=top, full_step_every=every, **roomy), mlp=MlpSparsity(**roomy))
         for top, every in ((0.2, 4), (0.5, 2), (0.7, 10))
     ]
-    sampling._run.clear_cache()
     for seed, config in enumerate(configs):
         noise, cond = inputs(2, seed)
         compilations.clear()
@@ -221,26 +226,26 @@ def test_one_compile_for_all_prompts_seeds_guidance_scales_and_schedules_of_a_sh
 
 
 @pytest.mark.parametrize("without", [(), ("attention",), ("mlp",)])
-def test_steps_compiled_apart_are_those_that_choose_as_they_run(model, monkeypatch, compilations, without):
-    sparsity = dataclasses.replace(SPARSE, **dict.fromkeys(without))
-    chosen = draw(model, *inputs(), sparsity=sparsity)
-    monkeypatch.setattr(schedule, "choose", lambda *_, **__: "pallas")  # as on a GPU; the kernels' references run
-    sampling._run.clear_cache()
-    compilations.clear()
-    apart = draw(model, *inputs(), sparsity=sparsity)
-    assert compilations
-    sampling._run.clear_cache()
-    np.testing.assert_allclose(apart, chosen, **CLOSE)
+def test_steps_compiled_apart_are_those_that_choose_as_they_run(model, monkeypatch, without):
+    sparsity, (noise, cond) = dataclasses.replace(SPARSE, **dict.fromkeys(without)), inputs()
+    table = table_of(model, noise, cond, sparsity)
+    begin, calls = start(model, noise, cond, table, sparsity=sparsity), []
+    monkeypatch.setattr(schedule, "choose", lambda *_, **__: calls.append(0) or "pallas")  # as on a GPU
+    apart = jax.jit(lambda *args: denoise(*args))(model, begin, cond, table)  # the kernels' references run
+    assert calls
+    monkeypatch.undo()
+    np.testing.assert_allclose(apart.x, draw(model, noise, cond, sparsity=sparsity), **CLOSE)
 
 
 def test_callback_sees_every_step_in_raster_order_and_changes_nothing(model):
     noise, cond = inputs(1)
-    seen = []
-    final = draw(model, noise, cond, sparsity=SPARSE, callback=lambda *args: seen.append(args))
+    seen, whole = [], draw(model, noise, cond)
+    final = draw(model, noise, cond, callback=lambda *args: seen.append(args))
     assert [step for step, _, _ in seen] == list(range(STEPS))
     np.testing.assert_allclose([t for _, t, _ in seen], flux_timesteps(STEPS, TOKENS)[1:])
     np.testing.assert_array_equal(seen[-1][2], final)
-    np.testing.assert_array_equal(draw(model, noise, cond, sparsity=SPARSE, progress=True), final)
+    np.testing.assert_array_equal(final, whole)
+    np.testing.assert_array_equal(draw(model, noise, cond, progress=True), whole)
 
 
 def test_an_error_of_the_callback_comes_out_as_it_is(model):
@@ -273,13 +278,16 @@ def table_of(model, noise, cond, sparsity=None, **options):
     return plan(model, noise, cond, sparsity=sparsity, **options)
 
 
-@pytest.mark.parametrize(("sparsity", "solver"), [(None, Euler()), (SKIPPING, UniPC())], ids=["dense", "skipping"])
-def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver):
+@pytest.mark.parametrize(
+    ("sparsity", "solver", "guidance"), [(None, Euler(), 2.0), (SKIPPING, UniPC(), None)], ids=["dense", "skipping"]
+)
+def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver, guidance):
     noise, cond = inputs()
-    options = dict(timesteps=wan_timesteps(STEPS, 3.0), solver=solver, guidance=2.0)
-    table, both = table_of(model, noise, cond, sparsity, **options), both_sides(model, cond)
+    options = dict(timesteps=wan_timesteps(STEPS, 3.0), solver=solver, guidance=guidance)
+    table = table_of(model, noise, cond, sparsity, **options)
+    both = both_sides(model, cond) if guidance else cond
     run = jax.jit(denoise, static_argnames="span")
-    begin = start(model, noise, both, table, sparsity=sparsity)
+    begin = start(model, noise, cond, table, sparsity=sparsity)
     middle = run(model, begin, both, table, span=(0, 4))
     whole, parts = run(model, begin, both, table), run(model, middle, both, table, span=(4, STEPS))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
