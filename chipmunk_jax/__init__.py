@@ -4,8 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chipmunk_jax.convert.rules import Layout, Rule
+    from chipmunk_jax.delta import attend
     from chipmunk_jax.errors import InputError
+    from chipmunk_jax.layers import Mlp
     from chipmunk_jax.media import save_image, save_video
+    from chipmunk_jax.model import Stack
     from chipmunk_jax.models import FluxConfig, HunyuanVideoConfig, Network, WanConfig
     from chipmunk_jax.models.checkpoint import load, save
     from chipmunk_jax.pipelines import Pipeline, PipelineOutput, Variant, register, variant_of
@@ -15,8 +19,12 @@ if TYPE_CHECKING:
 
 # Module -> what users find here of it.
 _EXPORTS = {
+    "convert.rules": ("Layout", "Rule"),
+    "delta": ("attend",),
     "errors": ("InputError",),
+    "layers": ("Mlp",),
     "media": ("save_image", "save_video"),
+    "model": ("Stack",),
     "models": ("FluxConfig", "HunyuanVideoConfig", "Network", "WanConfig"),
     "models.checkpoint": ("load", "save"),
     "pipelines": ("Pipeline", "PipelineOutput", "Variant", "register", "variant_of"),
@@ -32,15 +40,20 @@ __all__ = [
     "FluxConfig",
     "HunyuanVideoConfig",
     "InputError",
+    "Layout",
+    "Mlp",
     "MlpSparsity",
     "Network",
     "Pipeline",
     "PipelineOutput",
+    "Rule",
     "Sparsity",
+    "Stack",
     "StepCache",
     "UniPC",
     "Variant",
     "WanConfig",
+    "attend",
     "denoise",
     "flux_timesteps",
     "load",

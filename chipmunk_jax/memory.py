@@ -103,6 +103,8 @@ def check_room(
         fits = lambda changed: sum(parts_of(changed).values()) <= free
         settings = next((settings for settings, changed in economize(sparsity, parts) if fits(changed)), {})
         words = " and ".join(f"{name}={value!r}" for name, value in settings.items())
+        if parts.get("weights", 0) > free:
+            raise InputError(f"{error}; use a larger device")
         raise InputError(f"{error}; use {words}{words and ', '}a smaller batch or a smaller size")
 
 

@@ -1,4 +1,4 @@
-"""What sample() needs of a network: read this to add one."""
+"""What sample() needs of a network: read this to add one, and chipmunk_jax.models.blocks.Network, which has half of it."""
 
 from typing import Any, Protocol
 

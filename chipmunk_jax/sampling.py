@@ -221,9 +221,10 @@ def sample(
         noise: [B, N, C], unit normal, tokens in raster order.
         cond: the network's conditions, each [B, ..]; those of the tokens in raster order.
         timesteps: [steps + 1], f32, from 1 to 0.
-        grid: (rows, columns) of the tokens; their product is N.
+        grid: (rows, columns) of the tokens, of a video (frames, rows, columns); their product is N.
         sparsity: what to recompute at each step; None samples densely.
-        guidance: scale of true (two-sided) guidance, v_u + guidance (v_c - v_u), as one batch of 2 B; None for none.
+        guidance: scale of true (two-sided) guidance, v_u + guidance (v_c - v_u), as one batch of 2 B; None for none. The scale that
+            FLUX.1-dev and HunyuanVideo were trained with is a condition instead, cond["guidance"].
         uncond: conditions of the other side; None: the same, without a prompt.
         seed: of the columns kept by chance.
         solver: None for Euler.
@@ -233,11 +234,12 @@ def sample(
 
     Example, of a published model as it is usually sampled:
         model = chipmunk_jax.load("flux-dev")  # written by `chipmunk convert flux1-dev.safetensors flux-dev`
-        usual = variant_of(model.config)  # of chipmunk_jax.pipelines
-        noise = jax.random.normal(jax.random.key(0), (1, 48 * 80, 64), "bfloat16")
+        usual = chipmunk_jax.variant_of(model.config)
+        noise = jax.random.normal(jax.random.key(0), (1, 48 * 80, 64), "bfloat16")  # of 1280 x 768 pixels
         cond = {"text": .., "pooled": .., "guidance": jax.numpy.full(1, 3.5)}  # text [1, 512, 4096] of T5, pooled [1, 768] of CLIP
         settings = dict(timesteps=usual.timesteps(), grid=usual.grid(), guidance=usual.guidance, solver=usual.solver)
-        latents = sample(model, noise, cond, sparsity=chipmunk_jax.load_sparsity("flux"), **settings)
+        sparsity = chipmunk_jax.load_sparsity(usual.preset)
+        latents = chipmunk_jax.sample(model, noise, cond, sparsity=sparsity, **settings)
 
     Raises:
         InputError: arguments that do not fit together, or no room for the caches; before anything is compiled.

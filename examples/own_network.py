@@ -11,16 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chipmunk_jax import register
+from chipmunk_jax import Layout, Mlp, Network, Rule, Stack, Variant, attend, register
 from chipmunk_jax.convert.naming import count_layers, linear, mlp
-from chipmunk_jax.convert.rules import Layout, Rule
-from chipmunk_jax.delta import attend
-from chipmunk_jax.layers import Linear, Mlp, each_layer, run_layers, stack_layers
-from chipmunk_jax.model import Stack
+from chipmunk_jax.layers import Linear, each_layer, run_layers, stack_layers
 from chipmunk_jax.models.blocks import (
     Embedder,
     Modulation,
-    Network,
     Qkv,
     add_gated,
     grid_positions,
@@ -29,7 +25,6 @@ from chipmunk_jax.models.blocks import (
     rotary_table,
     time_embedding,
 )
-from chipmunk_jax.pipelines import Variant
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from pallas_kernels import rotary_qkv
 

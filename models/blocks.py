@@ -61,7 +61,8 @@ class Network(_Module):
             raise InputError(f"noise {noise.shape}: expected {self.channels} channels a token")
         # A letter is any size: the config alone bounds the rows of text.
         check_conditions(cond, {name: (batch, *shape) for name, shape in self.conditions(tokens, "T").items()})
-        check_text(cond["text"], *self.config.text_rows)
+        if "text" in cond:
+            check_text(cond["text"], *self.config.text_rows)
         check_guidance(cond)
 
 

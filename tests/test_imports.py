@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md, section 2), read from the source; and what importing the package does."""
+"""Who may import whom (CONTRIBUTING.md), read from the source; and what importing the package does."""
 
 import ast
 import subprocess

@@ -183,6 +183,9 @@ def test_a_setting_is_proposed_only_where_with_it_there_is_room(monkeypatch):
             check(sparsity)
     monkeypatch.setattr(memory, "free_bytes", lambda: needs[0])
     check(sparsity)
+    monkeypatch.setattr(memory, "free_bytes", lambda: plan(sparsity)["weights"] - 1)
+    with pytest.raises(ValueError, match=r"; use a larger device$"):
+        check(sparsity)
 
 
 def test_choosing_keys_counts_its_sums_and_lists():

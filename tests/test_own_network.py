@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from flax import nnx
 from PIL import Image
 from test_safetensors import write_safetensors
 
-from chipmunk_jax import Pipeline
+from chipmunk_jax import InputError, Pipeline, register
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.convert import convert, inspect, load
 from chipmunk_jax.models import MODELS
+from chipmunk_jax.models.flux import Flux
+from chipmunk_jax.pipelines import VARIANTS
 
 PROMPT = "red striped heart on meadow"
 
@@ -103,3 +106,25 @@ def test_its_weights_in_another_order_of_tokens_give_the_same_velocity(own):
     mixed, _ = model(jnp.asarray(x[:, order], jnp.float32), t, cond, positions[order])
     np.testing.assert_allclose(mixed, plain[:, order], atol=1e-5, rtol=0)
     assert MODELS["own"] is own.Own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, Flux), "expected a name and a subclass of Network"),
+        (("mine", dict), "expected a name and a subclass of Network"),
+        (("flux", Flux), "flux: already registered"),
+        (("mine", Flux, ["x"]), "mine: layouts=x: expected Layouts whose model is 'mine'"),
+        (("mine", Flux, [], {"small": 3}), "mine: variant 'small': expected a Variant of network 'mine'"),
+        (
+            ("mine", Flux, [], {"small": VARIANTS["flux-dev"]}),
+            "mine: variant 'small': expected a Variant of network 'mine'",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_not_registered(arguments, message):
+    name, network, layouts, variants = (*arguments, [], {})[:4]
+    before = dict(MODELS), dict(VARIANTS)
+    with pytest.raises(InputError, match=re.escape(message)):
+        register(name, network, layouts=layouts, variants=variants)
+    assert (dict(MODELS), dict(VARIANTS)) == before

@@ -160,18 +160,17 @@ def test_memory_of_the_supported_models_is_the_committed_records():
     }
     dense = lambda size: f"{compiled[f'{size} batch 1 dense']:.1f}"
     measured = lambda name: gigabytes(by_variant(name)["delta"])
-    wan_14b = f"{dense('wan-14b 720x1280x81')} / {measured('wan-14b-720x1280x81-h200')}"
     assert [row[3] for row in table(README, "pipeline")] == [
         "",
         f"{dense('flux-dev 768x1280')} / {gigabytes(flux_samples()[1])}",
         f"{dense('hunyuan-video 720x1280x129')} / {measured('hunyuan-video-720x1280x129-h100')}",
         f"{dense('wan-1.3b 480x832x81')} / {measured('wan-1.3b-480x832x81-h100')}",
-        f"{wan_14b}; - / {compiled['wan-i2v-14b 720x1280x81 batch 1 wan-14b']:.1f}",
+        f"{dense('wan-14b 720x1280x81')} / {measured('wan-14b-720x1280x81-h200')}",
+        f"- / {compiled['wan-i2v-14b 720x1280x81 batch 1 wan-14b']:.1f}",
     ]
     attention = records("hunyuan-video-720x1280x129-h100")[0]["sparsity"]["attention"]
-    assert (
-        f"HunyuanVideo fits one H100 with `--sparsity.attention.residual-bits {attention['residual_bits']}`" in README
-    )
+    fits = f"HunyuanVideo fits one H100 with `--sparsity.attention.residual-bits {attention['residual_bits']}`"
+    assert fits in " ".join(README.split())
 
 
 def test_the_table_of_whole_samples_is_the_committed_records():

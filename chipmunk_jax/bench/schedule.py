@@ -11,6 +11,7 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.report.records import Entry
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, attention_phases, check_schedules, mlp_phases
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
+from chipmunk_jax.step_cache import skipped
 
 
 def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = None) -> list[Entry]:
@@ -80,10 +81,9 @@ def kinds(sparsity: Sparsity, steps: int) -> list[str]:
     attention, mlp = sparsity.attention, sparsity.mlp
     attending = attention_phases(attention, steps) if attention else np.full(steps, AttentionPhase.DELTA)
     feeding = mlp_phases(mlp, steps) if mlp else np.full(steps, MlpPhase.DELTA)
-    skipped = np.isin(np.arange(steps), sparsity.step_cache.skip_steps if sparsity.step_cache else ())
     names = np.select(
         [
-            skipped,
+            skipped(sparsity.step_cache, steps) if sparsity.step_cache else np.zeros(steps, bool),
             attending == AttentionPhase.SELECT,
             (attending != AttentionPhase.DELTA) | (feeding == MlpPhase.FULL),
             feeding == MlpPhase.SELECT_DELTA,

@@ -2,7 +2,7 @@
 
 import numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,13 @@ from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
+from chipmunk_jax.progress import Callback
 from chipmunk_jax.sampling import check_seed
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from pallas_kernels import Implementation
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-Callback = Callable[[int, float, np.ndarray, np.ndarray], None]  # step, t, latents, the clean sample that they lead to
 Auto = Literal["auto"]
 
 
@@ -53,7 +53,7 @@ class PipelineOutput:
     )
     seconds: float  # of all of it, compilation included
     density: dict[str, float]  # shares of keys and neurons computed over all steps and layers: "attention", "mlp"
-    full_steps: tuple[int, ...]  # steps that computed everything
+    full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block
     settings: dict[str, Any] = field(default_factory=dict)  # frames, height, width, steps, guidance, seed
 

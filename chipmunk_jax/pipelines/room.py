@@ -86,6 +86,9 @@ def remedies(sample: PlannedSample, room: int, total: int) -> list[str]:
         elif size <= most and kind == "--sparsity":  # nothing is lost by a larger share
             found[kind] = f"{flags} and {share}"
     larger = (f"--device {name}" for name, size in memory.DEVICES.items() if need <= memory.share() * size)
-    if device := next(larger, None):
+    shared = (
+        f"--device {name} and {share}" for name, size in memory.DEVICES.items() if total < size and need <= MORE * size
+    )
+    if device := next(larger, None) or next(shared, None):
         found["device"] = device
     return list(found.values())

@@ -16,15 +16,20 @@ from chipmunk_jax import (
     FluxConfig,
     HunyuanVideoConfig,
     InputError,
+    Layout,
+    Mlp,
     MlpSparsity,
     Network,
     Pipeline,
     PipelineOutput,
+    Rule,
     Sparsity,
+    Stack,
     StepCache,
     UniPC,
     Variant,
     WanConfig,
+    attend,
     denoise,
     flux_timesteps,
     load,
@@ -41,7 +46,7 @@ from chipmunk_jax import (
     wan_timesteps,
 )
 from chipmunk_jax.convert import convert, read
-from chipmunk_jax.model import Condition, Model, Stack
+from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Flux
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.pipelines.pixels import PixelPipeline
@@ -140,7 +145,13 @@ def own_network(network: type[Network]) -> Variant:
     configs = FluxConfig(), HunyuanVideoConfig(), WanConfig(num_layers=2)
     assert_type([variant_of(config) for config in configs], list[Variant])
     variant = Variant(network="own", config=FluxConfig(depth=2), preset="flux", patch=(16, 16), height=768, width=1280)
-    register("own", network, layouts=[], variants={"own-small": variant})
+    rules = (Rule(("theirs.weight",), ("ours.kernel.T",)),)
+    config = lambda shapes, stated: FluxConfig()
+    layout = Layout(
+        model="own", class_name="Own", name="original", marks=("theirs.weight",), rules=rules, configure=config
+    )
+    register("own", network, layouts=[layout], variants={"own-small": variant})
+    print(attend, Mlp)
     stack = Stack(layers=2, tokens=64, heads=2, head_dim=64, mlp_tokens=64, width=128, mlp_width=512)
     assert_type(stack.text, tuple[int, int])
     return VARIANTS["own-small"]
