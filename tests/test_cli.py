@@ -626,7 +626,7 @@ def test_whatever_a_plan_says_would_fit_does(flags, largest, capsys, monkeypatch
 def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.01")
     assert plan("--model", "wan-i2v-14b", "--device", 1) == 1  # too large for an H200 as well
-    assert "the largest part is weights" in (out := capsys.readouterr().out) and "fits either" in out
+    assert "the largest part is attention residuals" in (out := capsys.readouterr().out) and "fits either" in out
 
 
 @pytest.mark.parametrize(
