@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.convert.source import open_source
-from chipmunk_jax.convert.torch_pickle import read_torch_pickle
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -58,7 +58,7 @@ def write_tensors(path, arrays: dict[str, np.ndarray]):
 
 
 def test_a_checkpoint_of_torch_is_read_as_it_was_written():
-    tensors = read_torch_pickle(GOLDEN / "tiny.pt").tensors
+    tensors = read_weights(GOLDEN / "tiny.pt").tensors
     values = np.arange(12).reshape(3, 4)
     kinds = [
         "float32",
@@ -104,9 +104,7 @@ def test_of_several_pickles_in_a_folder_one_must_be_named(tmp_path):
         shutil.copy(GOLDEN / "tiny.pt", file)
     names = ", ".join(file.name for file in files)
     for path in (tmp_path, tmp_path / "transformers"):
-        with pytest.raises(
-            ValueError, match=rf"transformers: holds no .safetensors file and 3 .*\({names}\); name the one"
-        ):
+        with pytest.raises(ValueError, match=rf"transformers: holds 3 files of weights \({names}\); name the one"):
             open_source(path)
 
 
@@ -141,15 +139,15 @@ class Thing:
     [
         (pickle.dumps({"a": Call()}, 2), "it calls (posix|nt).system"),
         (pickle.dumps(Call(), 4), "it calls (posix|nt).system"),
-        (pickle.dumps({"a": Thing()}, 2), "it has the instruction NEWOBJ|it calls"),
+        (pickle.dumps({"a": Thing()}, 2), "it makes a test_torch_pickle.Thing"),
         (pickle.dumps(Call(), 0), "it has the instruction"),
-        (b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00xb.", "it sets the state of a Global"),
+        (b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00xb.", "it sets the state of a os.system"),
         (b"\x80\x02(X\x01\x00\x00\x00xios\nsystem\n.", "it has the instruction INST"),
-        (b"\x80\x02" + tensor("0", (2,), kind="QInt8Storage") + b".", "a storage of QInt8Storage"),
+        (b"\x80\x02" + tensor("0", (2,), kind="QInt8Storage") + b".", "a storage of torch.QInt8Storage"),
         (b"\x80\x02}q\x00X", "pickle"),
         (b"\x80\x02Q.", "a broken pickle"),
         (b"\x80\x02" + emit({"a": 1}) + b".", "no dictionary of tensors.*it holds a"),
-        (b"\x80\x02" + emit({"a": tensor("1", (2,))}) + b".", "a lies in storage 1, which is not in the archive"),
+        (b"\x80\x02" + emit({"a": tensor("1", (2,))}) + b".", "a lies in storage 1, which is not in the file"),
         (b"\x80\x02" + emit({"a": tensor("0", (2, 3))}) + b".", r"a \(2, 3\) goes beyond its storage of 16 bytes"),
         (b"\x80\x02" + emit({"a": tensor("0", (2,), first=-1)}) + b".", "goes beyond its storage"),
         (b"\x80\x02" + emit({"a": tensor("0", (2, 2), (1, 2))}) + b".", r"a \(2, 2\) has strides \(1, 2\)"),
@@ -159,7 +157,7 @@ def test_what_is_not_tensors_alone_is_refused_in_one_sentence(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     path = write_archive(tmp_path / "bad.pt", content, {"0": np.zeros(4, np.float32)})
     with pytest.raises(ValueError, match=message) as error:
-        read_torch_pickle(path)
+        read_weights(path)
     assert str(error.value).startswith(f"{path}: ") and str(error.value).count(str(path)) == 1
     assert not (tmp_path / "harm").exists()
 
@@ -168,16 +166,16 @@ def test_files_that_are_no_archive_of_torch_are_refused(tmp_path):
     (tmp_path / "old.pt").write_bytes(pickle.dumps(OrderedDict(), 2))
     whole = (GOLDEN / "tiny.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    for name in ("old.pt", "cut.pt"):
-        with pytest.raises(ValueError, match=r"not a zip archive of torch.save, or truncated"):
-            read_torch_pickle(tmp_path / name)
+    for name, message in (("old.pt", "a pickle, but none of torch.save"), ("cut.pt", "truncated or damaged")):
+        with pytest.raises(ValueError, match=message):
+            read_weights(tmp_path / name)
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
         archive.writestr("a.txt", "")
     with pytest.raises(ValueError, match=r"no data\.pkl"):
-        read_torch_pickle(tmp_path / "other.pt")
+        read_weights(tmp_path / "other.pt")
     content = b"\x80\x02" + emit({"a": tensor("0", (4,))}) + b"."
     packed = write_archive(tmp_path / "packed.pt", content, {"0": np.zeros(4)}, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match="is compressed"):
-        read_torch_pickle(packed)
+        read_weights(packed)
     with pytest.raises(FileNotFoundError):
-        read_torch_pickle(tmp_path / "none.pt")
+        read_weights(tmp_path / "none.pt")
