@@ -6,6 +6,7 @@ over, has no end.
 """
 
 import pickletools
+import warnings
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -93,13 +94,14 @@ def unpickle(stream: BinaryIO) -> Unpickled:
     """
     machine = Machine()
     try:
-        for op, argument, _ in pickletools.genops(stream):
-            if op.name == "STOP":
-                return Unpickled(machine.stack.pop(), machine.storages)
-            machine.step(op.name, argument)
+        with warnings.catch_warnings(action="error", category=DeprecationWarning):  # Python's, of odd escapes in names
+            for op, argument, _ in pickletools.genops(stream):
+                if op.name == "STOP":
+                    return Unpickled(machine.stack.pop(), machine.storages)
+                machine.step(op.name, argument)
     except InputError as error:
         raise InputError(f"refused, its pickle is not one of tensors alone: {error}") from error
-    except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, AttributeError, ValueError, DeprecationWarning) as error:
         raise InputError("a broken pickle") from error
     raise InputError("a broken pickle")
 
