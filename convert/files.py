@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from chipmunk_jax.convert.file_kind import HEADER_LENGTH, Kind, file_kind
 from chipmunk_jax.convert.safetensors import Weights, gather, read_safetensors
 from chipmunk_jax.convert.torch_pickle import read_legacy, read_zip
-from chipmunk_jax.errors import SHOWN, InputError, listed
+from chipmunk_jax.errors import SHOWN, InputError, listed, quoted
 
 # Of several files or indices in one folder this one holds the network.
 STEM = "diffusion_pytorch_model"
@@ -119,7 +119,7 @@ def read_shards(path: Path, index: Path) -> Weights:
         absent = {key for key, place in placed.items() if place == name} - shard.tensors.keys()
         if absent:
             raise InputError(
-                f"{index}: says that {min(absent)} is in {name}, which does not hold it ({len(absent)} such)"
+                f"{index}: says that {quoted(min(absent))} is in {name}, which does not hold it ({len(absent)} such)"
             )
     return gather(path, shards.values())
 
@@ -135,12 +135,13 @@ def read_index(file: Path) -> dict[str, str]:
     names = sorted(set(placed.values()))
     outside = [name for name in names if Path(name).name != name or "\\" in name or "\0" in name]
     if outside:
-        raise InputError(f"{file}: names {listed(outside)}, expected names of files in its own folder")
-    absent = [name for name in names if not (file.parent / name).is_file()]
-    if absent:
         raise InputError(
-            f"{file}: names {listed(absent)}, which {'is' if len(absent) == 1 else 'are'} not in its folder"
+            f"{file}: names {listed([quoted(name) for name in outside])}, expected names of files in its own folder"
         )
+    absent = [quoted(name) for name in names if not (file.parent / name).is_file()]
+    if absent:
+        verb = "is" if len(absent) == 1 else "are"
+        raise InputError(f"{file}: names {listed(absent)}, which {verb} not in its folder")
     return placed
 
 

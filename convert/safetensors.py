@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, quoted
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -31,6 +31,7 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+NAME = 500  # characters
 AXES = 32  # more have no meaning, and NumPy has a limit
 LARGEST = 2**60  # bytes, were no axis empty: NumPy counts in 64 bits
 CHUNK = 2**26  # bytes between two moments at which Ctrl-C is heard
@@ -77,6 +78,10 @@ class Tensor:
     scale: "Tensor | None" = None  # of float8: values are stored ones times this, one number or one a row
 
     def __post_init__(self) -> None:
+        if not self.name.isprintable() or len(self.name) > NAME:
+            raise InputError(
+                f"a tensor is called {quoted(self.name)}, expected a name of {NAME} printable characters at most"
+            )
         whole = all(type(size) is int and size >= 0 for size in self.shape)
         nonzero = math.prod(max(size, 1) for size in self.shape[:AXES]) if whole else 0
         if not whole or len(self.shape) > AXES or nonzero * self.dtype.itemsize > LARGEST:
@@ -134,7 +139,9 @@ def read_safetensors(file: Path) -> Weights:
         entries = json.loads(header, object_pairs_hook=list)
     except (SafetensorError, ValueError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise InputError(f"{file}: truncated or damaged, no safetensors file as it should be: {reason}") from error
+        raise InputError(
+            f"{file}: truncated or damaged, no safetensors file as it should be: {quoted(reason, 200)}"
+        ) from error
     entries = [(name, entry) for name, entry in entries if name != "__metadata__"]
     start = 8 + len(header)
     try:
@@ -153,9 +160,15 @@ def parse_entry(file: Path, start: int, name: str, entry: dict) -> Tensor:
 
 def scaled(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """float8 numbers times a scale, or times one a row, in float32."""
-    # A table of all 256 numbers: 3 ns an element, against 16 for ml_dtypes' cast.
-    values = np.arange(256, dtype=np.uint8).view(stored.dtype).astype(np.float32)[stored.view(np.uint8)]
-    values *= scale.astype(np.float32).reshape(-1, *(1,) * (stored.ndim - 1))
+    # From a table of all 256 numbers, in stretches that stay in the cache: 3.3 ns an element, against 9 for ml_dtypes' cast.
+    table = np.arange(256, dtype=np.uint8).view(stored.dtype).astype(np.float32)
+    values, bits = np.empty(stored.size, np.float32), stored.view(np.uint8).reshape(-1)
+    for start in range(0, stored.size, 2**16):
+        np.take(table, bits[start : start + 2**16], out=values[start : start + 2**16], mode="clip")
+    values = values.reshape(stored.shape)
+    values *= (
+        scale.astype(np.float32).reshape(-1, *(1,) * (stored.ndim - 1)) if scale.size > 1 else np.float32(scale.item())
+    )
     return values
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chipmunk_jax.convert.safetensors import Checksum, Tensor, Weights, repeated
-from chipmunk_jax.convert.unpickle import Layout, Storage, unpickle
-from chipmunk_jax.errors import InputError, listed
+from chipmunk_jax.convert.unpickle import Layout, Storage, brief, unpickle
+from chipmunk_jax.errors import InputError, listed, quoted
 
 # Keys under which training code puts the weights, and averages of them, in the order in which they are looked for.
 WRAPPERS = ("module", "model", "state_dict", "model_state_dict", "model_state", "generator", "params", "weights")
@@ -71,10 +71,10 @@ def read_archive(path: Path) -> tuple[dict[str, Run], dict[str, bytes]]:
         raise
     # All that the library raises on archives that are none: encrypted, in parts, cut, offsets before the file's beginning.
     except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"not a zip archive of torch.save, truncated or damaged ({error})") from error
+        raise InputError(f"not a zip archive of torch.save, truncated or damaged ({quoted(str(error))})") from error
     doubled = repeated(entry.filename for entry in entries)
     if doubled:
-        raise InputError(f"the archive holds {listed(doubled)} twice")
+        raise InputError(f"the archive holds {listed([quoted(name) for name in doubled])} twice")
     check_apart([(entry.header_offset, records[entry.filename]) for entry in entries], path.stat().st_size)
     return records, small
 
@@ -82,9 +82,9 @@ def read_archive(path: Path) -> tuple[dict[str, Run], dict[str, bytes]]:
 def check_entry(entry: zipfile.ZipInfo) -> None:
     """Raises InputError where an entry is not stored as it is, or is a pickle beyond measure."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        raise InputError(f"{entry.filename} is compressed, expected stored bytes")
+        raise InputError(f"{quoted(entry.filename)} is compressed, expected stored bytes")
     if entry.filename.endswith(("/data.pkl", "/byteorder")) and entry.file_size > PICKLE:
-        raise InputError(f"{entry.filename} has {entry.file_size:,} bytes, expected {PICKLE:,} at most")
+        raise InputError(f"{quoted(entry.filename)} has {entry.file_size:,} bytes, expected {PICKLE:,} at most")
 
 
 def locate(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Run:
@@ -97,11 +97,11 @@ def locate(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Run:
 
 def check_apart(places: list[tuple[int, Run]], size: int) -> None:
     """Raises InputError where two entries of an archive share bytes, or one goes beyond the file's end."""
-    places = sorted(places)
-    followers = [header for header, _ in places[1:]] + [size]
-    for (_, run), follower in zip(places, followers, strict=True):
-        if run.start + run.size > follower:
-            raise InputError("not a zip archive of torch.save, truncated or damaged (entries overlap)")
+    places = sorted(places, key=lambda place: place[0])
+    ends = [run.start + run.size for _, run in places]
+    starts = [*(header for header, _ in places[1:]), size]
+    if any(end > start for end, start in zip(ends, starts, strict=False)):
+        raise InputError("not a zip archive of torch.save, truncated or damaged (entries overlap)")
 
 
 def read_legacy(path: Path) -> Weights:
@@ -132,7 +132,7 @@ def locate_storages(
     for key in keys:
         stream.seek(start)
         if int.from_bytes(stream.read(8), "little") != storages[key].size:
-            raise InputError(f"truncated or damaged: storage {key[:100]} has not the size that was said")
+            raise InputError(f"truncated or damaged: storage {quoted(key)} has not the size that was said")
         runs[key] = Run(start + 8, storages[key].size * storages[key].dtype.itemsize)
         start += 8 + runs[key].size
     if start != stream.seek(0, io.SEEK_END):
@@ -155,12 +155,12 @@ def find_tensors(content: Any) -> tuple[dict[str, Layout], tuple[str, ...]]:
     """
     found = unwrap(content, DEPTH)
     if found is None:
-        held = listed([str(key)[:100] for key in content]) if isinstance(content, dict) else type(content).__name__
+        held = listed([brief(key) for key in content]) if isinstance(content, dict) else type(content).__name__
         known = ", ".join(WRAPPERS + AVERAGES)
         raise InputError(f"no dictionary of tensors, at the top or under {known}; it holds {held or 'nothing'}")
     odd = [name for name in found[0] if not isinstance(name, str)]
     if odd:
-        raise InputError(f"a tensor's name is {str(odd[0])[:100]}, a {type(odd[0]).__name__}, expected a string")
+        raise InputError(f"a tensor's name is of type {brief(odd[0])}, expected a string")
     return found
 
 
@@ -173,9 +173,7 @@ def unwrap(content: Any, depth: int) -> tuple[dict[Any, Layout], tuple[str, ...]
     # One that lacks names is an average of only what was trained.
     whole = (key for key in AVERAGES if key in inner and (not plain or inner[key][0].keys() >= inner[plain][0].keys()))
     chosen = next(whole, plain)
-    beside = tuple(
-        str(key)[:100] for key, value in content.items() if isinstance(value, dict) and value and key != chosen
-    )
+    beside = tuple(brief(key) for key, value in content.items() if isinstance(value, dict) and value and key != chosen)
     if chosen:
         tensors, below = inner[chosen]
         return tensors, beside + below
@@ -186,15 +184,15 @@ def unwrap(content: Any, depth: int) -> tuple[dict[Any, Layout], tuple[str, ...]
 def place(path: Path, runs: Mapping[str, Run], name: str, layout: Layout) -> Tensor:
     """The tensor where it lies in the file."""
     if layout.storage.key not in runs:
-        raise InputError(f"{name} lies in storage {layout.storage.key[:100]}, which is not in the file")
+        raise InputError(f"{quoted(name)} lies in storage {quoted(layout.storage.key)}, which is not in the file")
     run = runs[layout.storage.key]
     contiguous = [math.prod(layout.shape[axis + 1 :]) for axis in range(len(layout.shape))]
     if len(layout.strides) != len(layout.shape) or any(
         n > 1 and a != b for n, a, b in zip(layout.shape, layout.strides, contiguous, strict=True)
     ):
-        raise InputError(f"{name} {layout.shape} has strides {layout.strides}, expected contiguous ones")
+        raise InputError(f"{quoted(name)} {layout.shape} has strides {layout.strides}, expected contiguous ones")
     offset = layout.first * layout.dtype.itemsize
     tensor = Tensor(name, path, layout.shape, layout.dtype, run.start + offset, run.checksum)
     if layout.first < 0 or offset + tensor.nbytes > run.size:
-        raise InputError(f"{name} {layout.shape} goes beyond its storage of {run.size:,} bytes")
+        raise InputError(f"{quoted(name)} {layout.shape} goes beyond its storage of {run.size:,} bytes")
     return tensor

@@ -7,13 +7,14 @@ over, has no end.
 
 import pickletools
 import warnings
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from chipmunk_jax.convert.safetensors import AXES
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.convert.safetensors import AXES, LARGEST
+from chipmunk_jax.errors import InputError, quoted
 
 DTYPES = {
     **dict.fromkeys(("FloatStorage", "float32"), np.dtype(np.float32)),
@@ -41,6 +42,7 @@ HARMLESS = {
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     ("torch", "device"),
 }
+INSTRUCTIONS = 1_000_000  # FLUX.1 has 30,000; 4 us each
 PUSHED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
@@ -95,15 +97,15 @@ def unpickle(stream: BinaryIO) -> Unpickled:
     machine = Machine()
     try:
         with warnings.catch_warnings(action="error", category=DeprecationWarning):  # Python's, of odd escapes in names
-            for op, argument, _ in pickletools.genops(stream):
+            for op, argument, _ in islice(pickletools.genops(stream), INSTRUCTIONS):
                 if op.name == "STOP":
                     return Unpickled(machine.stack.pop(), machine.storages)
                 machine.step(op.name, argument)
+            raise InputError(f"it has more than {INSTRUCTIONS:,} instructions")
     except InputError as error:
         raise InputError(f"refused, its pickle is not one of tensors alone: {error}") from error
     except (IndexError, KeyError, TypeError, AttributeError, ValueError, DeprecationWarning) as error:
         raise InputError("a broken pickle") from error
-    raise InputError("a broken pickle")
 
 
 class Machine:
@@ -250,7 +252,8 @@ def layout(storage: Any, first: Any, shape: Any, strides: Any) -> Layout:
 
 def sizes(numbers: Any) -> tuple[int, ...]:
     """A shape or strides."""
-    if not isinstance(numbers, tuple | list) or len(numbers) > AXES or any(type(n) is not int for n in numbers):
+    whole = isinstance(numbers, tuple | list) and len(numbers) <= AXES and all(type(n) is int for n in numbers)
+    if not whole or any(abs(n) > LARGEST for n in numbers):
         raise InputError("it holds a tensor with a shape that is no shape")
     return tuple(numbers)
 
@@ -265,5 +268,5 @@ def text(value: Any) -> str:
 def brief(value: Any) -> str:
     """A name, or the kind of anything else."""
     if isinstance(value, Global):
-        return f"{value.module}.{value.name}"[:100]
-    return value[:100] if isinstance(value, str) else type(value).__name__
+        return quoted(f"{value.module}.{value.name}")
+    return quoted(value) if isinstance(value, str) else type(value).__name__

@@ -270,7 +270,7 @@ HARMLESS = b"cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00aK\x01sb"
         (b"}" + twice(60) + emit(1) + b"s", "instruction POP|a key that is a tuple"),
         (b"}X\x01\x00\x00\x00a" + emit(1) + b"sX\x01\x00\x00\x00a" + emit(2) + b"s", "a broken pickle|twice"),
         (emit({"a": b"\x8b\xff\xff\xff\x7f"}), "a broken pickle|LONG4"),
-        (b"}" + emit(1) + tensor("0", (2,)) + b"s", "name is 1, a int, expected a string"),
+        (b"}" + emit(1) + tensor("0", (2,)) + b"s", "name is of type int, expected a string"),
         (emit({"a": tensor("0", ("2",), (1,))}), "a shape that is no shape"),
         (emit({"a": tensor("0", (True,), (1,))}), "a shape that is no shape"),
         (emit({"a": tensor("0", (1,) * 40, (1,) * 40)}), "a shape that is no shape"),
