@@ -86,14 +86,14 @@ def test_truncated_shard_is_named(tmp_path, tensors, kept):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"{nonsense", ["damaged", "JSON"]),
+        (b"{nonsense", ["damaged"]),
         (b"[1, 2]", ["unknown kind"]),
-        (b'{"a":' * 10_000, ["damaged", "recursion limit"]),
-        (b'{"a": 3}', ["damaged", "TensorInfo"]),
-        (b'{"a": {"dtype": "F32", "shape": [2]}}', ["damaged", "data_offsets"]),
-        (b'{"__metadata__": {"a": 3}}', ["damaged", "expected a string"]),
-        (b'{"a": {"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}}', ["damaged", "F3"]),
-        (b'{"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}', ["a has dtype C64", "BF16"]),
+        (b'{"a":' * 10_000, ["damaged"]),
+        (b'{"a": 3}', ["damaged"]),
+        (b'{"a": {"dtype": "F32", "shape": [2]}}', ["damaged"]),
+        (b'{"__metadata__": {"a": 3}}', ["damaged"]),
+        (b'{"a": {"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}}', ["damaged"]),
+        (b'{"a": {"dtype": "U16", "shape": [4], "data_offsets": [0, 8]}}', ["a has dtype U16", "BF16"]),
         *(
             (b'{"a": {"dtype": "F32", "shape": %s, "data_offsets": [0, 8]}}' % shape, ["damaged"])
             for shape in (b"[3]", b"[-2]", b"[true, 2]", b"[2.0]", b"2", b"null", b"[4611686018427387904, 8]")
