@@ -1,21 +1,21 @@
 """What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from chipmunk_jax.convert.files import STEM, read_json, read_weights
+from chipmunk_jax.convert.prefix import strip_prefix
 from chipmunk_jax.convert.rules import Layout, Match, match
-from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
-from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
+from chipmunk_jax.convert.safetensors import Weights
+from chipmunk_jax.convert.scales import attach_scales
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS
 from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
-PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like
 FOLDERS = ("transformer", "transformers")  # of the network in a release with its VAE: diffusers', Tencent's
 
 
@@ -49,12 +49,17 @@ def layouts() -> Iterator[Layout]:
         yield from TABLES[name] if name in TABLES else import_module(f"chipmunk_jax.convert.{name}").LAYOUTS
 
 
+def layout_of(names: Collection[str]) -> Layout | None:
+    """The layout in which tensors have these names."""
+    return next((layout for layout in layouts() if any(mark in names for mark in layout.marks)), None)
+
+
 def open_source(path: str | Path) -> Source:
     """The checkpoint under `path`.
 
     Args:
-        path: a .safetensors file, an index of shards, a .pt or .pth file, a folder with one of these, or the folder above
-            one of FOLDERS.
+        path: a file of safetensors or torch.save, a shard, an index of shards, a folder with one of these, or the folder
+            above one of FOLDERS.
 
     Raises:
         FileNotFoundError: there is no such path.
@@ -66,8 +71,8 @@ def open_source(path: str | Path) -> Source:
     below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
     if below and not list(path.glob(f"{STEM}*")):
         path = below
-    weights = strip_prefix(read_any(path))
-    layout = next((layout for layout in layouts() if any(mark in weights.tensors for mark in layout.marks)), None)
+    weights = attach_scales(strip_prefix(read_weights(path), lambda names: layout_of(names) is not None))
+    layout = layout_of(weights.tensors)
     if layout is None:
         known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
         raise InputError(
@@ -80,47 +85,6 @@ def open_source(path: str | Path) -> Source:
         raise InputError(f"{path}: {error}") from error
 
 
-def read_any(path: Path) -> Weights:
-    """The tensors under a path, whatever holds them; safetensors first."""
-    pickles = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    pickles = [file for file in pickles if file.suffix in SUFFIXES]
-    if not pickles or list(path.glob("*.safetensors")):
-        return read_weights(path)
-    if len(pickles) > 1:
-        names = ", ".join(file.name for file in pickles)
-        raise InputError(
-            f"{path}: holds no .safetensors file and {len(pickles)} files ending in {' or '.join(SUFFIXES)} ({names}); "
-            "name the one to read"
-        )
-    return check_unscaled(read_torch_pickle(pickles[0]))
-
-
-def check_unscaled(weights: Weights) -> Weights:
-    """The weights of a .pt or .pth file, none of which is float8.
-
-    HunyuanVideo's fp8 release is such a file: its scales are in another, *_map.pt, and without them the weights are wrong by
-    factors that no shape tells. The float8 .safetensors that people share are plain casts.
-
-    Raises:
-        InputError: one is.
-    """
-    scaled = [tensor for tensor in weights.tensors.values() if tensor.dtype.name.startswith("float8")]
-    if scaled:
-        raise InputError(
-            f"{weights.path}: {scaled[0].name} is {scaled[0].dtype.name}, one of {len(scaled)} such tensors whose scales are "
-            "not in the file (HunyuanVideo's are in its _map.pt): expected the checkpoint in bfloat16"
-        )
-    return weights
-
-
-def strip_prefix(weights: Weights) -> Weights:
-    """Weights whose names have lost the prefix; a name that is there with and without it is doubled."""
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in weights.tensors.items()}
-    both = tuple(name for name in plain if name in weights.tensors and PREFIX + name in weights.tensors)
-    doubled = tuple(name.removeprefix(PREFIX) for name in weights.doubled)
-    return replace(weights, tensors=plain, doubled=doubled + both)
-
-
 def read_config(path: Path, class_name: str) -> dict[str, Any]:
     """config.json in a folder, or beside a file; empty where there is none.
 
@@ -129,10 +93,7 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
-    try:
-        content = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file.name} is not a JSON object") from error
+    content = read_json(file)
     found = content.get("_class_name")
     if path.is_dir() and found not in (None, class_name):
         raise InputError(f"config.json is of a {found}, expected {class_name}")
