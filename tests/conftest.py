@@ -38,6 +38,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Shows the figures that tests record."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def full_precision(request):
     """Float32 means float32 on a GPU too, where JAX multiplies in TF32 unless told. Tests of compiled kernels run as users do."""
