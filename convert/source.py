@@ -1,12 +1,14 @@
 """What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
 from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
@@ -16,6 +18,7 @@ from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
 PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like
+INDEX = "model_index.json"  # of a whole pipeline, above the folders of its networks
 FOLDERS = ("transformer", "transformers")  # of the network in a release with its VAE: diffusers', Tencent's
 
 
@@ -67,17 +70,53 @@ def open_source(path: str | Path) -> Source:
     if below and not list(path.glob(f"{STEM}*")):
         path = below
     weights = strip_prefix(read_any(path))
-    layout = next((layout for layout in layouts() if any(mark in weights.tensors for mark in layout.marks)), None)
-    if layout is None:
-        known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
-        raise InputError(
-            f"{path}: unknown layout, expected one of {known}; it holds {listed(sorted(weights.tensors)) or 'nothing'}"
-        )
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    layout = max(layouts(), key=lambda layout: marks_in(weights, layout))  # the first of several
     try:
-        return Source(weights, layout, layout.configure(shapes, read_config(path, layout.class_name)))
+        stated = read_json(path, "config.json")
+        refuse_others(weights, layout, stated if path.is_dir() else {}, read_json(path, INDEX))
+        config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    return Source(viewed(weights, layout.views(config)), layout, config)
+
+
+def refuse_others(weights: Weights, layout: Layout, stated: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Raises InputError where the weights are of none of our networks, saying what they are where that is known.
+
+    Args:
+        weights: of the checkpoint.
+        layout: of which it has the most marks.
+        stated, index: config.json and model_index.json of its folder.
+    """
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    known = marks_in(weights, layout)
+    if known and layout.model in TABLES:  # registered from outside: its names are its own affair
+        return
+    found = recognise(RELATED, shapes, stated, index) or (None if known else recognise(STRANGERS, shapes))
+    if found:
+        raise InputError(found)
+    if not known:
+        names = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
+        raise InputError(
+            f"unknown layout, expected one of {names}; it holds {listed(sorted(weights.tensors)) or 'nothing'}"
+        )
+
+
+def marks_in(weights: Weights, layout: Layout) -> int:
+    """How many of the marks of a layout are there."""
+    return sum(mark in weights.tensors for mark in layout.marks)
+
+
+def viewed(weights: Weights, views: Mapping[str, tuple[int, ...]]) -> Weights:
+    """Weights whose tensors of these names have these shapes, where those have as many numbers and other axes."""
+    seen = {
+        name: replace(weights.tensors[name], shape=shape)
+        for name, shape in views.items()
+        if name in weights.tensors and len(weights.tensors[name].shape) != len(shape)
+        and weights.tensors[name].size == math.prod(shape)
+    }  # fmt: skip
+    return replace(weights, tensors=weights.tensors | seen)
 
 
 def read_any(path: Path) -> Weights:
@@ -121,19 +160,29 @@ def strip_prefix(weights: Weights) -> Weights:
     return replace(weights, tensors=plain, doubled=doubled + both)
 
 
-def read_config(path: Path, class_name: str) -> dict[str, Any]:
-    """config.json in a folder, or beside a file; empty where there is none.
+def config_of(path: Path, class_name: str, stated: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of a checkpoint; empty where it is some other model's, as it may be beside a single file.
 
-    Beside a single file there may be some other model's; it is left alone.
+    Raises:
+        InputError: that of a folder is of another class.
     """
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    found = stated.get("_class_name")
+    if path.is_dir() and found not in (None, class_name):
+        raise InputError(f"config.json is of a {found}, expected {class_name}")
+    return stated if path.is_dir() or found == class_name else {}
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object in a folder or beside a file, model_index.json above its network's folder too; empty where there is none."""
+    folder = path if path.is_dir() else path.parent
+    above = folder.parent if name == INDEX and folder.name in FOLDERS else folder
+    file = above / name
     if not file.is_file():
         return {}
     try:
-        content = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file.name} is not a JSON object") from error
-    found = content.get("_class_name")
-    if path.is_dir() and found not in (None, class_name):
-        raise InputError(f"config.json is of a {found}, expected {class_name}")
-    return content if path.is_dir() or found == class_name else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{file.name} is not a JSON object")
+    return content

@@ -143,7 +143,7 @@ def is_checkpoint(folder: Path) -> bool:
     """Whether the folder is a whole checkpoint of this library."""
     try:
         content = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
 
