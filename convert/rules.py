@@ -116,7 +116,7 @@ def match(rules: tuple[Rule, ...], weights: Weights, leaves: Mapping[str, Any]) 
 
 
 def fill(found: Match, leaves: Mapping[str, Any], advance: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of every leaf, in its dtype, one at a time; no source tensor is held whole.
+    """(path, array) of every leaf, in its dtype, one at a time; no source tensor is held whole, but float8 with a scale.
 
     Args:
         found: a match whose summary is empty.

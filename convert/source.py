@@ -1,23 +1,23 @@
 """What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from chipmunk_jax.convert.files import STEM, read_json, read_weights
+from chipmunk_jax.convert.prefix import strip_prefix
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
-from chipmunk_jax.convert.safetensors import STEM, Weights, read_weights
-from chipmunk_jax.convert.torch_pickle import SUFFIXES, read_torch_pickle
+from chipmunk_jax.convert.safetensors import Weights
+from chipmunk_jax.convert.scales import attach_scales
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS
 from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
-PREFIX = "model.diffusion_model."  # of single files written by ComfyUI and its like
 INDEX = "model_index.json"  # of a whole pipeline, above the folders of its networks
 FOLDERS = ("transformer", "transformers")  # of the network in a release with its VAE: diffusers', Tencent's
 
@@ -69,43 +69,47 @@ def open_source(path: str | Path) -> Source:
     below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
     if below and not list(path.glob(f"{STEM}*")):
         path = below
-    weights = strip_prefix(read_any(path))
-    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    layout = max(layouts(), key=lambda layout: marks_in(weights, layout))  # the first of several
+    weights = strip_prefix(read_weights(path), lambda names: layout_of(names) is not None)
+    stated, shapes = stated_by(path), {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
-        stated = read_json(path, "config.json")
-        refuse_others(weights, layout, stated if path.is_dir() else {}, read_json(path, INDEX))
+        layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path))
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Source(viewed(weights, layout.views(config)), layout, config)
+    return Source(attach_scales(viewed(weights, layout.views(config))), layout, config)
 
 
-def refuse_others(weights: Weights, layout: Layout, stated: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    """Raises InputError where the weights are of none of our networks, saying what they are where that is known.
+def layout_of(names: Collection[str]) -> Layout | None:
+    """The layout that has the most marks among the names, the first of several; None: none has any."""
+    found = max(layouts(), key=lambda layout: marks_in(names, layout))
+    return found if marks_in(names, found) else None
+
+
+def marks_in(names: Collection[str], layout: Layout) -> int:
+    """How many of the marks of a layout are there."""
+    return sum(mark in names for mark in layout.marks)
+
+
+def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any], index: Mapping[str, Any]) -> Layout:
+    """The layout of a checkpoint of ours.
 
     Args:
-        weights: of the checkpoint.
-        layout: of which it has the most marks.
+        shapes: of all tensors.
         stated, index: config.json and model_index.json of its folder.
+
+    Raises:
+        InputError: it is of none of our networks; what it is, where that is known.
     """
-    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    known = marks_in(weights, layout)
-    if known and layout.model in TABLES:  # registered from outside: its names are its own affair
-        return
-    found = recognise(RELATED, shapes, stated, index) or (None if known else recognise(STRANGERS, shapes))
+    layout = layout_of(shapes)
+    if layout and layout.model in TABLES:  # registered from outside: its names are its own affair
+        return layout
+    found = recognise(RELATED, shapes, stated, index) or (None if layout else recognise(STRANGERS, shapes))
     if found:
         raise InputError(found)
-    if not known:
-        names = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
-        raise InputError(
-            f"unknown layout, expected one of {names}; it holds {listed(sorted(weights.tensors)) or 'nothing'}"
-        )
-
-
-def marks_in(weights: Weights, layout: Layout) -> int:
-    """How many of the marks of a layout are there."""
-    return sum(mark in weights.tensors for mark in layout.marks)
+    if layout is None:
+        known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
+        raise InputError(f"unknown layout, expected one of {known}; it holds {listed(sorted(shapes)) or 'nothing'}")
+    return layout
 
 
 def viewed(weights: Weights, views: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -117,47 +121,6 @@ def viewed(weights: Weights, views: Mapping[str, tuple[int, ...]]) -> Weights:
         and weights.tensors[name].size == math.prod(shape)
     }  # fmt: skip
     return replace(weights, tensors=weights.tensors | seen)
-
-
-def read_any(path: Path) -> Weights:
-    """The tensors under a path, whatever holds them; safetensors first."""
-    pickles = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    pickles = [file for file in pickles if file.suffix in SUFFIXES]
-    if not pickles or list(path.glob("*.safetensors")):
-        return read_weights(path)
-    if len(pickles) > 1:
-        names = ", ".join(file.name for file in pickles)
-        raise InputError(
-            f"{path}: holds no .safetensors file and {len(pickles)} files ending in {' or '.join(SUFFIXES)} ({names}); "
-            "name the one to read"
-        )
-    return check_unscaled(read_torch_pickle(pickles[0]))
-
-
-def check_unscaled(weights: Weights) -> Weights:
-    """The weights of a .pt or .pth file, none of which is float8.
-
-    HunyuanVideo's fp8 release is such a file: its scales are in another, *_map.pt, and without them the weights are wrong by
-    factors that no shape tells. The float8 .safetensors that people share are plain casts.
-
-    Raises:
-        InputError: one is.
-    """
-    scaled = [tensor for tensor in weights.tensors.values() if tensor.dtype.name.startswith("float8")]
-    if scaled:
-        raise InputError(
-            f"{weights.path}: {scaled[0].name} is {scaled[0].dtype.name}, one of {len(scaled)} such tensors whose scales are "
-            "not in the file (HunyuanVideo's are in its _map.pt): expected the checkpoint in bfloat16"
-        )
-    return weights
-
-
-def strip_prefix(weights: Weights) -> Weights:
-    """Weights whose names have lost the prefix; a name that is there with and without it is doubled."""
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in weights.tensors.items()}
-    both = tuple(name for name in plain if name in weights.tensors and PREFIX + name in weights.tensors)
-    doubled = tuple(name.removeprefix(PREFIX) for name in weights.doubled)
-    return replace(weights, tensors=plain, doubled=doubled + both)
 
 
 def config_of(path: Path, class_name: str, stated: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -172,17 +135,14 @@ def config_of(path: Path, class_name: str, stated: Mapping[str, Any]) -> Mapping
     return stated if path.is_dir() or found == class_name else {}
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object in a folder or beside a file, model_index.json above its network's folder too; empty where there is none."""
+def stated_by(path: Path) -> dict[str, Any]:
+    """config.json in a folder or beside a file; empty where there is none."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def index_of(path: Path) -> dict[str, Any]:
+    """model_index.json of the pipeline that a network is of, in its folder or the one above; empty where there is none."""
     folder = path if path.is_dir() else path.parent
-    above = folder.parent if name == INDEX and folder.name in FOLDERS else folder
-    file = above / name
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file.name} is not a JSON object") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file.name} is not a JSON object")
-    return content
+    file = (folder.parent if folder.name in FOLDERS else folder) / INDEX
+    return read_json(file) if file.is_file() else {}

@@ -1,241 +1,198 @@
-"""Checkpoints of torch.save (.pt, .pth) as names, shapes and dtypes. Nothing in the file is ever called.
+"""Checkpoints of torch.save (.pt, .pth, .bin, .ckpt) as names, shapes and dtypes; data stay on disk.
 
-Such a file is a zip archive of one pickle and of the raw bytes of every storage. A pickle is a program that may call anything;
-this reader knows the few instructions that build dictionaries of tensors, and refuses the rest by name. Data stay on disk.
+Such a file is a zip archive of one pickle and of the raw bytes of every storage; before PyTorch 1.6 it was five pickles, one after
+the other, and then the storages.
 """
 
+import io
 import math
-import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
+from chipmunk_jax.convert.safetensors import Checksum, Tensor, Weights, repeated
+from chipmunk_jax.convert.unpickle import Layout, Storage, brief, unpickle
+from chipmunk_jax.errors import InputError, listed, quoted
 
-from chipmunk_jax.convert.safetensors import Tensor, Weights
-from chipmunk_jax.errors import InputError
-
-SUFFIXES = (".pt", ".pth")
-# Keys under which training code puts the weights, in the order in which they are looked for.
-WRAPPERS = ("module", "model", "state_dict", "model_state")
-DTYPES = {
-    **dict.fromkeys(("FloatStorage", "float32"), np.dtype(np.float32)),
-    **dict.fromkeys(("HalfStorage", "float16"), np.dtype(np.float16)),
-    **dict.fromkeys(("BFloat16Storage", "bfloat16"), np.dtype(ml_dtypes.bfloat16)),
-    **dict.fromkeys(("DoubleStorage", "float64"), np.dtype(np.float64)),
-    **dict.fromkeys(("LongStorage", "int64"), np.dtype(np.int64)),
-    **dict.fromkeys(("IntStorage", "int32"), np.dtype(np.int32)),
-    **dict.fromkeys(("ShortStorage", "int16"), np.dtype(np.int16)),
-    **dict.fromkeys(("CharStorage", "int8"), np.dtype(np.int8)),
-    **dict.fromkeys(("ByteStorage", "UntypedStorage", "uint8"), np.dtype(np.uint8)),
-    **dict.fromkeys(("BoolStorage", "bool"), np.dtype(np.bool_)),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-}
+# Keys under which training code puts the weights, and averages of them, in the order in which they are looked for.
+WRAPPERS = ("module", "model", "state_dict", "model_state_dict", "model_state", "generator", "params", "weights")
+AVERAGES = ("ema", "generator_ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "params_ema")
+DEPTH = 3  # of wrappers in wrappers: {"state_dict": {"module": ..}}
+PICKLE = 2**26  # bytes of a pickle at most; FLUX.1's names and shapes are 150 kB
+MAGIC = 0x1950A86A20F9469CFC6C  # first of the five pickles
 
 
-class Global(NamedTuple):
-    """A name that a pickle would import. It stays a name."""
+class Run(NamedTuple):
+    """The bytes of a storage in the file."""
 
-    module: str
-    name: str
-
-
-class Storage(NamedTuple):
-    """A run of equal numbers in the archive."""
-
-    dtype: np.dtype
-    key: str
+    start: int
+    size: int  # bytes
+    checksum: Checksum | None = None
 
 
-class Layout(NamedTuple):
-    """A tensor as a view of a storage."""
-
-    storage: Storage
-    dtype: np.dtype
-    first: int  # element of the storage
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in elements
-
-
-def read_torch_pickle(path: str | Path) -> Weights:
-    """Every tensor of a .pt or .pth file: of its top level, or of the one dictionary under "module" or a key like it.
+def read_zip(path: Path) -> Weights:
+    """Every tensor of an archive of torch.save: of its top level, or of the dictionary under a key of WRAPPERS or AVERAGES.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        InputError: no archive of torch.save, a truncated one, no dictionary of tensors, or a pickle that does anything else.
+        InputError: no archive of torch.save, a damaged one, no dictionary of tensors, or a pickle that does anything else.
     """
-    path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            root = next((name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")), None)
-            if root is None:
-                raise InputError(f"{path}: no data.pkl in the archive, expected one of torch.save")
-            content = interpret(archive.read(f"{root}data.pkl"))
-            runs = {
-                name: (start, entry.file_size)
-                for entry in archive.infolist()
-                for name, start in [(entry.filename.removeprefix(f"{root}data/"), data_start(archive, entry))]
-            }
-            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.namelist() else b"little"
-    except zipfile.BadZipFile as error:
-        raise InputError(
-            f"{path}: not a zip archive of torch.save, or truncated (PyTorch before 1.6 wrote none: save it anew)"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
-    if order != b"little":
-        raise InputError(f"{path}: byte order {order.decode(errors='replace')}, expected little")
-    try:
-        return Weights(path, {name: place(path, runs, name, layout) for name, layout in tensors_of(content)})
+        records, small = read_archive(path)
+        roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise InputError(f"{len(roots) or 'no'} data.pkl in the archive, expected one, as torch.save writes")
+        (root,) = roots
+        order = small.get(f"{root}byteorder", b"little")
+        if order != b"little":
+            raise InputError(f"byte order {order[:20].decode(errors='replace')}, expected little")
+        content = unpickle(io.BytesIO(small[f"{root}data.pkl"])).content
+        runs = {
+            name.removeprefix(f"{root}data/"): run for name, run in records.items() if name.startswith(f"{root}data/")
+        }
+        return weights_of(path, content, runs)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def tensors_of(content: Any) -> Iterator[tuple[str, Layout]]:
-    """Names and layouts of the dictionary that holds the tensors."""
-    for candidate in [content, *(content.get(key) for key in WRAPPERS if isinstance(content, dict))]:
-        found = candidate.items() if isinstance(candidate, dict) else ()
-        tensors = [(name, value) for name, value in found if isinstance(value, Layout)]
-        if tensors:
-            return iter(tensors)
-    held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-    raise InputError(
-        f"no dictionary of tensors, at the top or under {', '.join(WRAPPERS)}; it holds {held or 'nothing'}"
-    )
+def read_archive(path: Path) -> tuple[dict[str, Run], dict[str, bytes]]:
+    """Where every record of a zip archive lies, and the content of those that describe it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            for entry in entries:
+                check_entry(entry)
+                archive.open(entry).close()  # compares the two headers that every entry has
+            records = {entry.filename: locate(path, archive, entry) for entry in entries}
+            small = {n: archive.read(n) for n in records if n.endswith(("/data.pkl", "/byteorder"))}
+    except InputError:
+        raise
+    # All that the library raises on archives that are none: encrypted, in parts, cut, offsets before the file's beginning.
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise InputError(f"not a zip archive of torch.save, truncated or damaged ({quoted(str(error))})") from error
+    doubled = repeated(entry.filename for entry in entries)
+    if doubled:
+        raise InputError(f"the archive holds {listed([quoted(name) for name in doubled])} twice")
+    check_apart([(entry.header_offset, records[entry.filename]) for entry in entries], path.stat().st_size)
+    return records, small
 
 
-def place(path: Path, runs: dict[str, tuple[int, int]], name: str, layout: Layout) -> Tensor:
-    """The tensor where it lies in the file."""
-    if layout.storage.key not in runs:
-        raise InputError(f"{name} lies in storage {layout.storage.key}, which is not in the archive")
-    start, size = runs[layout.storage.key]
-    contiguous = [math.prod(layout.shape[axis + 1 :]) for axis in range(len(layout.shape))]
-    if any(n > 1 and a != b for n, a, b in zip(layout.shape, layout.strides, contiguous, strict=True)):
-        raise InputError(f"{name} {layout.shape} has strides {layout.strides}, expected contiguous ones")
-    offset = layout.first * layout.dtype.itemsize
-    tensor = Tensor(name, path, layout.shape, layout.dtype, start + offset)
-    if layout.first < 0 or min((0, *layout.shape)) < 0 or offset + tensor.nbytes > size:
-        raise InputError(f"{name} {layout.shape} goes beyond its storage of {size:,} bytes")
-    return tensor
+def check_entry(entry: zipfile.ZipInfo) -> None:
+    """Raises InputError where an entry is not stored as it is, or is a pickle beyond measure."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise InputError(f"{quoted(entry.filename)} is compressed, expected stored bytes")
+    if entry.filename.endswith(("/data.pkl", "/byteorder")) and entry.file_size > PICKLE:
+        raise InputError(f"{quoted(entry.filename)} has {entry.file_size:,} bytes, expected {PICKLE:,} at most")
 
 
-def data_start(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin in the file."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise InputError(f"{entry.filename} is compressed, expected stored bytes")
+def locate(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Run:
+    """Where an entry's bytes are in the file."""
     archive.fp.seek(entry.header_offset + 26)
     name, extra = struct.unpack("<HH", archive.fp.read(4))
-    return entry.header_offset + 30 + name + extra
+    start = entry.header_offset + 30 + name + extra
+    return Run(start, entry.file_size, Checksum(path, start, entry.file_size, entry.CRC))
 
 
-def interpret(data: bytes) -> Any:
-    """What a pickle builds, out of dictionaries, lists, tuples, numbers, strings and tensors.
+def check_apart(places: list[tuple[int, Run]], size: int) -> None:
+    """Raises InputError where two entries of an archive share bytes, or one goes beyond the file's end."""
+    places = sorted(places, key=lambda place: place[0])
+    ends = [run.start + run.size for _, run in places]
+    starts = [*(header for header, _ in places[1:]), size]
+    if any(end > start for end, start in zip(ends, starts, strict=False)):
+        raise InputError("not a zip archive of torch.save, truncated or damaged (entries overlap)")
+
+
+def read_legacy(path: Path) -> Weights:
+    """Every tensor of a file as torch.save wrote it before PyTorch 1.6; otherwise as of `read_zip`."""
+    try:
+        with path.open("rb") as stream:
+            head = io.BytesIO(stream.read(PICKLE))
+            if unpickle(head).content != MAGIC:
+                raise InputError("a pickle, but none of torch.save")
+            _, machine = unpickle(head).content, unpickle(head).content
+            if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+                raise InputError("byte order not said to be little")
+            content, storages = unpickle(head)
+            keys = unpickle(head).content
+            runs = locate_storages(stream, head.tell(), keys, storages)
+        return weights_of(path, content, runs)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def locate_storages(
+    stream: io.BufferedReader, start: int, keys: Any, storages: Mapping[str, Storage]
+) -> dict[str, Run]:
+    """Where the storages of an old file lie: one after the other, each after its number of elements."""
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        raise InputError("its list of storages is none")
+    runs: dict[str, Run] = {}
+    for key in keys:
+        stream.seek(start)
+        if int.from_bytes(stream.read(8), "little") != storages[key].size:
+            raise InputError(f"truncated or damaged: storage {quoted(key)} has not the size that was said")
+        runs[key] = Run(start + 8, storages[key].size * storages[key].dtype.itemsize)
+        start += 8 + runs[key].size
+    if start != stream.seek(0, io.SEEK_END):
+        raise InputError(f"truncated or damaged: its storages end at byte {start:,}, the file at {stream.tell():,}")
+    return runs
+
+
+def weights_of(path: Path, content: Any, runs: Mapping[str, Run]) -> Weights:
+    """The tensors of what was unpickled, where they lie in the file."""
+    layouts, left_out = find_tensors(content)
+    tensors = {name: place(path, runs, name, layout) for name, layout in layouts.items()}
+    return Weights(path, tensors, left_out=left_out, pickled=True)
+
+
+def find_tensors(content: Any) -> tuple[dict[str, Layout], tuple[str, ...]]:
+    """The dictionary that holds the network's tensors, and the names of the dictionaries beside it.
 
     Raises:
-        InputError: an instruction or a call that builds none of these; a broken pickle.
+        InputError: there is none, or it has a name that is no string.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    try:
-        for op, arg, _ in pickletools.genops(data):
-            match op.name:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
-                case "MARK":
-                    marks.append(len(stack))
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[arg] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[arg])
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
-                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
-                    stack.append(arg)
-                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                    stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[op.name]())
-                case "TUPLE":
-                    stack.append(tuple(since_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(op.name[-1])
-                    stack[-count:] = [tuple(stack[-count:])]
-                case "SETITEM":
-                    value, key = stack.pop(), stack.pop()
-                    stack[-1][key] = value
-                case "SETITEMS":
-                    items = since_mark()
-                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
-                case "APPEND":
-                    value = stack.pop()
-                    stack[-1].append(value)
-                case "APPENDS":
-                    items = since_mark()
-                    stack[-1].extend(items)
-                case "GLOBAL":
-                    stack.append(Global(*arg.split(" ", 1)))
-                case "STACK_GLOBAL":
-                    name, module = stack.pop(), stack.pop()
-                    stack.append(Global(module, name))
-                case "BINPERSID":
-                    stack.append(storage(stack.pop()))
-                case "REDUCE":
-                    args, callee = stack.pop(), stack.pop()
-                    stack.append(build(callee, args))
-                case "BUILD":
-                    stack.pop()
-                    if not isinstance(
-                        stack[-1], dict
-                    ):  # of a dictionary it only sets attributes, as PyTorch's _metadata
-                        raise InputError(f"it sets the state of a {type(stack[-1]).__name__}")
-                case _:
-                    raise InputError(f"it has the instruction {op.name}")
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("a broken pickle") from error
-    except ValueError as error:
-        raise InputError(f"refused, its pickle is not one of tensors alone: {error}") from error
-    raise InputError("a broken pickle")
+    found = unwrap(content, DEPTH)
+    if found is None:
+        held = listed([brief(key) for key in content]) if isinstance(content, dict) else type(content).__name__
+        known = ", ".join(WRAPPERS + AVERAGES)
+        raise InputError(f"no dictionary of tensors, at the top or under {known}; it holds {held or 'nothing'}")
+    odd = [name for name in found[0] if not isinstance(name, str)]
+    if odd:
+        raise InputError(f"a tensor's name is of type {brief(odd[0])}, expected a string")
+    return found
 
 
-def storage(reference: Any) -> Storage:
-    """Of a persistent id: ("storage", type, key, device, elements)."""
-    kind, (_, name), key, *_ = reference
-    if kind != "storage" or name not in DTYPES:
-        raise InputError(f"it refers to a {kind} of {name}")
-    return Storage(DTYPES[name], key)
+def unwrap(content: Any, depth: int) -> tuple[dict[Any, Layout], tuple[str, ...]] | None:
+    """As find_tensors; a wrapper goes before tensors beside it (a step, a loss), and an average before what it is of."""
+    if not isinstance(content, dict) or depth == 0:
+        return None
+    inner = {key: found for key in AVERAGES + WRAPPERS if (found := unwrap(content.get(key), depth - 1))}
+    plain = next((key for key in WRAPPERS if key in inner), None)
+    # One that lacks names is an average of only what was trained.
+    whole = (key for key in AVERAGES if key in inner and (not plain or inner[key][0].keys() >= inner[plain][0].keys()))
+    chosen = next(whole, plain)
+    beside = tuple(brief(key) for key, value in content.items() if isinstance(value, dict) and value and key != chosen)
+    if chosen:
+        tensors, below = inner[chosen]
+        return tensors, beside + below
+    tensors = {name: value for name, value in content.items() if isinstance(value, Layout)}
+    return (tensors, beside) if tensors else None
 
 
-def build(callee: Any, args: Any) -> Any:
-    """What a call would return, for the few that are known."""
-    match callee:
-        case Global("torch._utils", "_rebuild_tensor_v2"):
-            held, first, shape, strides, *_ = args
-            return Layout(held, held.dtype, first, tuple(shape), tuple(strides))
-        case Global("torch._utils", "_rebuild_tensor_v3"):
-            held, first, shape, strides, _, _, (_, dtype), *_ = args
-            if dtype not in DTYPES:
-                raise InputError(f"it holds a tensor of {dtype}")
-            return Layout(held, DTYPES[dtype], first, tuple(shape), tuple(strides))
-        case Global("torch._utils", "_rebuild_parameter"):
-            return args[0]
-        case Global("collections", "OrderedDict"):
-            return dict(*args)
-        case Global("torch", "Size"):
-            return tuple(*args)
-        case Global(module, name):
-            raise InputError(f"it calls {module}.{name}")
-    raise InputError(f"it calls a {type(callee).__name__}")
+def place(path: Path, runs: Mapping[str, Run], name: str, layout: Layout) -> Tensor:
+    """The tensor where it lies in the file."""
+    if layout.storage.key not in runs:
+        raise InputError(f"{quoted(name)} lies in storage {quoted(layout.storage.key)}, which is not in the file")
+    run = runs[layout.storage.key]
+    contiguous = [math.prod(layout.shape[axis + 1 :]) for axis in range(len(layout.shape))]
+    if len(layout.strides) != len(layout.shape) or any(
+        n > 1 and a != b for n, a, b in zip(layout.shape, layout.strides, contiguous, strict=True)
+    ):
+        raise InputError(f"{quoted(name)} {layout.shape} has strides {layout.strides}, expected contiguous ones")
+    offset = layout.first * layout.dtype.itemsize
+    tensor = Tensor(name, path, layout.shape, layout.dtype, run.start + offset, run.checksum)
+    if layout.first < 0 or offset + tensor.nbytes > run.size:
+        raise InputError(f"{quoted(name)} {layout.shape} goes beyond its storage of {run.size:,} bytes")
+    return tensor

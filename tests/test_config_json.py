@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from chipmunk_jax.convert import convert, inspect, open_source, read
+from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.convert.naming import LAYERS
-from chipmunk_jax.convert.safetensors import read_weights
-from chipmunk_jax.convert.source import layouts, marks_in
+from chipmunk_jax.convert.source import layout_of, layouts
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models import FluxConfig, HunyuanVideoConfig, WanConfig
 from chipmunk_jax.models.checkpoint import leaves_of
@@ -155,7 +155,7 @@ def golden(request):
     """(layout, shapes, config.json) of a golden checkpoint."""
     folder = GOLDEN / request.param / "transformer"
     weights = read_weights(folder)
-    layout = max(layouts(), key=lambda layout: marks_in(weights, layout))
+    layout = layout_of(weights.tensors)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     return layout, shapes, json.loads((folder / "config.json").read_text())
 
@@ -249,7 +249,7 @@ def test_a_block_that_is_missing_between_others_is_named(tmp_path):
     assert len(inspect(copy("wan_t2v", tmp_path / "cut", cut)).missing) == 27
 
 
-@pytest.mark.parametrize("layer", [LAYERS, 10**9, "9" * 5000])
+@pytest.mark.parametrize("layer", [LAYERS, 10**9, "9" * 400])
 @pytest.mark.parametrize("folder", ["wan_t2v", "hunyuan_video"])
 def test_a_layer_that_no_network_has_is_refused_at_once(folder, layer, tmp_path):
     block = "blocks" if folder == "wan_t2v" else "transformer_blocks"

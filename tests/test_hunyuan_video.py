@@ -17,7 +17,7 @@ from test_torch_pickle import emit, tensor, write_archive
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, sample, shifted_timesteps
 from chipmunk_jax.convert import convert, load, open_source, read
 from chipmunk_jax.convert import hunyuan_video as tables
-from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.layers import run_layers
 from chipmunk_jax.models import hunyuan_video, mmdit
 from chipmunk_jax.models.checkpoint import leaves_of

@@ -10,7 +10,7 @@ from conftest import WORDS
 from test_safetensors import write_safetensors
 
 from chipmunk_jax import MlpSparsity, Sparsity
-from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelFluxPipeline, WordTable

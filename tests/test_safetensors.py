@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.convert.files import read_weights
 
 NAMES = {
     np.dtype(np.float32): "F32",
@@ -86,17 +86,57 @@ def test_truncated_shard_is_named(tmp_path, tensors, kept):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"{nonsense", ["bad safetensors header"]),
-        (b"[1, 2]", ["bad safetensors header"]),
-        (b'{"a": {"dtype": "F32", "shape": [2]}}', ["bad safetensors header", "data_offsets"]),
-        (b'{"a": {"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}}', ["a has dtype F3"]),
-        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', ["a spans bytes 0 to 8", "12"]),
+        (b"{nonsense", ["damaged", "JSON"]),
+        (b"[1, 2]", ["unknown kind"]),
+        (b'{"a":' * 10_000, ["damaged", "recursion limit"]),
+        (b'{"a": 3}', ["damaged", "TensorInfo"]),
+        (b'{"a": {"dtype": "F32", "shape": [2]}}', ["damaged", "data_offsets"]),
+        (b'{"__metadata__": {"a": 3}}', ["damaged", "expected a string"]),
+        (b'{"a": {"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}}', ["damaged", "F3"]),
+        (b'{"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}', ["a has dtype C64", "BF16"]),
+        *(
+            (b'{"a": {"dtype": "F32", "shape": %s, "data_offsets": [0, 8]}}' % shape, ["damaged"])
+            for shape in (b"[3]", b"[-2]", b"[true, 2]", b"[2.0]", b"2", b"null", b"[4611686018427387904, 8]")
+        ),
+        (
+            b'{"a": {"dtype": "F32", "shape": [0, 9223372036854775807], "data_offsets": [0, 0]}, "b": {"dtype": "F32", '
+            b'"shape": [2], "data_offsets": [0, 8]}}',
+            ["a has a shape that no array has"],
+        ),
     ],
 )
 def test_bad_header_is_named(tmp_path, text, words):
     file = tmp_path / "a.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     fails(file, file.name, *words)
+
+
+@pytest.mark.parametrize(
+    ("spans", "size"),
+    [
+        ([[0, 8], [4, 12]], 12),  # overlapping
+        ([[4, 12], [12, 20]], 20),  # shifted
+        ([[0, 8], [12, 20]], 20),  # with a hole
+        ([[0, 8], [8, 16]], 17),  # trailing
+        ([[0, 8], [8, 16]], 15),  # cut
+    ],
+)
+def test_data_are_exactly_what_the_header_covers(tmp_path, spans, size):
+    header = {f"{n}": {"dtype": "F32", "shape": [2], "data_offsets": span} for n, span in enumerate(spans)}
+    text = json.dumps(header).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    fails(file, "truncated or damaged")
+
+
+@pytest.mark.parametrize("length", [-1, 1, 10**6, 10**9, 2**63])
+def test_a_wrong_length_of_the_header_shifts_nothing(tmp_path, tensors, length):
+    file = tmp_path / "a.safetensors"
+    write_safetensors(file, tensors)
+    whole = file.read_bytes()
+    told = int.from_bytes(whole[:8], "little") + length if abs(length) == 1 else length
+    file.write_bytes(told.to_bytes(8, "little") + whole[8:])
+    fails(file, "truncated", "damaged")
 
 
 def test_missing_shard_is_named(tmp_path, tensors):

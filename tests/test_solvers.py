@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from chipmunk_jax import Euler, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
-from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.convert.files import read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 

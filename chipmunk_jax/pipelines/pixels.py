@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from chipmunk_jax.convert.safetensors import read_weights
+from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.model import Condition
 from chipmunk_jax.models.flux import FluxConfig

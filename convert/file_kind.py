@@ -1,0 +1,75 @@
+"""What a file is, by its first bytes: suffixes lie."""
+
+import stat
+from pathlib import Path
+from typing import Literal
+
+from chipmunk_jax.errors import InputError
+
+Kind = Literal["safetensors", "zip", "pickle", "json"]
+HEAD = 512  # bytes that are looked at
+HEADER_LENGTH = 100_000_000  # bytes; the longest header of a safetensors file, by its format
+
+# (first bytes, what such a file is, what to do)
+REFUSED = (
+    (b"GGUF", "a GGUF file, whose quantised weights are not read here", "take the checkpoint as .safetensors"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "run `git lfs pull`"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it first"),
+    (b"\xfd7zXZ", "compressed by xz", "unpack it first"),
+    (b"BZh", "compressed by bzip2", "unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
+    (b"\x93NUMPY", "a NumPy array", "expected .safetensors or a checkpoint of torch.save"),
+    (b"\x89HDF", "an HDF5 file", "expected .safetensors or a checkpoint of torch.save"),
+    (b"PYTORCH1", "of a preview of PyTorch 1.0", "save it anew"),
+)
+HTML = (b"<!doctype", b"<html", b"<?xml", b"<head")
+
+
+def file_kind(file: Path) -> Kind:
+    """Which reader a file is for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is for none, or no regular file.
+    """
+    state = file.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise InputError(f"{file}: neither a file nor a folder with files")
+    with file.open("rb") as stream:
+        head = stream.read(HEAD)
+    kind = readable(head)
+    if kind:
+        return kind
+    what, remedy = refused(head)
+    raise InputError(f"{file}: {what}: {remedy}")
+
+
+def readable(head: bytes) -> Kind | None:
+    """What begins with these bytes, if it can be read."""
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    if head.startswith(tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))):
+        return "pickle"
+    # The length of a header in eight bytes, of which text would make far more.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER_LENGTH:
+        return "safetensors"
+    if head.lstrip()[:1] == b"{" and b"\0" not in head:
+        return "json"
+    return None
+
+
+def refused(head: bytes) -> tuple[str, str]:
+    """What begins with these bytes and is not read, and what to do."""
+    for magic, what, remedy in REFUSED:
+        if head.startswith(magic):
+            return what, remedy
+    if not head:
+        return "an empty file", "fetch it again"
+    if head.lstrip().lower().startswith(HTML):
+        return "a web page", "the download went wrong, perhaps for want of a login; fetch it again"
+    if head[257:262] == b"ustar":
+        return "a tar archive", "unpack it first, or if PyTorch before 0.2 wrote it, save it anew"
+    if head[:64].isascii() and head[:64].decode("ascii").replace("\n", "").replace("\r", "").isprintable():
+        return "text", "expected .safetensors or a checkpoint of torch.save; perhaps it is a failed download"
+    return "truncated, damaged, or of an unknown kind", "expected .safetensors or a checkpoint of torch.save"
