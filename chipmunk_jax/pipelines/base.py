@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -118,6 +119,17 @@ class Pipeline:
         """The network with its weights, on the default device."""
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         return load(self.folder, dtype) if is_checkpoint(self.folder) else read(self.folder, dtype or "bfloat16")
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What else a sample depends on than on its settings, by name, for the file that holds it."""
+        return {
+            "model": self.variant.name,
+            "checkpoint": self.folder.resolve().name,
+            "solver": type(self.variant.solver).__name__,
+            "dtype": jnp.dtype(self.model.dtype).name,
+            "version": version("chipmunk-jax"),
+        }
 
     def check(
         self,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -50,6 +51,11 @@ class Variant:
     def video(self) -> bool:
         """Whether samples are videos, else images."""
         return self.frames is not None
+
+    @property
+    def name(self) -> str:
+        """The row of VARIANTS with this network; of other sizes than any, the network."""
+        return next((name for name, row in VARIANTS.items() if row.config == self.config), self.network)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -137,7 +143,7 @@ class Variant:
             batch: B.
             dtype: of weights and tokens.
         """
-        network, tokens = abstract(self.network, self.config, dtype), math.prod(self.grid(settings))
+        network, tokens = _abstract(self.network, self.config, dtype), math.prod(self.grid(settings))
         array = lambda *shape, kind=jnp.float32: jax.ShapeDtypeStruct((batch, *shape), kind)
         kinds = {"mask": jnp.bool_}
         rows = network.conditions(tokens, self.text_rows).items()
@@ -146,6 +152,9 @@ class Variant:
 
 
 SMALL_IMAGE = 480 * 832  # pixels
+
+
+_abstract = lru_cache(maxsize=4)(abstract)  # a second for a large one; nobody writes to it
 
 
 def _misfit(sparsity: Sparsity, grid: tuple[int, ...], steps: int | None) -> str | None:
