@@ -53,7 +53,11 @@ def whole(path: str | Path, *, wait: bool = True) -> Iterator[Path]:
                 raise
             raise InputError(f"{path}: cannot be written: {os.strerror(error.errno)}") from None
         finally:
-            finish(path)
+            try:
+                finish(path)
+            except KeyboardInterrupt:
+                finish(path)
+                raise
 
 
 def finish(path: Path) -> None:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import MODELS, Network
@@ -129,7 +130,7 @@ def describe(folder: str | Path) -> Description:
         made = f"{folder.resolve().stem if folder.is_file() else folder.resolve().name}-converted"
         command = shlex.join(("chipmunk", "convert", str(folder), made))
         raise InputError(f"{folder}: not a converted checkpoint; make one with `{command}`")
-    content = json.loads((folder / CONFIG).read_text())
+    content = read_config(folder / CONFIG)
     if content["model"] not in list(MODELS):
         raise InputError(f"{folder}: model {content['model']}, expected one of {', '.join(MODELS)}")
     try:
@@ -148,10 +149,10 @@ def is_checkpoint(folder: Path) -> bool:
     """Whether the folder is a whole checkpoint of this library, if need be once its replacement, cut off, is restored."""
     restore(folder)
     try:
-        content = json.loads((folder / CONFIG).read_text())
+        content = read_config(folder / CONFIG)
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
+    return {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
 
 
 def compare(folder: str | Path, model: Network) -> tuple[list[str], list[str], list[str]]:
