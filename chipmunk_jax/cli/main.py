@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from chipmunk_jax.cli.signals import handled, leave, unwind
+from chipmunk_jax.cli.signals import Interrupted, handled, leave, unwind
 from chipmunk_jax.cli.streams import unbroken_streams
 
 
@@ -18,8 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, words = choose(argv)
             with handled(unwind):
                 return run(command, words)
-    except KeyboardInterrupt as error:
-        leave(getattr(error, "number", signal.SIGINT))
+    except Interrupted as error:
+        leave(error.number, error.stderr)
+    except KeyboardInterrupt:
+        leave(signal.SIGINT)
     except OSError as error:  # of stdout, all else is told by run()
         print(f"chipmunk: stdout: {error.strerror}", file=sys.stderr)
         return 2

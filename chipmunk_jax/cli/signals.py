@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from chipmunk_jax.cli.streams import drop
+
 SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
 class Interrupted(KeyboardInterrupt):
     """Raised where the process was when it got a signal, so that what it was writing is removed."""
 
-    def __init__(self, number: int = signal.SIGINT) -> None:
+    def __init__(self, number: int, stderr: int) -> None:
         super().__init__(number)
-        self.number = number
+        self.number, self.stderr = number, stderr
 
 
 @contextmanager
@@ -37,16 +39,18 @@ def handled(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def unwind(number: int) -> NoReturn:
-    """Raises Interrupted, once: who asks twice does not want to wait."""
+    """Raises Interrupted, once: who asks twice does not want to wait. Threads, whose work is taken away, complain to nobody."""
+    stderr = os.dup(2)
+    drop(2)
     for other in SAID:
-        signal.signal(other, lambda number, _: leave(number))
-    raise Interrupted(number)
+        signal.signal(other, lambda number, _: leave(number, stderr))
+    raise Interrupted(number, stderr)
 
 
-def leave(number: int) -> NoReturn:
+def leave(number: int, stderr: int = 2) -> NoReturn:
     """Ends the process with the status that a shell gives for the signal; Python would wait for what the device is doing."""
     try:
         sys.stdout.flush()
-        os.write(2, f"chipmunk: {SAID[number]}\n".encode())
+        os.write(stderr, f"chipmunk: {SAID[number]}\n".encode())
     finally:
         os._exit(128 + number)

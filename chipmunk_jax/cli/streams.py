@@ -28,16 +28,16 @@ class Unbroken:
         try:
             yield
         except BrokenPipeError:
-            drop(self.stream)
+            drop(self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-def drop(stream: TextIO) -> None:
-    """Points the descriptor of a stream to nowhere, and so what it holds, too, which Python writes when the process ends."""
+def drop(descriptor: int) -> None:
+    """Points a descriptor to nowhere, so that what a stream still holds, and Python writes when the process ends, goes there."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
+    os.dup2(null, descriptor)
     os.close(null)
 
 
@@ -56,7 +56,7 @@ def unbroken_streams() -> Iterator[None]:
             try:
                 sys.stdout.flush()
             except OSError:
-                drop(sys.stdout)
+                drop(sys.stdout.fileno())
                 raise
 
 

@@ -26,6 +26,7 @@ from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from pallas_kernels import Implementation
 
+MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
 OUTPUT_TYPES = ("pil", "np", "latent")
 Callback = Callable[[int, float, np.ndarray, np.ndarray], None]  # step, t, latents, the clean sample that they lead to
 Auto = Literal["auto"]
@@ -156,6 +157,8 @@ class Pipeline:
         count = num_images_per_prompt
         if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
             raise InputError(f"num_images_per_prompt={count}: expected at least 1")
+        if len(given) * count > MOST_SAMPLES:
+            raise InputError(f"num_images_per_prompt={count}: expected at most {MOST_SAMPLES // len(given)}")
         negative_prompt = self.variant.negative_prompt or None if negative_prompt is None else negative_prompt
         against = None if negative_prompt is None else _sentences(negative_prompt)
         if isinstance(negative_prompt, str):

@@ -18,6 +18,7 @@ from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import Euler, Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.sparsity import PRESETS, Sparsity
 
+MOST_SIDE = 2**20  # pixels or frames: a mistyped number must not be taken for work
 SIZES = ("frames", "height", "width")  # of a video; the last two of an image
 Settings = dict[str, Any]  # of a sample: frames (of a video alone), height, width, steps, guidance
 
@@ -105,6 +106,8 @@ class Variant:
             expected = f"a positive multiple of {side}{unit}" if side > 1 else "at least 1"
             expected = f"a multiple of {side}, and one" if lone else expected
             raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
+        if pixels > MOST_SIDE:
+            raise InputError(f"{name}={pixels}: expected at most {MOST_SIDE}")
         return lone + (pixels - lone) // side
 
     def timesteps(self, settings: Settings | None = None) -> np.ndarray:
