@@ -1,6 +1,5 @@
 """PyTorch checkpoints, without PyTorch, as models of this library."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from tqdm import tqdm
 
 from chipmunk_jax.convert.rules import Match, fill
 from chipmunk_jax.convert.source import Source, open_source
-from chipmunk_jax.errors import InputError
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Network
 from chipmunk_jax.models.checkpoint import abstract, leaves_of, nest, parse_dtype, replacing, with_arrays, write
@@ -39,11 +37,7 @@ def convert(
     """
     opened, dtype = open_source(source), parse_dtype(dtype)
     found = opened.check()
-    with replacing(target, overwrite=overwrite) as partial:
-        need = bytes_of(opened, dtype)
-        free = shutil.disk_usage(partial).free
-        if free < need:
-            raise InputError(f"{target}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free on its disk")
+    with replacing(target, overwrite=overwrite, need=bytes_of(opened, dtype)) as partial:
         with jax.default_device(jax.devices("cpu")[0]):
             model = materialize(opened, found, dtype, progress)
         if progress:
