@@ -14,12 +14,18 @@ from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import Weights
 from chipmunk_jax.convert.scales import attach_scales
 from chipmunk_jax.errors import InputError, listed
-from chipmunk_jax.models import MODELS
+from chipmunk_jax.models import MODELS, WanConfig
 from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
 INDEX = "model_index.json"  # of a whole pipeline, above the folders of its networks
 FOLDERS = ("transformer", "transformers")  # of the network in a release with its VAE: diffusers', Tencent's
+# Folders of a release of two networks, Wan2.2-A14B: for much noise and for little, by its team and by diffusers.
+PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+BOUNDARIES = {
+    True: 0.9,
+    False: 0.875,
+}  # times at which the second takes over: image to video or not, as its team's configs say
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if is_checkpoint(path):
         raise InputError(f"{path}: already converted")
+    if pair := pair_of(path):
+        first, second = pair
+        raise InputError(
+            f"{path}: two networks, {first.name} for much noise and {second.name} for little: expected one of their folders; "
+            "`chipmunk convert` takes both"
+        )
     below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
     if below and not list(path.glob(f"{STEM}*")):
         path = below
@@ -77,6 +89,28 @@ def open_source(path: str | Path) -> Source:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return Source(attach_scales(viewed(weights, layout.views(config))), layout, config)
+
+
+def pair_of(path: Path) -> tuple[Path, Path] | None:
+    """The folders of the two networks of a release, for much noise and for little; None: it has one."""
+    pairs = ((path / first, path / second) for first, second in PAIRS)
+    return next((pair for pair in pairs if all(folder.is_dir() for folder in pair)), None)
+
+
+def boundary_of(path: Path, config: Any) -> float:
+    """The time at which the second network of a release takes over: model_index.json's, or the usual one.
+
+    Raises:
+        InputError: it is none between 1 and 0, or the networks are others than Wan2.2's.
+    """
+    if not isinstance(config, WanConfig):
+        raise InputError(
+            f"{path}: two networks, {' and '.join(f.name for f in pair_of(path))}, expected those of Wan2.2"
+        )
+    value = index_of(path).get("boundary_ratio", BOUNDARIES[config.in_dim > config.out_dim])
+    if type(value) is not float or not 0 < value < 1:
+        raise InputError(f"{path}: boundary_ratio={value!r} in {INDEX}: expected a number between 0 and 1")
+    return value
 
 
 def layout_of(names: Collection[str]) -> Layout | None:

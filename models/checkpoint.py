@@ -30,6 +30,9 @@ from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.whole import NO_ROOM, check_space, restore, whole
 
 CONFIG, WEIGHTS = "config.json", "weights"
+# A model of two networks, as Wan2.2-A14B, is a folder of two checkpoints, in the order in which they sample, and of a config.json
+# that says at which time the second takes over.
+EXPERTS = ("high_noise", "low_noise")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -131,6 +134,12 @@ def describe(folder: str | Path) -> Description:
         command = shlex.join(("chipmunk", "convert", str(folder), made))
         raise InputError(f"{folder}: not a converted checkpoint; make one with `{command}`")
     content = read_config(folder / CONFIG)
+    if "boundary" in content:
+        first, second = (folder / name for name in EXPERTS)
+        raise InputError(
+            f"{folder}: two networks, one for times from 1 to {content['boundary']} and one for those below: expected {first} "
+            f"or {second}; sampling with both is not here yet"
+        )
     if content["model"] not in list(MODELS):
         raise InputError(f"{folder}: model {content['model']}, expected one of {', '.join(MODELS)}")
     try:
@@ -152,7 +161,15 @@ def is_checkpoint(folder: Path) -> bool:
         content = read_config(folder / CONFIG)
     except (OSError, ValueError):
         return False
+    if "boundary" in content:
+        return len(parts_of(folder)) > 1
     return {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
+
+
+def parts_of(folder: str | Path) -> tuple[Path, ...]:
+    """The folders of a checkpoint's networks: its own, or those of its experts."""
+    pair = tuple(Path(folder) / name for name in EXPERTS)
+    return pair if all(map(is_checkpoint, pair)) else (Path(folder),)
 
 
 def compare(folder: str | Path, model: Network) -> tuple[list[str], list[str], list[str]]:
@@ -239,6 +256,17 @@ def write(model: Network, folder: Path, extras: Sequence[str | Path], source: st
         "stored": stored_bytes(folder),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_pair(folder: Path, model: str, boundary: float) -> None:
+    """Writes config.json over two experts, which are in their folders already.
+
+    Args:
+        folder: of both.
+        model: of MODELS.
+        boundary: time at which the second takes over, 1 to 0.
+    """
+    (folder / CONFIG).write_text(json.dumps({"model": model, "boundary": boundary}, indent=1) + "\n")
 
 
 @contextmanager

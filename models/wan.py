@@ -1,7 +1,7 @@
-"""Wan2.1 transformer (Alibaba, 2025): blocks of self-attention over a video's tokens, cross-attention to the text, and an MLP.
+"""Wan transformer, 2.1 and 2.2 (Alibaba, 2025): blocks of self-attention over a video's tokens, cross-attention to the text, and an MLP.
 
-A token is a patch of latent pixels, 2 x 2 of one frame in the published models; its channels are in the order of the output: row,
-column, channel.
+A token is a patch of latent pixels, 2 x 2 of one frame in the published models; its channels are in the order of the output: frame,
+row, column, channel.
 """
 
 import math
