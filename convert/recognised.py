@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from chipmunk_jax.convert.prefix import PREFIXES
+
+PREFIX = re.compile(f"^({'|'.join(map(re.escape, PREFIXES))})+")
 Places = Mapping[str, tuple[int, int]]  # tensor -> (axis, size)
 
 NOT_YET = "it cannot be read yet"
@@ -168,6 +171,11 @@ STRANGERS = (
         names=r"^(input_blocks|output_blocks|middle_block)\.\d|^down_blocks\.\d+\.attentions\.|^mid_block\.attentions\.0\.proj_in",
     ),
     Kind(
+        "a file of several networks, none of which is a known transformer",
+        "expected FLUX.1, HunyuanVideo or Wan",
+        names=r"^model\.diffusion_model\.",
+    ),
+    Kind(
         "a VAE alone",
         f"it cannot be had by itself; {INSTEAD}",
         names=r"^(vae\.|first_stage_model\.)?(encoder|decoder)\."
@@ -205,8 +213,8 @@ def recognise(
         stated: config.json beside them.
         index: model_index.json of the folder above.
     """
-    # A line a name: one search for each kind, whatever their number.
-    lines = "\n".join(shapes)
+    # A line a name, as it is and without prefixes: one search for each kind, whatever the number of names.
+    lines = "\n".join([*shapes, *(PREFIX.sub("", name) for name in shapes)])
     classes = {str(content.get("_class_name")) for content in (stated, index)}
     for kind in kinds:
         named = kind.names and re.search(kind.names, lines, re.MULTILINE)

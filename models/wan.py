@@ -1,4 +1,4 @@
-"""Wan transformer, 2.1 and 2.2 (Alibaba, 2025): blocks of self-attention over a video's tokens, cross-attention to the text, and an MLP.
+"""Wan2.1 and Wan2.2 transformer (Alibaba, 2025): blocks of self-attention over a video's tokens, attention to the text, and an MLP.
 
 A token is a patch of latent pixels, 2 x 2 of one frame in the published models; its channels are in the order of the output: frame,
 row, column, channel.

@@ -52,11 +52,15 @@ NAMED = {
     "a FramePack": [["clean_x_embedder.proj.weight", "context_embedder.proj_in.weight"]],
     "HunyuanVideo 1.5": [[*HUNYUAN, "byt5_in.fc1.weight"]],
     "Qwen-Image": [["transformer_blocks.0.img_mod.1.weight", "img_in.weight"]],
-    "Stable Diffusion 3": [["joint_blocks.0.context_block.attn.qkv.weight"]],
+    "Stable Diffusion 3": [
+        ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "first_stage_model.decoder.conv_in.weight"],
+        ["joint_blocks.0.context_block.attn.qkv.weight"],
+    ],
     "a U-Net of Stable Diffusion": [
-        ["input_blocks.0.0.weight"],
+        ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"],
         ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "conv_in.weight"],
     ],
+    "a file of several networks": [["model.diffusion_model.new.weight", "first_stage_model.decoder.conv_in.weight"]],
     "a VAE alone": [
         ["encoder.conv_in.weight", "decoder.conv_in.weight"],  # FLUX's ae.safetensors, diffusers', HunyuanVideo's
         ["decoder.middle.0.residual.0.gamma", "conv1.weight"],  # Wan's
