@@ -1,6 +1,8 @@
 """Configs as plain trees: YAML and JSON files, each of which may change another one, and overrides by dotted names."""
 
+import itertools
 import json
+import math
 import os
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
@@ -12,6 +14,10 @@ import yaml
 from chipmunk_jax.errors import InputError
 
 SUFFIXES = (".yaml", ".yml", ".json")
+MOST_BYTES = 100_000  # of a file; PyYAML reads as much in two seconds
+MOST_LEVELS = 20
+MOST_SCALAR = 1000  # characters of a value
+MOST_VALUES = 10_000  # of a file, those of an alias counted wherever it stands
 
 
 def read_layers(source: str | Path | dict[str, Any], presets: Mapping[str, Traversable]) -> list[dict[str, Any]]:
@@ -48,7 +54,7 @@ def _file(source: str | Path, folder: Path, presets: Mapping[str, Traversable]) 
     if path is None or path.suffix not in SUFFIXES:
         given = str(source) if path else source
         raise InputError(f"preset {given!r}: expected one of {', '.join(presets)}, or a .yaml or .json file")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     return path
 
@@ -61,7 +67,7 @@ def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for name, value in overrides.items():
-        *parents, leaf = name.split(".")
+        *parents, leaf = str(name).split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {}) if isinstance(node, dict) else None
@@ -77,17 +83,34 @@ def read_config(file: Path | Traversable) -> dict[str, Any]:
     A key given twice is refused, as both formats would let the second replace the first without a word.
 
     Raises:
-        InputError: the file is neither, gives a key twice, or holds something other than keys and values.
+        InputError: the file is neither, is endless, gives a key twice, or holds something other than keys and values.
         OSError: it cannot be read.
     """
+    if not file.is_file():
+        raise InputError(f"{file}: {'a folder' if file.is_dir() else 'no regular file'}, expected a file")
+    with file.open("rb") as stream:
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise InputError(f"{file}: expected settings in at most {MOST_BYTES:,} bytes")
     try:
         # YAML 1.1 takes JSON's 1e-1 for a string.
-        tree = (_json if PurePath(file.name).suffix == ".json" else _yaml)(file.read_text(encoding="utf-8"))
+        tree = (_json if PurePath(file.name).suffix == ".json" else _yaml)(content.decode())
+        _check_depth(tree)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{file}: expected YAML or JSON, each key once ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise InputError(f"{file}: expected keys and values at most {MOST_LEVELS} levels deep") from error
     if not isinstance(tree, dict):
         raise InputError(f"{file}: expected keys and values, such as attention: {{top_keys: 0.2}}")
     return tree
+
+
+def _check_depth(tree: Any, levels: int = MOST_LEVELS) -> None:
+    """Raises RecursionError, as parsers do, where printing the tree might."""
+    if levels < 0:
+        raise RecursionError
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        _check_depth(inner, levels - 1)
 
 
 def _json(text: str) -> Any:
@@ -107,6 +130,33 @@ def _yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
+    """Refuses keys given twice, and what would have no end once written out."""
+
+    levels = 0
+
+    def compose_node(self, parent, index):
+        self.levels += 1
+        if self.levels > 2 * MOST_LEVELS:  # here, as the time that PyYAML takes goes with the square
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node and _values(node, {}) > MOST_VALUES:
+            raise InputError(f"expected at most {MOST_VALUES:,} values")
+        return node
+
+    def compose_scalar_node(self, anchor):
+        node = super().compose_scalar_node(anchor)
+        if len(node.value) > MOST_SCALAR:
+            line = node.start_mark.line + 1
+            raise InputError(
+                f"expected at most {MOST_SCALAR:,} characters a value, found {len(node.value):,}, line {line}"
+            )
+        return node
+
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         seen = set()
@@ -115,3 +165,14 @@ class _Loader(yaml.SafeLoader):
                 raise InputError(f"key {key.value} is given twice, line {key.start_mark.line + 1}")
             seen.add((key.tag, key.value))
         return node
+
+
+def _values(node: yaml.Node, counted: dict[yaml.Node, float]) -> float:
+    """Nodes of a tree written out, where an alias is another place of the same node; infinite where one holds itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if node not in counted:
+        counted[node] = math.inf
+        inner = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counted[node] = 1 + sum(_values(one, counted) for one in inner)
+    return counted[node]

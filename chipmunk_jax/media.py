@@ -3,8 +3,7 @@
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.whole import locked, whole
 
 IMAGES = (".png",)
 VIDEOS = (".mp4", ".webp", ".png")
@@ -30,7 +30,7 @@ def save_image(path: str | Path, image: np.ndarray | Image.Image, text: Mapping[
         text: kept in the file by name, words as they are and all else as JSON.
 
     Raises:
-        InputError: a path that check_output() refuses, or something else than an image.
+        InputError: a path that check_output() refuses, something else than an image, or a full disk.
     """
     _write_png(check_output(path, video=False), _pixels(image), text or {})
 
@@ -50,7 +50,7 @@ def save_video(
         text: kept in the file: as in save_image() in a .png, as JSON in the comment of an .mp4 or the description of a .webp.
 
     Raises:
-        InputError: a path that check_output() refuses, or frames or a rate that the file cannot hold.
+        InputError: a path that check_output() refuses, frames or a rate that the file cannot hold, or a full disk.
     """
     path = check_output(path, video=True)
     check_fps(fps, usual=fps)
@@ -102,12 +102,15 @@ def check_writable(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
         raise InputError(f"{path}: no folder {path.parent}")
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise InputError(f"{path}: cannot be written")
-    try:  # permissions do not tell: to root, /proc looks writable
-        _partial(path).touch()
-        _partial(path).unlink()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    if path.is_file() or not path.exists():  # else a device
+        with locked(path):  # permissions do not tell: to root, /proc looks writable
+            pass
     return path
+
+
+def most_bytes(path: Path, height: int, width: int, frames: int = 1) -> int:
+    """Bytes that an image or a video of this size takes in a file: at most; of an .mp4, which gives up detail, a quarter."""
+    return 3 * height * width * frames // (4 if path.suffix.lower() == ".mp4" else 1)
 
 
 def check_fps(fps: float | None, usual: float | None) -> float | None:
@@ -129,17 +132,6 @@ def check_fps(fps: float | None, usual: float | None) -> float | None:
     return fps
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields a file beside `path` that takes its place at the end, and is gone after an error."""
-    partial = _partial(path)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def to_bytes(image: np.ndarray) -> np.ndarray:
     """uint8 of values in [0, 1], of any shape."""
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
@@ -155,10 +147,6 @@ def contact_sheet(frames: np.ndarray, gap: int = 2) -> np.ndarray:
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = frame
     return sheet
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
 def _pixels(image: np.ndarray | Image.Image) -> np.ndarray:

@@ -100,7 +100,10 @@ def check_voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequenc
     voxels = [group_count(n, sides) for n, sides in zip(grid, voxel, strict=True)]
     if side > max(voxels):
         odd = max(voxels) - 1 + max(voxels) % 2  # a neighbourhood has a middle
-        raise InputError(f"local_voxels={side}: expected at most {odd}, as the grid has {voxels} voxels of {voxel}")
+        fits = f"--sparsity.attention.local-voxels {odd} fits (in Python attention.local_voxels)"
+        raise InputError(
+            f"local_voxels={side}: expected at most {odd}, as the grid has {voxels} voxels of {voxel}; {fits}"
+        )
     return voxel
 
 

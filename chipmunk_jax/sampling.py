@@ -232,6 +232,13 @@ def sample(
         callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order.
         implementation: of the kernels, see pallas_kernels.dispatch.choose.
 
+    What the networks take, and how they are usually sampled (chipmunk_jax.pipelines.variant_of has all of it by config):
+        network        values of a token, in this order   guidance                                      solver   shift of times
+        flux           channel, row, column               cond["guidance"], 3.5 (dev); none (schnell)   Euler    by tokens; none
+        hunyuan_video  channel, frame, row, column        cond["guidance"], 6.0                         Euler    7
+        wan            frame, row, column, channel        guidance=5.0, 6.0 (1.3B), 3.5 (Wan2.2 A14B)   UniPC    5; 8 (1.3B)
+    A guidance that is a condition is the plain scale: the networks multiply it by 1,000 themselves, as they do times from 1 to 0.
+
     Example, of a published model as it is usually sampled:
         model = chipmunk_jax.load("flux-dev")  # written by `chipmunk convert flux1-dev.safetensors flux-dev`
         usual = chipmunk_jax.variant_of(model.config)

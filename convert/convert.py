@@ -1,6 +1,5 @@
 """PyTorch checkpoints, without PyTorch, as models of this library."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,22 @@ import jax
 from tqdm import tqdm
 
 from chipmunk_jax.convert.rules import Match, fill
-from chipmunk_jax.convert.source import Source, open_source
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.convert.source import Source, boundary_of, open_source, pair_of
+from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Network
-from chipmunk_jax.models.checkpoint import abstract, leaves_of, nest, parse_dtype, replacing, with_arrays, write
+from chipmunk_jax.models.checkpoint import (
+    EXPERTS,
+    abstract,
+    is_checkpoint,
+    leaves_of,
+    nest,
+    parse_dtype,
+    replacing,
+    with_arrays,
+    write,
+    write_pair,
+)
 
 # The small trained models take prompts from a table of words instead of a text encoder.
 WORD_TABLE = ("words.json", "word_embeddings.safetensors")
@@ -27,7 +37,8 @@ def convert(
     Everything that can be wrong is found from headers first. Host memory: the model, and a few of its leaves.
 
     Args:
-        source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/.
+        source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/. Of a release
+            of two networks (Wan2.2-A14B), both are written: folders EXPERTS of the target, a checkpoint each.
         target: folder to write; its parent exists.
         dtype: of the weights: "bfloat16", "float16" or "float32". What a model keeps in float32 stays so.
         progress: whether to draw a bar of bytes.
@@ -37,18 +48,32 @@ def convert(
         FileNotFoundError: there is no `source`.
         InputError: a bad source, one that does not fit its model, or a target that cannot be written.
     """
-    opened, dtype = open_source(source), parse_dtype(dtype)
-    found = opened.check()
-    with replacing(target, overwrite=overwrite) as partial:
-        need = bytes_of(opened, dtype)
-        free = shutil.disk_usage(partial).free
-        if free < need:
-            raise InputError(f"{target}: {need / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free on its disk")
-        with jax.default_device(jax.devices("cpu")[0]):
-            model = materialize(opened, found, dtype, progress)
-        if progress:
-            print(f"writing {target}", file=sys.stderr)
-        write(model, partial, word_table(opened.weights.path), opened.layout.name)
+    source, dtype = Path(source), parse_dtype(dtype)
+    pair = None if is_checkpoint(source) else pair_of(source)
+    places = dict(zip(EXPERTS, pair, strict=True)) if pair else {".": source}
+    opened = {place: open_source(path) for place, path in places.items()}
+    found = {place: one.check() for place, one in opened.items()}
+    config = next(iter(opened.values())).config
+    if any(one.config != config for one in opened.values()):
+        raise InputError(f"{source}: two networks of different sizes, expected the same")
+    boundary = boundary_of(source, config) if pair else None
+    with replacing(target, overwrite=overwrite, need=sum(bytes_of(one, dtype) for one in opened.values())) as partial:
+        for place, one in opened.items():
+            (partial / place).mkdir(exist_ok=True)
+            write_one(one, found[place], partial / place, dtype, progress)
+        if boundary:
+            write_pair(partial, one.layout.model, boundary)
+
+
+def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype, progress: bool) -> None:
+    """Writes one network to an existing folder."""
+    if progress and source.weights.left_out:
+        print(f"left out, as it is beside the network: {listed(list(source.weights.left_out))}", file=sys.stderr)
+    with jax.default_device(jax.devices("cpu")[0]):
+        model = materialize(source, found, dtype, progress)
+    if progress:
+        print("writing the weights", file=sys.stderr)
+    write(model, folder, word_table(source.weights.path), source.layout.name)
 
 
 def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> Network:

@@ -9,10 +9,21 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from chipmunk_jax.convert.naming import Sizes, count_layers, linear, measure, mlp
+from chipmunk_jax.convert.naming import (
+    OneOf,
+    Sizes,
+    check_stated,
+    count_layers,
+    linear,
+    measure,
+    mlp,
+    stated_size,
+    stated_sizes,
+)
 from chipmunk_jax.convert.rules import Layout, Rule, swap_halves
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.flux import FluxConfig
+from chipmunk_jax.models.mmdit import MMDiTConfig
 
 
 def single_output(source: str) -> list[Rule]:
@@ -153,56 +164,69 @@ def configure(
             f"no FLUX model has width {width}, MLP width {mlp_width}, head width {head_dim}, {depth} double and "
             f"{depth_single} single blocks, as the tensors say"
         )
-    axes = rotary_axes(stated, "axes_dims_rope", head_dim)
-    derived = {
-        "in_channels": measure(shapes, sizes["in_channels"]),
-        "num_layers": depth,
-        "num_single_layers": depth_single,
-        "attention_head_dim": head_dim,
-        "num_attention_heads": width // head_dim,
-        "joint_attention_dim": measure(shapes, sizes["context_in_dim"]),
-        "pooled_projection_dim": measure(shapes, sizes["vec_in_dim"]),
-        "guidance_embeds": any(name.startswith(guidance) for name in shapes),
-    }
+    told = {name: measure(shapes, sizes[name]) for name in EMBEDDED}
     # A size that no tensor tells belongs to a missing tensor, which the match will name.
-    derived = {name: stated.get(name, 1) if value is None else value for name, value in derived.items()}
-    wrong = [
-        f"{name}={stated[name]} where the tensors have {value}"
-        for name, value in derived.items()
-        if stated.get(name, value) != value
-    ]
-    if sum(axes) != head_dim:
-        wrong.append(f"axes_dims_rope={list(axes)} where the tensors have heads of {head_dim}")
-    if wrong:
-        raise InputError(f"config.json does not fit the tensors: {', '.join(wrong)}")
-    return FluxConfig(
-        in_channels=derived["in_channels"],
-        vec_in_dim=derived["pooled_projection_dim"],
-        context_in_dim=derived["joint_attention_dim"],
+    embedded = {name: told[name] or stated_size(stated, names, 1) for name, names in EMBEDDED.items()}
+    axes = rotary_axes(stated, ("axes_dims_rope", "axes_dim"), head_dim)
+    config = FluxConfig(
+        **embedded,
         hidden_size=width,
         mlp_ratio=mlp_width / width,
         num_heads=width // head_dim,
         depth=depth,
         depth_single_blocks=depth_single,
         axes_dim=axes,
-        guidance_embed=derived["guidance_embeds"],
+        guidance_embed=any(name.startswith(guidance) for name in shapes),
     )
+    tensors = {field: told[name] for name, fields in EMBEDDED.items() for field in fields} | stated_blocks(config)
+    channels = told["in_channels"] and OneOf((None, told["in_channels"]))  # None: as many out as in
+    network = {"patch_size": 1, "theta": float(config.theta), "qkv_bias": True}
+    check_stated(stated, tensors | {"out_channels": channels}, network)
+    return config
 
 
-def rotary_axes(stated: Mapping[str, Any], name: str, head_dim: int) -> tuple[int, ...]:
-    """How RoPE splits a head, as config.json states under `name` or as all published models do.
+# Our field -> config.json's: diffusers', then the original's.
+EMBEDDED = {
+    "in_channels": ("in_channels",),
+    "vec_in_dim": ("pooled_projection_dim", "vec_in_dim"),
+    "context_in_dim": ("joint_attention_dim", "context_in_dim"),
+}
+
+
+def stated_blocks(config: MMDiTConfig) -> dict[str, Any]:
+    """What config.json says of a network's blocks, under diffusers' names and the original's: FLUX's and HunyuanVideo's alike."""
+    return {
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single_blocks,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "guidance_embeds": config.guidance_embed,
+        "axes_dims_rope": config.axes_dim,
+        "hidden_size": config.hidden_size,
+        "mlp_ratio": config.mlp_ratio,
+        "num_heads": config.num_heads,
+        "depth": config.depth,
+        "depth_single_blocks": config.depth_single_blocks,
+        "axes_dim": config.axes_dim,
+        "guidance_embed": config.guidance_embed,
+    }
+
+
+def rotary_axes(stated: Mapping[str, Any], names: tuple[str, ...], head_dim: int) -> tuple[int, ...]:
+    """How RoPE splits a head, as config.json states under one of `names` or as all published models do.
 
     Raises:
-        InputError: neither tells.
+        InputError: neither tells, or what config.json states is no split of this head.
     """
-    axes = stated.get(name, DEFAULT_AXES.get(head_dim, ()))
-    if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
-        raise InputError(f"{name}={axes!r} in config.json: expected a list of whole numbers")
+    axes = stated_sizes(stated, names, DEFAULT_AXES.get(head_dim, ()))
     if not axes:
         raise InputError(
-            f"the tensors do not tell how RoPE splits a head of {head_dim}: expected a config.json with {name}"
+            f"the tensors do not tell how RoPE splits a head of {head_dim}: expected a config.json with {names[0]}"
         )
-    return tuple(axes)
+    if sum(axes) != head_dim:
+        said = f"{names[0]}={list(axes)} where the tensors have heads of {head_dim}"
+        raise InputError(f"config.json does not fit the tensors: {said}")
+    return axes
 
 
 LAYOUTS = (

@@ -1,19 +1,31 @@
-"""HunyuanVideo: the tables of its two layouts, and its config from shapes.
+"""HunyuanVideo: the tables of its three layouts, and its config from shapes.
 
-"original" is Tencent's release (mp_rank_00_model_states.pt), "diffusers" the transformer/ folder of the Hugging Face repository.
-Sources: Tencent-Hunyuan/HunyuanVideo hyvideo/modules/models.py, token_refiner.py; diffusers
+"original" is Tencent's release (mp_rank_00_model_states.pt), "comfyui" the same in the names of FLUX as ComfyUI writes it,
+"diffusers" the transformer/ folder of the Hugging Face repository. Sources: Tencent-Hunyuan/HunyuanVideo
+hyvideo/modules/models.py, token_refiner.py; ComfyUI comfy/supported_models.py, comfy/ldm/hunyuan_video/model.py; diffusers
 scripts/convert_hunyuan_video_to_diffusers.py.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from chipmunk_jax.convert.flux import DIFFUSERS_BLOCKS, rotary_axes, single_output
-from chipmunk_jax.convert.naming import count_layers, linear, measure, mlp
+from chipmunk_jax.convert.flux import DIFFUSERS_BLOCKS, rotary_axes, single_output, stated_blocks
+from chipmunk_jax.convert.naming import (
+    OneOf,
+    check_stated,
+    count_layers,
+    linear,
+    measure,
+    mlp,
+    patches_of,
+    stated_number,
+    stated_size,
+)
 from chipmunk_jax.convert.rules import Layout, Rule
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.hunyuan_video import HunyuanVideoConfig
@@ -81,13 +93,13 @@ DIFFUSERS_EMBEDDERS = {
 ORIGINAL_NAMES = {
     "patch": "img_in.proj", "text": "txt_in.input_embedder", "pooled": "vector_in.in_layer", "guidance": "guidance_in.",
     "refiner": "txt_in.individual_token_refiner.blocks.", "double": "double_blocks.", "single": "single_blocks.",
-    "fc1": "img_mlp.fc1", "fc2": "img_mlp.fc2", "norm": "img_attn_k_norm", "out": "final_layer.linear",
+    "fc1": "img_mlp.fc1", "fc2": "img_mlp.fc2", "norm": "img_attn_k_norm.weight", "out": "final_layer.linear",
 }  # fmt: skip
 DIFFUSERS_NAMES = {
     "patch": "x_embedder.proj", "text": "context_embedder.proj_in", "pooled": "time_text_embed.text_embedder.linear_1",
     "guidance": "time_text_embed.guidance_embedder.", "refiner": "context_embedder.token_refiner.refiner_blocks.",
     "double": "transformer_blocks.", "single": "single_transformer_blocks.",
-    "fc1": "ff.net.0.proj", "fc2": "ff.net.2", "norm": "attn.norm_k", "out": "proj_out",
+    "fc1": "ff.net.0.proj", "fc2": "ff.net.2", "norm": "attn.norm_k.weight", "out": "proj_out",
 }  # fmt: skip
 
 ORIGINAL = (
@@ -114,6 +126,27 @@ ORIGINAL = (
     *linear("final_layer.adaLN_modulation.1", "final.linear"),
     *linear("final_layer.linear", "img_out"),
 )
+# What ComfyUI writes in place of a part of the original's names, in this order.
+COMFYUI_PARTS = {
+    "_in.mlp.0": "_in.in_layer", "_in.mlp.2": "_in.out_layer",
+    "t_embedder.mlp.0": "t_embedder.in_layer", "t_embedder.mlp.2": "t_embedder.out_layer",
+    "c_embedder.linear_1": "c_embedder.in_layer", "c_embedder.linear_2": "c_embedder.out_layer",
+    "_mod.linear": "_mod.lin", ".modulation.linear": ".modulation.lin", "_attn_qkv": "_attn.qkv", "_attn_proj": "_attn.proj",
+    "_attn_q_norm.weight": "_attn.norm.query_norm.scale", "_attn_k_norm.weight": "_attn.norm.key_norm.scale",
+    ".q_norm.weight": ".norm.query_norm.scale", ".k_norm.weight": ".norm.key_norm.scale",
+    "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2",
+}  # fmt: skip
+
+
+def comfyui(name: str) -> str:
+    """ComfyUI's name of what the original calls `name`."""
+    for part, theirs in COMFYUI_PARTS.items():
+        name = name.replace(part, theirs)
+    return name
+
+
+COMFYUI = tuple(replace(rule, sources=tuple(map(comfyui, rule.sources))) for rule in ORIGINAL)
+COMFYUI_NAMES = {part: comfyui(name) for part, name in ORIGINAL_NAMES.items()}
 DIFFUSERS = (
     Rule(("x_embedder.proj.weight",), ("img_in.kernel.T",), transform=patches),
     Rule(("x_embedder.proj.bias",), ("img_in.bias",)),
@@ -145,40 +178,59 @@ def configure(
         stated: diffusers' config.json; empty where there is none.
 
     Raises:
-        InputError: the tensors are of no HunyuanVideo model, or of one from image to video.
+        InputError: the tensors are of no HunyuanVideo model, or of one from image to video, or config.json says other than they.
     """
-    size = lambda *places: measure(shapes, places) or 1  # a missing tensor is named by the match
+    size = lambda *places: measure(shapes, places)
     double = lambda name: f"{n['double']}*.{n[name]}"
-    width = size((f"{n['patch']}.bias", 0), (f"{double('fc2')}.bias", 0))
-    mlp_width, head_dim = size((f"{double('fc1')}.bias", 0)), size((f"{double('norm')}.weight", 0))
+    width = size((f"{n['patch']}.bias", 0), (f"{double('fc2')}.bias", 0)) or 1
+    mlp_width, head_dim = size((f"{double('fc1')}.bias", 0)) or 1, size((double("norm"), 0)) or 1
     depth, depth_single, refiner_depth = (count_layers(shapes, n[name]) for name in ("double", "single", "refiner"))
     if not (depth and depth_single and refiner_depth) or width % head_dim:
         raise InputError(
             f"no HunyuanVideo model has width {width}, head width {head_dim}, {depth} double, {depth_single} single and "
             f"{refiner_depth} refiner blocks, as the tensors say"
         )
-    channels, *patch = (size((f"{n['patch']}.weight", axis)) for axis in (1, 2, 3, 4))
-    out = measure(shapes, ((f"{n['out']}.bias", 0),))
-    if stated.get("image_condition_type") or out not in (None, channels * math.prod(patch)):
+    side = stated_size(stated, ("patch_size",), HunyuanVideoConfig.patch_size[1])
+    stated_patch = (stated_size(stated, ("patch_size_t",), HunyuanVideoConfig.patch_size[0]), side, side)
+    channels, patch = patches_of(f"{n['patch']}.weight", shapes, stated_patch)
+    out = size((f"{n['out']}.bias", 0))
+    if channels and out not in (None, channels * math.prod(patch)):
         raise InputError(
-            f"a HunyuanVideo model from image to video ({channels} latent channels in, "
-            f"image_condition_type={stated.get('image_condition_type')}): expected one from text to video"
+            f"a HunyuanVideo model of {channels} latent channels in and {out // math.prod(patch)} out, as from image to video: "
+            "expected one from text to video"
         )
-    return HunyuanVideoConfig(
-        in_channels=channels,
-        patch_size=tuple(patch),
-        vec_in_dim=size((f"{n['pooled']}.weight", 1)),
-        context_in_dim=size((f"{n['text']}.weight", 1)),
+    sizes = {
+        "in_channels": channels,
+        "pooled_projection_dim": size((f"{n['pooled']}.weight", 1)),
+        "text_embed_dim": size((f"{n['text']}.weight", 1)),
+    }
+    # A size that no tensor tells belongs to a missing tensor, which the match will name.
+    told = {name: value or stated_size(stated, (name,), 1) for name, value in sizes.items()}
+    config = HunyuanVideoConfig(
+        in_channels=told["in_channels"],
+        patch_size=patch,
+        vec_in_dim=told["pooled_projection_dim"],
+        context_in_dim=told["text_embed_dim"],
         hidden_size=width,
         mlp_ratio=mlp_width / width,
         num_heads=width // head_dim,
         depth=depth,
         depth_single_blocks=depth_single,
         refiner_depth=refiner_depth,
-        axes_dim=rotary_axes(stated, "rope_axes_dim", head_dim),
-        theta=stated.get("rope_theta", HunyuanVideoConfig.theta),
+        axes_dim=rotary_axes(stated, ("rope_axes_dim",), head_dim),
+        theta=stated_number(stated, "rope_theta", HunyuanVideoConfig.theta),
         guidance_embed=any(name.startswith(n["guidance"]) for name in shapes),
     )
+    tensors = {
+        "out_channels": channels and OneOf((None, channels)),  # None: as many out as in
+        "num_refiner_layers": refiner_depth,
+        "patch_size": OneOf((patch[1], patch)) if patch[1] == patch[2] else patch,
+        "patch_size_t": patch[0],
+        "rope_axes_dim": config.axes_dim,
+    }
+    network = {"qk_norm": "rms_norm", "rope_theta": float(config.theta), "image_condition_type": OneOf((None,))}
+    check_stated(stated, stated_blocks(config) | sizes | tensors, network)
+    return config
 
 
 LAYOUTS = (
@@ -186,9 +238,27 @@ LAYOUTS = (
         model="hunyuan_video",
         class_name="HunyuanVideoTransformer3DModel",
         name="original",
-        marks=("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias", "txt_in.input_embedder.weight"),
+        marks=(
+            "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",
+            "txt_in.input_embedder.weight",
+            "double_blocks.0.img_attn_qkv.weight",
+            "double_blocks.0.img_attn_k_norm.weight",
+        ),
         rules=ORIGINAL,
         configure=partial(configure, ORIGINAL_NAMES),
+    ),
+    Layout(
+        model="hunyuan_video",
+        class_name="HunyuanVideoTransformer3DModel",
+        name="comfyui",
+        marks=(
+            "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",
+            "txt_in.input_embedder.weight",
+            "double_blocks.0.img_attn.qkv.weight",
+            "double_blocks.0.img_attn.norm.key_norm.scale",
+        ),
+        rules=COMFYUI,
+        configure=partial(configure, COMFYUI_NAMES),
     ),
     Layout(
         model="hunyuan_video",

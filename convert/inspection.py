@@ -16,7 +16,7 @@ class Inspection:
 
     path: Path
     model: str
-    layout: str  # "original", "diffusers", or "converted"
+    layout: str  # "original", "diffusers", "comfyui", or "converted"
     parameters: int
     dtype: str  # of the weights; the largest share first where there are several
     nbytes: int  # of the weights
@@ -25,6 +25,7 @@ class Inspection:
     unknown: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
+    left_out: tuple[str, ...] = ()  # top-level names of what lies beside the network, such as a VAE
 
     @property
     def whole(self) -> bool:
@@ -86,4 +87,5 @@ def inspect_source(path: Path) -> Inspection:
         unknown=found.unknown,
         doubled=found.doubled,
         misshapen=found.misshapen,
+        left_out=source.weights.left_out,
     )

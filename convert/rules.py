@@ -45,9 +45,11 @@ class Layout:
     model: str
     class_name: str  # in its config.json
     name: str
-    marks: tuple[str, ...]  # tensors that no other layout has; any one of them tells
+    marks: tuple[str, ...]  # tensors that tell it: a checkpoint is of the layout of which it has the most
     rules: tuple[Rule, ...]
     configure: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], Any]  # (shapes, config.json) -> config
+    # config -> shapes of tensors that some files hold in other shapes, their numbers in the same order
+    views: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,13 @@ def fits(
         found.missing.append(name)
         return False
     tensor, shape = tensors[name], tensors[name].shape
-    if transform:
-        shape = transform(np.broadcast_to(np.uint8(0), shape)).shape
-    if shape != expected:
+    try:
+        shape = transform(np.broadcast_to(np.uint8(0), shape)).shape if transform else shape
+    except (ValueError, TypeError):  # a transform of another number of axes
+        shape = None
+    if shape is None:
+        found.misshapen.append(f"{name} {list(tensor.shape)}, expected another number of axes")
+    elif shape != expected:
         found.misshapen.append(f"{name} {list(shape)}, expected {list(expected)}")
     elif not jnp.issubdtype(tensor.dtype, jnp.floating):
         found.misshapen.append(f"{name} {tensor.dtype}, expected a float")

@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from chipmunk_jax.convert.naming import count_layers, linear, measure, mlp
+from chipmunk_jax.convert.naming import (
+    ANY,
+    OneOf,
+    check_stated,
+    count_layers,
+    linear,
+    measure,
+    mlp,
+    patches_of,
+    stated_size,
+    stated_sizes,
+)
 from chipmunk_jax.convert.rules import Layout, Rule
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.wan import WanConfig
@@ -99,6 +110,7 @@ DIFFUSERS = table(
     attentions("attn1", "attn2", "to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"),
     {"norm_in": "norm1", "norm_out": "norm2"},
 )
+THEIRS = {"in_dim": ("in_channels",), "out_dim": ("out_channels",)}  # our field -> diffusers'
 HEAD_DIM = 128  # of every published model; no tensor tells
 
 
@@ -111,26 +123,75 @@ def configure(n: dict[str, str], shapes: Mapping[str, tuple[int, ...]], stated: 
         stated: config.json, of diffusers or of the original; empty where there is none.
 
     Raises:
-        InputError: the tensors are of no Wan model.
+        InputError: the tensors are of no Wan model, or config.json says other than they or the network.
     """
-    size = lambda name, axis: measure(shapes, ((name, axis),)) or 1  # a missing tensor is named by the match
-    dim, layers = size(f"{n['patch']}.bias", 0), count_layers(shapes, "blocks.")
-    patch = tuple(size(f"{n['patch']}.weight", axis) for axis in (2, 3, 4))
-    heads = stated.get("num_attention_heads", stated.get("num_heads", dim // HEAD_DIM))
-    if not layers or not isinstance(heads, int) or heads < 1 or dim % heads:
-        raise InputError(f"no Wan model has width {dim}, {layers} blocks and {heads} heads, as the tensors say")
-    return WanConfig(
+    size = lambda name, axis: measure(shapes, ((name, axis),))
+    width = ((f"{n['patch']}.bias", 0), (f"blocks.*.{n['fc2']}.bias", 0))
+    dim, layers = measure(shapes, width) or 1, count_layers(shapes, "blocks.")
+    heads = stated_size(stated, ("num_attention_heads", "num_heads"), max(1, dim // HEAD_DIM))
+    if not layers or dim % heads:
+        raise InputError(f"no Wan model has width {dim}, {layers} blocks and {heads} heads")
+    stated_patch = stated_sizes(stated, ("patch_size",), WanConfig.patch_size)
+    in_dim, patch = patches_of(f"{n['patch']}.weight", shapes, stated_patch)
+    head = size(f"{n['head']}.bias", 0)
+    out_dim = head and max(1, head // math.prod(patch))
+    sizes = {
+        "ffn_dim": size(f"blocks.*.{n['fc1']}.bias", 0),
+        "freq_dim": size(f"{n['time']}{n['time_1']}.weight", 1),
+        "in_dim": in_dim,
+        "out_dim": out_dim,
+        "text_dim": size(f"{n['text']}{n['text_1']}.weight", 1),
+    }
+    config = WanConfig(
+        # A size that no tensor tells belongs to a missing tensor, which the match will name.
+        **{
+            name: value or stated_size(stated, (name, *THEIRS.get(name, ())), out_dim or 1)
+            for name, value in sizes.items()
+        },
         dim=dim,
-        ffn_dim=size(f"blocks.*.{n['fc1']}.bias", 0),
-        freq_dim=size(f"{n['time']}{n['time_1']}.weight", 1),
-        in_dim=size(f"{n['patch']}.weight", 1),
-        out_dim=max(1, size(f"{n['head']}.bias", 0) // math.prod(patch)),
         patch_size=patch,
-        text_dim=size(f"{n['text']}{n['text_1']}.weight", 1),
         num_heads=heads,
         num_layers=layers,
-        image_dim=measure(shapes, ((f"{n['image']}{n['image_1']}.weight", 1),)),
+        image_dim=size(f"{n['image']}{n['image_1']}.weight", 1),
     )
+    check_stated(stated, sizes | stated_sizes_of(config, sizes), stated_network(config))
+    return config
+
+
+def stated_sizes_of(config: WanConfig, sizes: Mapping[str, int | None]) -> dict[str, Any]:
+    """What config.json says of the tensors, under the original's names and diffusers', but for `sizes` themselves."""
+    c = config
+    return {
+        "dim": c.dim,
+        "num_heads": c.num_heads,
+        "num_attention_heads": c.num_heads,
+        "attention_head_dim": c.head_dim,
+        "num_layers": c.num_layers,
+        "patch_size": c.patch_size,
+        **{name: sizes[ours] for ours, names in THEIRS.items() for name in names},
+        "image_dim": OneOf((c.image_dim,)),
+        "added_kv_proj_dim": OneOf((c.image_dim and c.dim,)),
+        "model_type": OneOf(("i2v",) if c.in_dim > c.out_dim else ("t2v", "ti2v")),
+    }
+
+
+def stated_network(config: WanConfig) -> dict[str, Any]:
+    """What config.json says that no tensor tells, and every Wan network computes with."""
+    return {
+        "eps": 1e-6,
+        "qk_norm": OneOf(("rms_norm_across_heads", True)),
+        "cross_attn_norm": True,
+        "window_size": (-1, -1),
+        "rope_theta": float(config.theta),
+        "pos_embed_seq_len": OneOf((None,)),
+        "text_len": 512 if config.text_rows[1] else ANY,
+        "rope_max_seq_len": ANY,  # of a table of angles: ours has as many as there are positions
+    }
+
+
+def views(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """The patch embedding, the same name in both layouts, as the convolution that it may be a matrix of."""
+    return {"patch_embedding.weight": (config.dim, config.in_dim, *config.patch_size)}
 
 
 LAYOUTS = (
@@ -141,6 +202,7 @@ LAYOUTS = (
         marks=("time_projection.1.weight", "blocks.0.self_attn.q.weight"),
         rules=ORIGINAL,
         configure=partial(configure, ORIGINAL_NAMES),
+        views=views,
     ),
     Layout(
         model="wan",
@@ -149,5 +211,6 @@ LAYOUTS = (
         marks=("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"),
         rules=DIFFUSERS,
         configure=partial(configure, DIFFUSERS_NAMES),
+        views=views,
     ),
 )

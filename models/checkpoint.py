@@ -3,14 +3,17 @@
 config.json is written last and the folder is renamed into place, so a folder that has one is whole.
 """
 
+import gc
+import io
 import json
 import logging
 import math
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError, listed
+from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import MODELS, Network
+from chipmunk_jax.whole import NO_ROOM, check_space, restore, whole
 
 CONFIG, WEIGHTS = "config.json", "weights"
+# A model of two networks, as Wan2.2-A14B, is a folder of two checkpoints, in the order in which they sample, and of a config.json
+# that says at which time the second takes over.
+EXPERTS = ("high_noise", "low_noise")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -58,7 +67,7 @@ def save(
     Raises:
         InputError: the folder cannot be written.
     """
-    with replacing(folder, overwrite=overwrite) as partial:
+    with replacing(folder, overwrite=overwrite, need=nbytes(leaves_of(model))) as partial:
         write(model, partial, extras, source)
 
 
@@ -116,15 +125,21 @@ def describe(folder: str | Path) -> Description:
         InputError: it is not a checkpoint of this library, or is half-written.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
     if not is_checkpoint(folder):
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: no such folder")
         if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
             raise InputError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
         made = f"{folder.resolve().stem if folder.is_file() else folder.resolve().name}-converted"
         command = shlex.join(("chipmunk", "convert", str(folder), made))
         raise InputError(f"{folder}: not a converted checkpoint; make one with `{command}`")
-    content = json.loads((folder / CONFIG).read_text())
+    content = read_config(folder / CONFIG)
+    if "boundary" in content:
+        first, second = (folder / name for name in EXPERTS)
+        raise InputError(
+            f"{folder}: two networks, one for times from 1 to {content['boundary']} and one for those below: expected {first} "
+            f"or {second}; sampling with both is not here yet"
+        )
     if content["model"] not in list(MODELS):
         raise InputError(f"{folder}: model {content['model']}, expected one of {', '.join(MODELS)}")
     try:
@@ -140,12 +155,21 @@ def describe(folder: str | Path) -> Description:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is a whole checkpoint of this library."""
+    """Whether the folder is a whole checkpoint of this library, if need be once its replacement, cut off, is restored."""
+    restore(folder)
     try:
-        content = json.loads((folder / CONFIG).read_text())
+        content = read_config(folder / CONFIG)
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
+    if "boundary" in content:
+        return len(parts_of(folder)) > 1
+    return {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
+
+
+def parts_of(folder: str | Path) -> tuple[Path, ...]:
+    """The folders of a checkpoint's networks: its own, or those of its experts."""
+    pair = tuple(Path(folder) / name for name in EXPERTS)
+    return pair if all(map(is_checkpoint, pair)) else (Path(folder),)
 
 
 def compare(folder: str | Path, model: Network) -> tuple[list[str], list[str], list[str]]:
@@ -175,38 +199,40 @@ def shapes_in(folder: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def replacing(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
+def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place at the end, and is gone after an error.
 
+    Args:
+        folder: to write.
+        overwrite: whether to replace a checkpoint.
+        need: bytes that the weights take.
+
     Raises:
-        InputError: at once, where `folder` cannot be written or is not ours to replace.
+        InputError: at once, where `folder` cannot be written, is not ours to replace, or its disk has no room.
     """
     folder = Path(folder).absolute()
+    with whole(folder, wait=False) as partial:
+        check_replaceable(folder, overwrite=overwrite)
+        check_space(folder, need)
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise InputError(f"{folder}: cannot write into {folder.parent}: {error.strerror}") from error
+        yield partial
+
+
+def check_replaceable(folder: Path, *, overwrite: bool) -> None:
+    """Raises InputError for a file, a folder that holds something else than a checkpoint, or one that is to be kept."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, expected a folder to write")
-    old = folder.is_dir() and any(folder.iterdir())
-    if old and not is_checkpoint(folder):
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not is_checkpoint(folder):
         raise InputError(f"{folder}: not empty and no checkpoint of this library; expected a new folder")
-    if old and not overwrite:
+    if not overwrite:
         raise InputError(
             f"{folder}: already a checkpoint; add --overwrite (in Python overwrite=True), or name a new folder"
         )
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write into {folder.parent}: {error.strerror}") from error
-    try:
-        yield partial
-        if old:
-            aside = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
-            folder.rename(aside)
-            partial.rename(folder)
-            shutil.rmtree(aside)
-        else:
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write(model: Network, folder: Path, extras: Sequence[str | Path], source: str) -> None:
@@ -218,7 +244,7 @@ def write(model: Network, folder: Path, extras: Sequence[str | Path], source: st
     # Orbax's defaults hold a second copy of the model while they write; so, about one leaf more: 0.3 GB beside 1.6, not 1.2.
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=math.ceil(2 * largest), use_ocdbt=False)
-    with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
+    with quiet_orbax(folder), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(weights_of(folder), args=ocp.args.PyTreeSave(tree))
     for extra in extras:
         shutil.copy(extra, folder)
@@ -232,16 +258,44 @@ def write(model: Network, folder: Path, extras: Sequence[str | Path], source: st
     (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def write_pair(folder: Path, model: str, boundary: float) -> None:
+    """Writes config.json over two experts, which are in their folders already.
+
+    Args:
+        folder: of both.
+        model: of MODELS.
+        boundary: time at which the second takes over, 1 to 0.
+    """
+    (folder / CONFIG).write_text(json.dumps({"model": model, "boundary": boundary}, indent=1) + "\n")
+
+
 @contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Silences Orbax's warning that there is nothing to merge: by design there is nothing."""
+def quiet_orbax(folder: Path) -> Iterator[None]:
+    """Silences Orbax's log, which warns that there is nothing to merge, by design, and repeats the error that it raises; and what
+    its threads print one after another when the disk is full, which is one error here.
+
+    Raises:
+        OSError: there is no room left to write `folder`.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
+    said, full = io.StringIO(), None
     try:
-        yield
+        with redirect_stderr(said):
+            try:
+                yield
+            except Exception as error:
+                full = next((number for number in NO_ROOM if f"[os_error_code='{number}']" in str(error)), None)
+                if full is None:
+                    raise
+            gc.collect()  # what it left half done says so when it goes
     finally:
         logger.setLevel(level)
+        if full is None:
+            sys.stderr.write(said.getvalue())
+    if full is not None:
+        raise OSError(full, os.strerror(full), str(folder))
 
 
 def stored_bytes(folder: str | Path) -> int:

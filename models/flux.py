@@ -1,6 +1,6 @@
 """FLUX.1 transformer (Black Forest Labs, 2024): 19 double-stream and 38 single-stream blocks on [text, image] tokens.
 
-Config fields are named as in the original. A token is a 2x2 patch of 16 latent channels.
+Config fields are named as in the original. A token is a 2x2 patch of 16 latent channels, in the order channel, row, column.
 """
 
 from dataclasses import dataclass

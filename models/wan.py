@@ -1,7 +1,7 @@
-"""Wan2.1 transformer (Alibaba, 2025): blocks of self-attention over a video's tokens, cross-attention to the text, and an MLP.
+"""Wan2.1 and Wan2.2 transformer (Alibaba, 2025): blocks of self-attention over a video's tokens, attention to the text, and an MLP.
 
-A token is a patch of latent pixels, 2 x 2 of one frame in the published models; its channels are in the order of the output: row,
-column, channel.
+A token is a patch of latent pixels, 2 x 2 of one frame in the published models; its channels are in the order of the output: frame,
+row, column, channel.
 """
 
 import math
@@ -51,13 +51,15 @@ class WanConfig:
     num_heads: int = 12
     num_layers: int = 30
     patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of a token
-    image_dim: int | None = None  # of CLIP's image tokens; None: text to video
+    image_dim: int | None = None  # of CLIP's image tokens; None: text to video, or Wan2.2's image to video
     theta: float = 10_000.0
 
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise InputError(f"dim={self.dim}, num_heads={self.num_heads}: expected even heads of 6 or more")
+        if self.in_dim < self.out_dim:
+            raise InputError(f"in_dim={self.in_dim}, out_dim={self.out_dim}: expected at least as many in as out")
 
     @property
     def head_dim(self) -> int:
@@ -126,8 +128,8 @@ class Wan(Network):
             x: [B, N, patch out_dim], tokens in any order that positions follow.
             t: [B], f32, 1 for noise and 0 for the video.
             cond: "text" [B, T, text_dim], all of whose rows are attended to (512 in the published models, zeros
-                after the prompt); for image to video also "image" [B, M, image_dim], tokens of CLIP, and
-                "latents" [B, N, patch (in_dim - out_dim)], mask and image in the order of x.
+                after the prompt); with image_dim also "image" [B, M, image_dim], tokens of CLIP; where in_dim is above
+                out_dim also "latents" [B, N, patch (in_dim - out_dim)], mask and image in the order of x.
             positions: [N, 3], f32 or i32: (frame, row, column) of every token.
             cache: of chipmunk_jax.cache.zeros(self.stacks(..)), or None for the dense network.
             step: what this step computes; None for the dense network.
@@ -174,8 +176,9 @@ class Wan(Network):
         """
         c, shapes = self.config, {"text": (text, self.config.text_dim)}
         if c.image_dim:
-            image = "M" if isinstance(text, str) else CLIP_TOKENS
-            shapes |= {"image": (image, c.image_dim), "latents": (tokens, c.patch * (c.in_dim - c.out_dim))}
+            shapes |= {"image": ("M" if isinstance(text, str) else CLIP_TOKENS, c.image_dim)}
+        if c.in_dim > c.out_dim:
+            shapes |= {"latents": (tokens, c.patch * (c.in_dim - c.out_dim))}
         return shapes
 
 

@@ -323,8 +323,14 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
         text, pixels = image.text, np.asarray(image)
     assert text["prompt"] == PROMPT and text["seed"] == "7"
     settings = json.loads(text["settings"])
-    expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7}
-    assert settings == expected | {"sparsity": to_dict(Sparsity())}
+    expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7, "sparsity": to_dict(Sparsity())}
+    made = {
+        "model": "flux",
+        "checkpoint": "tiny",
+        "solver": "Euler",
+        "dtype": "float32",
+    }  # of other sizes than mini-flux
+    assert settings == expected | made | {"version": version("chipmunk-jax")}
     size = dict(height=20, width=12, num_inference_steps=3)
     (image,) = Pipeline.from_pretrained(checkpoint)(PROMPT, **size, seed=7, sparsity="flux").images
     np.testing.assert_array_equal(pixels, np.asarray(image))
@@ -535,7 +541,21 @@ def test_every_field_has_a_flag():
 # In three layers, of which a preset's first two are dense.
 VERIFY = ["--sparsity.mlp.first-n-dense-layers", 0, "--prompt", PROMPT, "--prompt", "blue plain ring on night"]
 VERIFIED = {
-    *("prompts", "height", "width", "steps", "guidance", "seed", "sparsity", "density"),
+    *(
+        "model",
+        "checkpoint",
+        "solver",
+        "dtype",
+        "version",
+        "prompts",
+        "height",
+        "width",
+        "steps",
+        "guidance",
+        "seed",
+        "sparsity",
+        "density",
+    ),
     *("dense_seconds", "sparse_seconds", "psnr", "median_psnr", "device", "jax"),
 }
 

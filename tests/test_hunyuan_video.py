@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_torch_pickle import emit, tensor, write_archive
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, sample, shifted_timesteps
-from chipmunk_jax.convert import convert, load, read
+from chipmunk_jax.convert import convert, load, open_source, read
 from chipmunk_jax.convert import hunyuan_video as tables
 from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.layers import run_layers
@@ -162,6 +163,42 @@ def test_the_published_container_gives_the_same_weights(model, weights, tmp_path
     assert_same(load(tmp_path / "converted"), model)
 
 
+def test_comfyuis_names_give_the_same_weights(model, weights, tmp_path):
+    """They are FLUX's but for text and patches, and are taken for FLUX no more than FLUX for HunyuanVideo."""
+    made = {comfyui(name): array for name, array in original(weights).items()}
+    assert {
+        *FLUX_MARKS,
+        "img_in.proj.weight",
+        "txt_in.t_embedder.in_layer.bias",
+        "time_in.out_layer.weight",
+    } <= made.keys()
+    save_file(made, tmp_path / "hunyuan_video_t2v_720p_bf16.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"rope_axes_dim": [4, 6, 6]}))
+    assert open_source(tmp_path).layout.name == "comfyui"
+    assert_same(read(tmp_path, dtype="float32"), model)
+    flux = open_source(GOLDEN.parent / "flux_dev/original")
+    assert (flux.layout.model, flux.layout.name) == ("flux", "original") and flux.weights.tensors.keys() >= FLUX_MARKS
+
+
+FLUX_MARKS = {"double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight"}
+
+
+def comfyui(name):
+    """Tencent's name as ComfyUI's classes have it: FLUX's blocks and embedders, a refiner of its own."""
+    name = re.sub(r"^(double_blocks\.\d+\.(?:img|txt))_mod\.linear", r"\1_mod.lin", name)
+    name = re.sub(r"^(double_blocks\.\d+\.(?:img|txt))_attn_(qkv|proj)", r"\1_attn.\2", name)
+    name = re.sub(r"^(single_blocks\.\d+)\.modulation\.linear", r"\1.modulation.lin", name)
+    for letter, kind in (("q", "query"), ("k", "key")):
+        name = re.sub(rf"_attn_{letter}_norm\.weight$", f"_attn.norm.{kind}_norm.scale", name)
+        name = re.sub(rf"^(single_blocks\.\d+)\.{letter}_norm\.weight$", rf"\1.norm.{kind}_norm.scale", name)
+    name = re.sub(r"self_attn_(qkv|proj)", r"self_attn.\1", name)
+    for number, layer, index in (("1", "in_layer", 0), ("2", "out_layer", 2)):
+        name = re.sub(rf"mlp\.fc{number}", f"mlp.{index}", name)
+        name = re.sub(rf"(time_in|guidance_in|t_embedder)\.mlp\.{index}", rf"\1.{layer}", name)
+        name = re.sub(rf"c_embedder\.linear_{number}", f"c_embedder.{layer}", name)
+    return name
+
+
 def assert_same(model, other):
     assert model.config == other.config
     jax.tree.map(np.testing.assert_array_equal, leaves_of(model), leaves_of(other))
@@ -250,7 +287,7 @@ def test_the_published_sizes_follow_from_the_shapes_alone():
     assert tables.configure(tables.ORIGINAL_NAMES, shapes, {}) == config
     with pytest.raises(ValueError, match="from image to video"):
         tables.configure(tables.ORIGINAL_NAMES, shapes | {"img_in.proj.weight": (3072, 33, 1, 2, 2)}, {})
-    with pytest.raises(ValueError, match="from image to video"):
+    with pytest.raises(ValueError, match="image_condition_type='token_replace' where the network has None"):
         tables.configure(tables.ORIGINAL_NAMES, shapes, {"image_condition_type": "token_replace"})
 
 

@@ -24,6 +24,8 @@ CONFIGS = {
     "wan-1.3b": WanConfig(),
     "wan-14b": WanConfig(**WAN_14B),
     "wan-i2v-14b": WanConfig(**WAN_14B, in_dim=36, image_dim=1280),
+    "wan2.2-i2v-a14b": WanConfig(**WAN_14B, in_dim=36),
+    "wan2.2-ti2v-5b": WanConfig(dim=3072, ffn_dim=14_336, in_dim=48, out_dim=48, num_heads=24),
 }
 SMALL = {
     "mini-flux": FluxConfig(in_channels=12, guidance_embed=False),
@@ -58,6 +60,8 @@ def test_a_row_is_found_by_its_own_config_and_names_its_network(name):
         (WanConfig(dim=256, num_heads=2), "wan-1.3b"),
         (WanConfig(**WAN_14B | dict(num_layers=3)), "wan-14b"),
         (WanConfig(in_dim=36, image_dim=1280), "wan-i2v-14b"),
+        (WanConfig(in_dim=36), "wan2.2-i2v-a14b"),
+        (WanConfig(in_dim=48, out_dim=48), "wan2.2-ti2v-5b"),
     ],
 )
 def test_a_config_of_none_is_sampled_as_the_nearest(config, name):
@@ -94,6 +98,8 @@ def test_the_usual_sample_of_a_model_fits_it(name):
         ("wan-1.3b", (21, 30, 52), wan_timesteps(50, 8.0)),
         ("wan-14b", (21, 45, 80), wan_timesteps(50, 5.0)),
         ("wan-i2v-14b", (21, 45, 80), wan_timesteps(40, 5.0)),
+        ("wan2.2-i2v-a14b", (21, 45, 80), wan_timesteps(40, 5.0)),
+        ("wan2.2-ti2v-5b", (31, 22, 40), wan_timesteps(50, 5.0)),
     ],
 )
 def test_published_models_have_the_grids_and_times_of_their_authors(name, grid, times):
@@ -128,6 +134,8 @@ def test_true_guidance_and_the_condition_are_not_taken_for_each_other():
         "wan-1.3b": (6.0, None),
         "wan-14b": (5.0, None),
         "wan-i2v-14b": (5.0, None),
+        "wan2.2-i2v-a14b": (3.5, None),
+        "wan2.2-ti2v-5b": (5.0, None),
     }
     for name, config in CONFIGS.items():
         assert (PUBLISHED[name].distilled is not None) == getattr(config, "guidance_embed", False)

@@ -4,9 +4,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
 from chipmunk_jax.cli.parser import Menu
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, sentence
 
 DESCRIPTION = """\
 Sample diffusion transformers in JAX, faster and without training, by recomputing at each step only the attention keys and
@@ -32,23 +33,31 @@ COMMANDS = {  # each a module beside this one, with parse(words) and run(argumen
 }
 
 
-def run(argv: Sequence[str] | None) -> int:
-    """Exit status: 0; 1 where a check found a fault; 2 for bad input, told in one sentence.
+def choose(argv: Sequence[str] | None) -> tuple[ModuleType, Sequence[str]]:
+    """The module of the command that the words name, imported, which takes a second or two; and the words after it.
 
     Raises:
-        KeyboardInterrupt: files that were half written are gone; what the device does may go on.
         SystemExit: after --help and --version, 0; after a bad command line, 2.
-        Exception: any other is a bug of this library.
     """
     menu = Menu("chipmunk", "commands", COMMANDS, description=DESCRIPTION, epilog=EXAMPLES)
     told = f"chipmunk-jax {version('chipmunk-jax')}"
     menu.add_argument("--version", action="version", version=told, help="print the version and exit")
     name, words = menu.choose(sys.argv[1:] if argv is None else argv)
-    command = import_module(f"chipmunk_jax.cli.{name}")  # takes a second or two
+    return import_module(f"chipmunk_jax.cli.{name}"), words
+
+
+def run(command: ModuleType, words: Sequence[str]) -> int:
+    """Exit status: 0; 1 where a check found a fault; 2 for bad input, told in one sentence.
+
+    Raises:
+        KeyboardInterrupt: files that were half written are gone; what the device does may go on.
+        SystemExit: after --help, 0; after a bad command line, 2.
+        Exception: any other is a bug of this library.
+    """
     try:
         return command.run(command.parse(words))
     except (InputError, NotImplementedError, OSError) as error:
-        print(f"chipmunk: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"chipmunk: {sentence(str(error))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.convert import convert, inspect
+from chipmunk_jax.models.checkpoint import parts_of
 
 DESCRIPTION = """\
 Write a PyTorch checkpoint as a folder that `chipmunk sample` and `chipmunk_jax.convert.load` read, without PyTorch.
@@ -12,7 +13,8 @@ Write a PyTorch checkpoint as a folder that `chipmunk sample` and `chipmunk_jax.
 SOURCE is one of
   a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.; or .pt and .pth, of
                        which only tensors are read: a file that would run anything is refused
-  a folder             of one file or of shards: Wan2.1's, or diffusers' transformer/, or the folder above it
+  a folder             of one file or of shards: Wan2.1's, or diffusers' transformer/, or the folder above it;
+                       of two networks (Wan2.2-A14B) TARGET holds both, high_noise and low_noise
 Layout and sizes are found from the file itself. All names and shapes are checked before any data are read, and TARGET
 appears only when it is whole. fp8 weights of a .safetensors are cast to the dtype asked for; those of a .pt have their
 scales in another file and are refused."""
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk convert`."""
     convert(args.source, args.target, dtype=args.dtype, progress=not args.quiet, overwrite=args.overwrite)
     if not args.quiet:
-        made = inspect(args.target)
-        print(f"{args.target}: {made.model}, {made.parameters / 1e6:,.2f} M parameters, {made.dtype}")
+        for folder in parts_of(args.target):
+            made = inspect(folder)
+            print(f"{folder}: {made.model}, {made.parameters / 1e6:,.2f} M parameters, {made.dtype}")
     return 0

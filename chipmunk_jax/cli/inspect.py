@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS
 from chipmunk_jax.pipelines import Variant, variant_of
 
@@ -65,7 +65,9 @@ def describe(found: Inspection) -> str:
     }
     for kind in ("missing", "unknown", "doubled", "misshapen"):
         if names := getattr(found, kind):
-            rows[kind] = f"{len(names)}: {', '.join(names)}"
+            rows[kind] = f"{len(names)}: {listed(names)}"
+    if found.left_out:
+        rows["left out"] = f"{listed(list(found.left_out))}: beside the network in the file, and not converted"
     width = max(map(len, rows))
     return "\n".join([str(found.path), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 

@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
+from chipmunk_jax.errors import sentence
+
 
 class Parser(argparse.ArgumentParser):
     """The arguments of one command; a mistake ends the process with status 2."""
@@ -36,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2, after one sentence and the usage."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n{self.format_usage()}")
+        self.exit(2, f"{self.prog}: {sentence(message)}\n{self.format_usage()}")
 
     def _unknown(self, word: str) -> str:
         """The flag that a word is, where there is no such flag; else ""."""

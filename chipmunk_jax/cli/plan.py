@@ -7,6 +7,7 @@ from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.checkpoint import describe
 from chipmunk_jax.pipelines import VARIANTS, variant_of
+from chipmunk_jax.pipelines.base import MOST_SAMPLES
 from chipmunk_jax.pipelines.room import PlannedSample, remedies
 
 
@@ -58,8 +59,8 @@ def read_sample(args: argparse.Namespace) -> tuple[str, PlannedSample]:
     """
     if (args.path is None) == (args.model is None):
         raise InputError("--plan: expected a converted folder or --model, one of them")
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch}: expected at least 1")
+    if not 1 <= args.batch <= MOST_SAMPLES:
+        raise InputError(f"--batch {args.batch}: expected at least 1 and at most {MOST_SAMPLES}")
     if args.model:
         variant, dtype = VARIANTS[args.model], "bfloat16"
     else:

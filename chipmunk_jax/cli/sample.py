@@ -8,9 +8,10 @@ from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.media import check_fps, check_output, save_image, save_video
+from chipmunk_jax.media import check_fps, check_output, most_bytes, save_image, save_video
 from chipmunk_jax.pipelines import Pipeline, PipelineOutput
 from chipmunk_jax.sparsity import to_dict
+from chipmunk_jax.whole import check_space
 
 DESCRIPTION = """\
 Sample images (FLUX) or videos (Wan) from a folder written by `chipmunk convert`, sparse by the model's own preset unless
@@ -21,7 +22,7 @@ verify`). Prompts of the small models are sentences with one word each of
   texture     plain striped checkered marbled
   background  sky night desert meadow
 Images are .png; videos .mp4 (needs PyAV: pip install 'av>=14'), animated .webp, or a .png of all frames in rows. Each file
-holds its prompt, seed and settings."""
+holds its prompt, seed and settings, and which checkpoint, solver, dtype and version made it."""
 
 EXAMPLES = """\
 examples:
@@ -83,20 +84,22 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(args) | dict(
         negative_prompt=args.negative_prompt, num_images_per_prompt=args.batch, sparsity=sparsity
     )
-    pipeline.check(args.prompt, **settings)
+    request = pipeline.check(args.prompt, **settings)
+    check_space(output, len(request.prompts) * most_bytes(output, **variant.sizes(request.settings)))
     keep_compilations()
     out = pipeline(args.prompt, **settings)
     samples = out.frames if variant.video else out.images
+    made = pipeline.origin | out.settings | {"sparsity": sparsity and to_dict(sparsity)}
+    paths = []
     for i, pixels in enumerate(samples):
-        path = output if len(samples) == 1 else output.with_stem(f"{output.stem}-{i + 1}")
+        paths.append(output if len(samples) == 1 else output.with_stem(f"{output.stem}-{i + 1}"))
         seed = args.seed + i
-        described = out.settings | {"seed": seed, "sparsity": sparsity and to_dict(sparsity)}
-        text = {"prompt": args.prompt[i // args.batch], "seed": seed, "settings": described}
+        text = {"prompt": args.prompt[i // args.batch], "seed": seed, "settings": made | {"seed": seed}}
         if variant.video:
-            save_video(path, pixels, fps, text)
+            save_video(paths[-1], pixels, fps, text)
         else:
-            save_image(path, pixels, text)
-        print(path)
+            save_image(paths[-1], pixels, text)
+    print(*paths, sep="\n")
     print(summary(out, len(samples), "video" if variant.video else "image", dense=sparsity is None))
     return 0
 

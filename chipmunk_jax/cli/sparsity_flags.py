@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 
 OWN = "the model's own preset"
+LIST = re.compile(r"\d{1,18}(,\d{1,18})*", re.ASCII)
 
 
 def add_sparsity_flags(parser: argparse.ArgumentParser, default: str = OWN) -> None:
@@ -55,5 +57,5 @@ def _value(text: str):
     """A number, true, null or list as JSON has it; nan too, so that its own error tells; else the word itself."""
     try:
         return json.loads(text.replace("nan", "NaN"))
-    except ValueError:
-        return [int(part) for part in text.split(",")] if text.replace(",", "").isdigit() else text
+    except (ValueError, RecursionError):
+        return [int(part) for part in text.split(",")] if LIST.fullmatch(text) else text

@@ -15,6 +15,7 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import check_fps, check_output, check_writable
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.report.verify import check_verify, verify
+from chipmunk_jax.whole import whole
 
 DESCRIPTION = """\
 Sample the same prompts and seeds twice, dense and sparse; print time, share of columns computed and PSNR; draw dense,
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     for path in outputs:
         found.draw(path, fps)
     if args.json:
-        Path(args.json).write_text(json.dumps(found.numbers, indent=1) + "\n")
+        with whole(args.json) as file:
+            file.write_text(json.dumps(found.numbers, indent=1) + "\n")
     _print(found.numbers, outputs)
     return 0 if found.numbers["median_psnr"] >= args.min_psnr else 1
 

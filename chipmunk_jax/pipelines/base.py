@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,6 +27,7 @@ from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from pallas_kernels import Implementation
 
+MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
 OUTPUT_TYPES = ("pil", "np", "latent")
 Auto = Literal["auto"]
 
@@ -119,6 +121,17 @@ class Pipeline:
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         return load(self.folder, dtype) if is_checkpoint(self.folder) else read(self.folder, dtype or "bfloat16")
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """What else a sample depends on than on its settings, by name, for the file that holds it."""
+        return {
+            "model": self.variant.name,
+            "checkpoint": self.folder.resolve().name,
+            "solver": type(self.variant.solver).__name__,
+            "dtype": jnp.dtype(self.model.dtype).name,
+            "version": version("chipmunk-jax"),
+        }
+
     def check(
         self,
         prompt: str | Sequence[str],
@@ -144,6 +157,8 @@ class Pipeline:
         count = num_images_per_prompt
         if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
             raise InputError(f"num_images_per_prompt={count}: expected at least 1")
+        if len(given) * count > MOST_SAMPLES:
+            raise InputError(f"num_images_per_prompt={count}: expected at most {MOST_SAMPLES // len(given)}")
         negative_prompt = self.variant.negative_prompt or None if negative_prompt is None else negative_prompt
         against = None if negative_prompt is None else _sentences(negative_prompt)
         if isinstance(negative_prompt, str):

@@ -1,6 +1,5 @@
 """The small trained models: a transformer on pixels and a table of words, without text encoder and VAE."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from chipmunk_jax.config_file import read_config
 from chipmunk_jax.convert.files import read_weights
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.model import Condition
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.wan import WanConfig
@@ -42,7 +42,7 @@ class WordTable:
         if not (folder / "words.json").is_file():
             raise InputError(f"{folder}: no words.json; the prompts of a model in pixels need its table of words")
         try:
-            content = json.loads((folder / "words.json").read_text())
+            content = read_config(folder / "words.json")
             attributes, words = tuple(content["attributes"]), tuple(map(tuple, content["words"]))
             embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
         except (ValueError, KeyError, TypeError) as error:
@@ -66,17 +66,20 @@ class WordTable:
         return {"text": jnp.asarray(padded), "pooled": jnp.asarray(rows.sum(1) / 2)}
 
     def _ids(self, prompt: str) -> list[int]:
-        said, ids, start = prompt.lower().replace(",", " ").replace(".", " ").split(), [], 0
+        said, ids, wrong, start = prompt.lower().replace(",", " ").replace(".", " ").split(), [], [], 0
         for attribute, words in zip(self.attributes, self.words, strict=True):
             found = [word for word in words if word in said]
-            if len(found) != 1:
+            if len(found) == 1:
+                ids.append(start + words.index(found[0]))
+            else:
                 given = f"both {' and '.join(found)}" if found else "none"
-                raise InputError(f"prompt {prompt!r}: expected one {attribute} of {', '.join(words)}; found {given}")
-            ids.append(start + words.index(found[0]))
+                wrong.append(f"one {attribute} of {', '.join(words)}, found {given}")
             start += len(words)
         if unknown := [word for word in said if word not in GLUE.union(*self.words)]:
-            known = "; ".join(", ".join(words) for words in self.words)
-            raise InputError(f"prompt {prompt!r}: unknown word {', '.join(unknown)}; known are {known}")
+            known = "" if wrong else f", known are {'; '.join(', '.join(words) for words in self.words)}"
+            wrong.append(f"no unknown word, found {listed(unknown)}{known}")
+        if wrong:
+            raise InputError(f"prompt {prompt!r}: expected {'; '.join(wrong)}")
         return ids
 
 

@@ -1,6 +1,7 @@
 """What a sample takes of a device's memory, before anything is compiled, and what would make it fit."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from chipmunk_jax import memory
@@ -45,25 +46,32 @@ class PlannedSample:
             return False
         return True
 
-    def smaller(self) -> Iterator[tuple[str, "PlannedSample"]]:
-        """Samples that take less, each with the flags that make it: settings first, then less of everything."""
+    def economical(self) -> Iterator[tuple[str, "PlannedSample"]]:
+        """The same sample with settings that take less, one more each time, and the flags that make it."""
         for settings, sparsity in memory.economize(self.sparsity, self.parts()):
             flags = (f"--sparsity.{name.replace('_', '-')} {value}" for name, value in settings.items())
             yield " ".join(flags), replace(self, sparsity=sparsity)
-        for batch in range(self.batch - 1, 0, -1):
-            yield f"--batch {batch}", replace(self, batch=batch)
-        stride, *_, pixels = self.variant.patch
-        for frames in range(self.settings.get("frames", 1) - stride, 0, -stride):
-            changed = replace(self, settings=self.settings | {"frames": frames})
-            if changed.fits_its_model():
-                yield f"--frames {frames}", changed
-        for eighths in range(7, 0, -1):
-            sides = {name: self.settings[name] * eighths // 8 // pixels * pixels for name in ("height", "width")}
-            changed = replace(self, settings=self.settings | sides)
-            if changed.fits_its_model():
-                yield " ".join(f"--{name} {size}" for name, size in sides.items()), changed
+
+    def smaller(self) -> Iterator[tuple[range, "Change"]]:
+        """Ways to take less: numbers, from the least change on, and the flags and the sample of each number."""
+        stride, frames = self.variant.patch[0], self.settings.get("frames", 1)
+        changed = lambda settings: (_flags(settings), replace(self, settings=self.settings | settings))
+        yield range(self.batch - 1, 0, -1), lambda batch: (f"--batch {batch}", replace(self, batch=batch))
+        yield range(frames - stride, 0, -stride), lambda frames: changed({"frames": frames})
+        yield range(7, 0, -1), lambda eighths: changed(self._sides(eighths))
         if self.sparsity:
-            yield "--dense", replace(self, sparsity=None)
+            yield range(1), lambda _: ("--dense", replace(self, sparsity=None))
+
+    def _sides(self, eighths: int) -> dict[str, int]:
+        pixels = self.variant.patch[-1]
+        return {name: self.settings[name] * eighths // 8 // pixels * pixels for name in ("height", "width")}
+
+
+def _flags(settings: dict[str, int]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
+
+
+Change = Callable[[int], tuple[str, PlannedSample]]  # a number to flags, and the sample that they make
 
 
 def remedies(sample: PlannedSample, room: int, total: int) -> list[str]:
@@ -74,21 +82,27 @@ def remedies(sample: PlannedSample, room: int, total: int) -> list[str]:
         room: bytes that JAX takes of the device.
         total: bytes of the device.
     """
-    need, found, most = sample.size(), {}, max(room, int(MORE * total))
+    need, most = sample.size(), max(room, int(MORE * total))
     share = f"XLA_PYTHON_CLIENT_MEM_FRACTION={MORE}"
-    if need <= most:
-        found["share"] = share
-    for flags, smaller in sample.smaller():
-        kind = flags.split()[0].partition(".")[0]
-        size = smaller.size() if kind not in found else most + 1
-        if size <= room:
-            found[kind] = flags
-        elif size <= most and kind == "--sparsity":  # nothing is lost by a larger share
-            found[kind] = f"{flags} and {share}"
-    larger = (f"--device {name}" for name, size in memory.DEVICES.items() if need <= memory.share() * size)
-    shared = (
-        f"--device {name} and {share}" for name, size in memory.DEVICES.items() if total < size and need <= MORE * size
-    )
-    if device := next(larger, None) or next(shared, None):
-        found["device"] = device
-    return list(found.values())
+    found = [share] if need <= most else []
+    sizes = ((flags, economical.size()) for flags, economical in sample.economical())
+    if setting := next((one for one in sizes if one[1] <= most), None):  # nothing is lost by a larger share
+        found.append(setting[0] if setting[1] <= room else f"{setting[0]} and {share}")
+    found += [flags for numbers, make in sample.smaller() if (flags := _least(numbers, make, room))]
+    devices = memory.DEVICES.items()
+    larger = [f"--device {name}" for name, size in devices if need <= memory.share() * size]
+    larger += [f"--device {name} and {share}" for name, size in devices if total < size and need <= MORE * size]
+    return [*found, *larger[:1]]
+
+
+def _least(numbers: range, make: Change, room: int) -> str:
+    """The flags of the first number whose sample fits `room` bytes and its model; "" where there is none."""
+
+    def small(number: int) -> bool:
+        sample = make(number)[1]
+        return not sample.fits_its_model() or sample.size() <= room
+
+    # By halves, as there may be millions: all after the first one that has room, or is too small for its model, are like it.
+    at = bisect_left(numbers, True, key=small)
+    flags, sample = make(numbers[at]) if at < len(numbers) else ("", None)
+    return flags if sample and sample.fits_its_model() else ""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import Euler, Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
 from chipmunk_jax.sparsity import PRESETS, Sparsity
 
+MOST_SIDE = 2**20  # pixels or frames: a mistyped number must not be taken for work
 SIZES = ("frames", "height", "width")  # of a video; the last two of an image
 Settings = dict[str, Any]  # of a sample: frames (of a video alone), height, width, steps, guidance
 
@@ -50,6 +52,11 @@ class Variant:
     def video(self) -> bool:
         """Whether samples are videos, else images."""
         return self.frames is not None
+
+    @property
+    def name(self) -> str:
+        """The row of VARIANTS with this network; of other sizes than any, the network."""
+        return next((name for name, row in VARIANTS.items() if row.config == self.config), self.network)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -99,6 +106,8 @@ class Variant:
             expected = f"a positive multiple of {side}{unit}" if side > 1 else "at least 1"
             expected = f"a multiple of {side}, and one" if lone else expected
             raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
+        if pixels > MOST_SIDE:
+            raise InputError(f"{name}={pixels}: expected at most {MOST_SIDE}")
         return lone + (pixels - lone) // side
 
     def timesteps(self, settings: Settings | None = None) -> np.ndarray:
@@ -137,7 +146,7 @@ class Variant:
             batch: B.
             dtype: of weights and tokens.
         """
-        network, tokens = abstract(self.network, self.config, dtype), math.prod(self.grid(settings))
+        network, tokens = _abstract(self.network, self.config, dtype), math.prod(self.grid(settings))
         array = lambda *shape, kind=jnp.float32: jax.ShapeDtypeStruct((batch, *shape), kind)
         kinds = {"mask": jnp.bool_}
         rows = network.conditions(tokens, self.text_rows).items()
@@ -146,6 +155,9 @@ class Variant:
 
 
 SMALL_IMAGE = 480 * 832  # pixels
+
+
+_abstract = lru_cache(maxsize=4)(abstract)  # a second for a large one; nobody writes to it
 
 
 def _misfit(sparsity: Sparsity, grid: tuple[int, ...], steps: int | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Wan2.1 as its team samples it (Wan-Video/Wan2.1 generate.py, wan/configs)."""
+"""Wan2.1 and Wan2.2 as their team samples them (Wan-Video/Wan2.1 and Wan2.2 generate.py, wan/configs)."""
 
 from chipmunk_jax.models.wan import WanConfig
 from chipmunk_jax.pipelines.variant import Variant
@@ -26,6 +26,25 @@ VARIANTS = {
         height=720,
         width=1280,
         small_shift=3.0,  # the checkpoint for 480p has the sizes of the one for 720p
+    ),
+    # One of two experts: the first samples down to t = 0.9, the second from there, both with this guidance. Those of A14B from text
+    # to video have the sizes of wan-14b, and are sampled with a shift of 12 and guidance 4, then 3.
+    "wan2.2-i2v-a14b": Variant(
+        **_WAN | dict(steps=40, guidance=3.5),
+        config=WanConfig(**_14B, in_dim=36),
+        matches=lambda config: config.in_dim > config.out_dim,
+        preset="wan-14b",
+        height=720,
+        width=1280,
+    ),
+    # Another VAE: it takes 16 x 16 pixels, as 48 channels.
+    "wan2.2-ti2v-5b": Variant(
+        **_WAN | dict(patch=(4, 32, 32), frames=121, fps=24),
+        config=WanConfig(dim=3072, ffn_dim=14_336, in_dim=48, out_dim=48, num_heads=24),
+        matches=lambda config: config.out_dim == 48,
+        preset="wan-14b",
+        height=704,
+        width=1280,
     ),
     # Guidance 6 and a shift of 8 to 12 are what Wan's README recommends for this one, over the 5 and 5 of its code.
     "wan-1.3b": Variant(

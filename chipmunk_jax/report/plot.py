@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.whole import whole
 
 PLOTTED = ("column_attention", "mlp")  # whose time should fall with the columns left out
 
@@ -43,7 +44,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, format="png", dpi=150)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def _series(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:

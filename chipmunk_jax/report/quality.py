@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from tqdm import tqdm
 
+from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelPipeline
@@ -58,12 +58,9 @@ def read_configurations(path: str | Path) -> dict[str, Configuration]:
         InputError: no such file, or what load_sparsity() refuses.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such file")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    tree = read_config(path)
     named = lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)
     if not named(tree) or not all(map(named, tree.values())) or not tree:
         raise InputError(f"{path}: expected names, and for each of them settings such as {{attention.top_keys: 0.1}}")

@@ -11,6 +11,7 @@ import jax
 import jaxlib
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.whole import whole
 
 Entry = dict[str, Any]  # a record as its file has it
 
@@ -47,9 +48,11 @@ def _output(*command: str) -> str | None:
 
 
 def append(path: str | Path, entries: Iterable[Entry]) -> None:
-    """Adds a line a record to a file."""
-    with Path(path).open("a") as file:
-        file.writelines(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+    """Adds a line a record to a file, all of them or, where the process is killed or the disk is full, none."""
+    lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+    with whole(path) as partial:
+        old = Path(path).read_bytes() if Path(path).is_file() else b""
+        partial.write_bytes(old + lines.encode())
 
 
 def read(path: str | Path, *, timed: bool = True) -> list[Entry]:

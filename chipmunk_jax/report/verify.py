@@ -74,6 +74,7 @@ def verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto"
     levels = [min(psnr(*pair), SAME) for pair in pairs]
     numbers = {
         "prompts": list(prompts),
+        **pipeline.origin,
         **dense.settings,
         "sparsity": to_dict(sparsity),
         "density": sparse.density,

@@ -1,0 +1,56 @@
+"""Ctrl-C, SIGTERM and SIGHUP: a process that is told to end leaves nothing half-written, and says so in one line."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from chipmunk_jax.cli.streams import drop
+
+SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised where the process was when it got a signal, so that what it was writing is removed."""
+
+    def __init__(self, number: int, stderr: int) -> None:
+        super().__init__(number)
+        self.number, self.stderr = number, stderr
+
+
+@contextmanager
+def handled(handle: Callable[[int], None]) -> Iterator[None]:
+    """Within, the signals of SAID call `handle` with their number, but for those that the process was started to ignore."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may, and gets them
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SAID}
+    for number, old in before.items():
+        if old is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: handle(number))
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def unwind(number: int) -> NoReturn:
+    """Raises Interrupted, once: who asks twice does not want to wait. Threads, whose work is taken away, complain to nobody."""
+    stderr = os.dup(2)
+    drop(2)
+    for other in SAID:
+        signal.signal(other, lambda number, _: leave(number, stderr))
+    raise Interrupted(number, stderr)
+
+
+def leave(number: int, stderr: int = 2) -> NoReturn:
+    """Ends the process with the status that a shell gives for the signal; Python would wait for what the device is doing."""
+    try:
+        sys.stdout.flush()
+        os.write(stderr, f"chipmunk: {SAID[number]}\n".encode())
+    finally:
+        os._exit(128 + number)

@@ -1,0 +1,72 @@
+"""stdout and stderr that nobody reads are no error: whoever has read enough, as `head -1`, has lost nothing."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+class Unbroken:
+    """A stream that, once its reader is gone, writes to nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self._unbroken():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unbroken():
+            self.stream.flush()
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            drop(self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def drop(descriptor: int) -> None:
+    """Points a descriptor to nowhere, so that what a stream still holds, and Python writes when the process ends, goes there."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+@contextmanager
+def unbroken_streams() -> Iterator[None]:
+    """Within, and when the process ends, a stdout or stderr that is closed or whose reader is gone is no error.
+
+    Raises:
+        OSError: stdout is a file that cannot be written, as on a full disk.
+    """
+    _open_missing()
+    with contextlib.redirect_stdout(Unbroken(sys.stdout)), contextlib.redirect_stderr(Unbroken(sys.stderr)):
+        try:
+            yield
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                drop(sys.stdout.fileno())
+                raise
+
+
+def _open_missing() -> None:
+    """Opens what `>&-` and the like have closed: the next file that is opened would get the number, and what is printed with it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.set_inheritable(number, True)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
