@@ -77,8 +77,10 @@ def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def read_config(file: Path | Traversable) -> dict[str, Any]:
-    """The keys and values of a file, JSON if its name ends in .json, else YAML.
+def read_config(
+    file: Path | Traversable, holding: str = "keys and values, such as attention: {top_keys: 0.2}"
+) -> dict[str, Any]:
+    """The keys and values of a file, JSON if its name ends in .json, else YAML; `holding` says what they should be.
 
     A key given twice is refused, as both formats would let the second replace the first without a word.
 
@@ -101,7 +103,7 @@ def read_config(file: Path | Traversable) -> dict[str, Any]:
     except RecursionError as error:
         raise InputError(f"{file}: expected keys and values at most {MOST_LEVELS} levels deep") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{file}: expected keys and values, such as attention: {{top_keys: 0.2}}")
+        raise InputError(f"{file}: expected {holding}")
     return tree
 
 

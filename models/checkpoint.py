@@ -4,16 +4,17 @@ config.json is written last and the folder is renamed into place, so a folder th
 """
 
 import gc
-import io
 import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ CONFIG, WEIGHTS = "config.json", "weights"
 # A model of two networks, as Wan2.2-A14B, is a folder of two checkpoints, in the order in which they sample, and of a config.json
 # that says at which time the second takes over.
 EXPERTS = ("high_noise", "low_noise")
+FULL = re.compile(rf"os_error_code=\\?'({'|'.join(map(str, NO_ROOM))})\b")  # in TensorStore's errors, and in their repr
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -240,12 +242,7 @@ def write(model: Network, folder: Path, extras: Sequence[str | Path], source: st
     name = next((name for name, network in MODELS.items() if isinstance(model, network)), None)
     if name is None:
         raise InputError(f"model {type(model).__name__}: expected one of {', '.join(MODELS)}")
-    tree = nnx.to_pure_dict(nnx.state(model))
-    # Orbax's defaults hold a second copy of the model while they write; so, about one leaf more: 0.3 GB beside 1.6, not 1.2.
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=math.ceil(2 * largest), use_ocdbt=False)
-    with quiet_orbax(folder), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(weights_of(folder), args=ocp.args.PyTreeSave(tree))
+    write_weights(nnx.to_pure_dict(nnx.state(model)), folder)
     for extra in extras:
         shutil.copy(extra, folder)
     content = {
@@ -269,33 +266,65 @@ def write_pair(folder: Path, model: str, boundary: float) -> None:
     (folder / CONFIG).write_text(json.dumps({"model": model, "boundary": boundary}, indent=1) + "\n")
 
 
-@contextmanager
-def quiet_orbax(folder: Path) -> Iterator[None]:
-    """Silences Orbax's log, which warns that there is nothing to merge, by design, and repeats the error that it raises; and what
-    its threads print one after another when the disk is full, which is one error here.
+def write_weights(tree: dict[str, Any], folder: Path) -> None:
+    """Writes the arrays of a nested dict.
 
     Raises:
-        OSError: there is no room left to write `folder`.
+        OSError: there is no room left for them.
     """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    said, full = io.StringIO(), None
-    try:
-        with redirect_stderr(said):
-            try:
-                yield
-            except Exception as error:
-                full = next((number for number in NO_ROOM if f"[os_error_code='{number}']" in str(error)), None)
-                if full is None:
-                    raise
-            gc.collect()  # what it left half done says so when it goes
-    finally:
-        logger.setLevel(level)
-        if full is None:
-            sys.stderr.write(said.getvalue())
-    if full is not None:
+    full = None
+    with quiet_orbax() as complaints:
+        try:
+            _save(tree, weights_of(folder))
+        except Exception as error:
+            found = FULL.search(str(error))
+            if found is None:
+                raise
+            full = int(found[1])
+            # Tasks that Orbax keeps for later complain when they go.
+            logging.getLogger("asyncio").addFilter(_is_not_of_a_full_disk)
+        while full and len(complaints) != _settled(complaints):
+            pass
+    if full:
         raise OSError(full, os.strerror(full), str(folder))
+
+
+def _save(tree: dict[str, Any], path: Path) -> None:
+    # Orbax's defaults hold a second copy of the model while they write; so, about one leaf more: 0.3 GB beside 1.6, not 1.2.
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=math.ceil(2 * largest), use_ocdbt=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
+
+
+def _is_not_of_a_full_disk(record: logging.LogRecord) -> bool:
+    return not FULL.search(record.getMessage())
+
+
+def _settled(complaints: list[None]) -> int:
+    """How many there were a moment ago, before what Orbax has left half done was thrown away."""
+    before = len(complaints)
+    gc.collect()
+    time.sleep(0.1)
+    return before
+
+
+@contextmanager
+def quiet_orbax() -> Iterator[list[None]]:
+    """Silences Orbax, which warns that there is nothing to merge, by design; and whose threads, where the disk is full, complain
+    one after another, some a moment later, of what it raises. Yields a list that grows by each complaint.
+    """
+    loggers, hook, complaints = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook, []
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: complaints.append(None)  # kept, they would keep alive what complains
+    try:
+        yield complaints
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def stored_bytes(folder: str | Path) -> int:

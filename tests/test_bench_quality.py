@@ -82,7 +82,7 @@ def test_fewer_steps_are_a_configuration_compared_with_all_of_them(checkpoint, t
         ("flux: 3", "expected names"),
         ("flux: {attention.topkeys: 1}", "^flux: .*unknown key topkeys"),
         ("nothing: {}", "^nothing: .*expected one of flux"),
-        ("flux: {b: [", "not YAML"),
+        ("flux: {b: [", "expected YAML or JSON, each key once"),
         ("flux: {1: 2}", "expected names"),
         ("flux: {preset: 3}", "expected one of flux"),
     ],

@@ -51,7 +51,7 @@ def assert_one_sentence(capsys, *words):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("chipmunk: ") and captured.err.endswith("\n")
-    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err and len(captured.err) < 1000
     assert all(word in captured.err for word in words), captured.err
 
 
@@ -64,6 +64,12 @@ BAD = [
     (["--fps", 4], ["fps=4", "expected none, as this model makes images"]),
     (["--steps", 0], ["steps=0", "at least 1"]),
     (["--steps", 10**6], ["steps=1000000", "at most 100000"]),
+    (["--height", 2**31], [f"height={2**31}", "at most 1048576"]),
+    (["--width", "9" * 4000], ["width=9999", "9999: expected a positive multiple of 2 pixels"]),
+    (["--sparsity.attention.full-step-every", "9" * 4000], ["full_step_every=9999", "9999: expected at least 1"]),
+    (["--sparsity.attention.top-keys", "9" * 5000], ["top_keys='9999", "9999': expected a number"]),
+    (["--sparsity.patches", "[" * 5000], ["patches='[[[[", "[[[[': expected a list of whole numbers"]),
+    (["--prompt", "red ring " * 5000], ["prompt 'red ring ", "expected one texture"]),
     (["--steps", -3], ["steps=-3", "at least 1"]),
     (["--seed", -1], ["seed=-1", "expected a whole number from 0 to"]),
     (["--seed", 10**30], ["seed=1000", "expected a whole number from 0 to"]),
@@ -86,7 +92,10 @@ BAD = [
         ["--sparsity", "wan-14b"],
         ["patch (4, 4, 8)", "2 sides for the grid", "; the model's own preset, mini-flux, fits"],
     ),
-    (["--sparsity.attention.local-voxels", 3, "--sparsity.patches", "[8]"], ["local_voxels=3", "at most 1"]),
+    (
+        ["--sparsity.attention.local-voxels", 3, "--sparsity.patches", "[8]"],
+        ["local_voxels=3", "at most 1", "; --sparsity.attention.local-voxels 1 fits"],
+    ),
     (["--sparsity.attention.local-1d-window", 1.5], ["attention.local_1d_window=1.5", "from 0 to 1"]),
     (["--sparsity.mlp.full-step-schedule", "0,3"], ["mlp.full_step_schedule", "step 3", "3 steps (0 to 2)"]),
     (
@@ -101,7 +110,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("command", ["sample", "verify"])
-@pytest.mark.parametrize(("flags", "words"), BAD, ids=[" ".join(map(str, flags)) for flags, _ in BAD])
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=[" ".join(map(str, flags))[:60] for flags, _ in BAD])
 def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     command, flags, words, checkpoint, folder, no_model, capsys
 ):
@@ -114,6 +123,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     ("command", "flags", "words"),
     [
         ("sample", ["--batch", 0], ["--batch 0", "at least 1"]),
+        ("sample", ["--batch", 2**31], [f"={2**31}", "at most 1048576"]),
         ("verify", ["--json", "none/a.json"], ["none/a.json", "no folder none"]),
         ("verify", ["--json", "."], ["cannot be written"]),
         ("verify", ["--steps", 1], ["steps=1", "at least 2"]),
@@ -643,6 +653,45 @@ def test_whatever_a_plan_says_would_fit_does(flags, largest, capsys, monkeypatch
             assert plan(*flags, *small, *changes) == 0, remedy
 
 
+def test_the_largest_of_a_million_batches_that_fits_is_found(capsys):
+    assert plan("--model", "flux-tiny", "--batch", 10**6) == 1
+    error = capsys.readouterr().out.splitlines()[-1]
+    batch = int(error.partition("--batch ")[2].partition(",")[0])
+    assert (
+        plan("--model", "flux-tiny", "--batch", batch) == 0 and plan("--model", "flux-tiny", "--batch", batch + 1) == 1
+    )
+
+
+def test_a_preset_on_a_grid_too_small_names_a_flag_that_fits(capsys):
+    flags = ["--model", "wan-tiny", "--height", 32]
+    assert plan(*flags) == 2
+    flag = capsys.readouterr().err.partition("; --")[2].split()[:2]
+    assert flag == ["sparsity.attention.local-voxels", "1"] and plan(*flags, f"--{flag[0]}", flag[1]) == 0
+
+
+def test_all_pictures_are_written_before_a_path_is_printed(checkpoint, folder, monkeypatch):
+    class Reader:
+        def write(self, text):
+            assert len(list(folder.iterdir())) == 2
+            return len(text)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Reader())
+    assert run("sample", checkpoint, "--batch", 2) == 0
+
+
+def test_pictures_without_room_on_the_disk_are_refused_before_a_model_is_loaded(
+    checkpoint, folder, no_model, monkeypatch, capsys
+):
+    usage = shutil.disk_usage(folder)._replace(free=2 * 3 * 20 * 12 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run("sample", checkpoint, "--batch", 2) == 2
+    assert_one_sentence(capsys, "out.png: 0.0 MB needed and 0.0 MB free")
+    assert not list(folder.iterdir())
+
+
 def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.01")
     assert plan("--model", "wan-i2v-14b", "--device", 1) == 1  # too large for an H200 as well
@@ -664,6 +713,14 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
         (["inspect", "--plan", "somewhere"], ["somewhere", "no such folder"]),
         (["inspect", "--plan", "--model", "flux-dev", "--device", "a100"], ["--device a100", "h100, h200 or a number"]),
         (["inspect", "--plan", "--model", "flux-dev", "--batch", "0"], ["--batch 0", "at least 1"]),
+        (
+            ["inspect", "--plan", "--model", "flux-dev", "--batch", "100000000"],
+            ["--batch 100000000", "at most 1048576"],
+        ),
+        (
+            ["inspect", "--plan", "--model", "flux-dev", "--height", "2147483648"],
+            ["height=2147483648", "at most 1048576"],
+        ),
         (["inspect", "--plan", "--model", "flux-dev", "--steps", "0"], ["steps=0", "at least 1"]),
         (["inspect", "--plan", "--model", "flux-dev", "--frames", "5"], ["frames=5", "images"]),
         (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["frames=6", "multiple of 4"]),

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -327,6 +329,34 @@ def test_failure_leaves_the_old_checkpoint(tmp_path, source, target, monkeypatch
         convert(source, target, dtype="float32", progress=False, overwrite=True)
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert_same(load(target), expected)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(source, target):
+    """A limit on the size of files, 4 KiB, ends a write as a full disk does; what Orbax's threads say, they say to the process."""
+    command = [sys.executable, "-m", "chipmunk_jax.cli.main", "convert", str(source), str(target), "--quiet"]
+    limited = ["bash", "-c", 'ulimit -f 4; "$@"', "bash", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"chipmunk: {target}: cannot be written: File too large\n"
+    assert not list(target.parent.iterdir())
+
+
+def test_a_disk_without_room_is_told_before_anything_is_read(source, target, monkeypatch):
+    usage = shutil.disk_usage(source)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    fails(source, target, "MB needed and 0.0 MB free on its disk")
+    with pytest.raises(ValueError, match=r"MB needed and 0\.0 MB free on its disk"):
+        save(read(source), target)
+    assert not list(target.parent.iterdir())
+
+
+def test_a_checkpoint_between_the_old_and_the_new_one_is_read(source, target):
+    """As after a kill between the two renames that replace it."""
+    convert(source, target, progress=False)
+    convert(source, target.with_name("model.chipmunk-partial"), dtype="float32", progress=False)
+    target.rename(target.with_name("model.chipmunk-replaced"))
+    assert inspect(target).dtype == "float32" and load(target).dtype == jnp.float32
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
 def test_half_written_checkpoint_is_not_loaded(tmp_path, source, target):

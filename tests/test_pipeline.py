@@ -54,6 +54,11 @@ def test_words_become_rows_of_the_table_one_an_attribute_and_their_sum(checkpoin
     assert cond["text"].dtype == cond["pooled"].dtype == np.float32
 
 
+def test_all_that_is_wrong_with_a_prompt_is_said_at_once(words):
+    told = ("one shape of disc, ring, heart, found none", "one background", "both sky and night", "found dog")
+    fails(lambda: words.encode(["red striped dog on sky, night"]), *told)
+
+
 @pytest.mark.parametrize(
     ("prompt", "words_of_the_error"),
     [
@@ -64,7 +69,7 @@ def test_words_become_rows_of_the_table_one_an_attribute_and_their_sum(checkpoin
         ("red striped heart", ["one background", "none"]),
         ("red striped heart on sky, meadow", ["one background", "both sky and meadow"]),
         ("red hearty striped ringlet on meadow", ["one shape", "none"]),
-        ("a red striped heart with a dragon on the meadow", ["unknown word dragon", "known are"]),
+        ("a red striped heart with a dragon on the meadow", ["no unknown word, found dragon", "known are"]),
     ],
 )
 def test_a_prompt_needs_one_word_of_each_attribute(words, prompt, words_of_the_error):

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -229,6 +231,45 @@ def test_a_key_given_twice_is_one_error(tmp_path, name, text):
     fails(lambda: load_sparsity(tmp_path / name), name, "key mlp is given twice")
 
 
+def laughs(inner, outer):
+    """A short YAML whose aliases stand for 10^9 values; inner and outer surround a list."""
+    lists = [f"{b}: &{b} {inner}{','.join([f'*{a}'] * 10)}{outer}" for a, b in itertools.pairwise("abcdefghi")]
+    return "\n".join(["a: &a {x: 1}", *lists])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.yaml", laughs("[", "]"), "at most 10,000 values"),
+        ("a.yaml", laughs("{<<: [", "]}"), "at most 10,000 values"),
+        ("a.yaml", "mlp: &a [*a]", "at most 10,000 values"),
+        ("a.yaml", "mlp: " + 40_000 * "[", "at most 20 levels deep"),
+        ("a.json", '{"mlp": ' + 40_000 * "[", "at most 20 levels deep"),
+        ("a.json", '{"mlp": ' + 900 * "[" + 900 * "]" + "}", "at most 20 levels deep"),
+        ("a.yaml", "mlp: " + 10_000_000 * "a", "at most 100,000 bytes"),
+        ("a.json", '{"mlp": "' + 90_000 * "a " + '"}', "at most 100,000 bytes"),
+        ("a.yaml", "mlp: " + 9_000 * "a b ", "at most 1,000 characters a value, found 35,999, line 1"),
+        ("a.yaml", "mlp: {top_keys: 0x" + 9_000 * "f" + "}", "at most 1,000 characters a value"),
+        ("a.json", '{"mlp": {"top_keys": ' + 5_000 * "9" + "}}", "digits"),
+        ("a.json", '{"mlp": "' + 9_000 * "a b " + '"}', "expected keys such as top_keys"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_has_no_end_is_one_sentence(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    fails(lambda: load_sparsity(tmp_path / name), expected)
+    with pytest.raises(InputError) as error:
+        load_sparsity(tmp_path / name)
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_pipe_or_a_folder_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").mkdir()
+    fails(lambda: load_sparsity(tmp_path / "a.yaml"), "a.yaml: no regular file, expected a file")
+    fails(lambda: load_sparsity(tmp_path / "b.yaml"), "b.yaml: a folder, expected a file")
+
+
 def test_yaml_may_merge_one_mapping_into_another(tmp_path):
     (tmp_path / "a.yaml").write_text("attention: &a {group: 64, top_keys: 0.2}\nmlp: {<<: *a, group: 192}\n")
     keys, neurons = AttentionSparsity(group=64, top_keys=0.2), MlpSparsity(group=192, top_keys=0.2)
@@ -242,6 +283,7 @@ def test_yaml_may_merge_one_mapping_into_another(tmp_path):
         ({"attention.random_keys.x.y": 1}, ["sparsity.attention.random_keys={'x': {'y': 1}}", "a number"]),
         ({"attention.max_keys.x": None}, ["sparsity.attention.max_keys={'x': None}", "a number"]),
         ({"patches.x": 1}, ["sparsity.patches={'x': 1}", "list of whole numbers"]),
+        ({1: 2}, ["sparsity: unknown key 1"]),
         ({"attention.top_keys": 0.2, "attention.top_keys.x": 1}, ["attention.top_keys.x=1", "no other override"]),
         ({"attention.top_keys.x": 1, "attention.top_keys": 0.2}, ["attention.top_keys=0.2", "no other override"]),
         ({"mlp": None, "mlp.top_keys": 0.2}, ["mlp.top_keys=0.2", "no other override"]),

@@ -60,10 +60,11 @@ def read_configurations(path: str | Path) -> dict[str, Configuration]:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    tree = read_config(path)
+    holding = "names, and for each of them settings such as {attention.top_keys: 0.1}"
+    tree = read_config(path, holding)
     named = lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)
     if not named(tree) or not all(map(named, tree.values())) or not tree:
-        raise InputError(f"{path}: expected names, and for each of them settings such as {{attention.top_keys: 0.1}}")
+        raise InputError(f"{path}: expected {holding}")
     found: dict[str, Configuration] = {}
     for name, changes in tree.items():
         with _telling(name):

@@ -1,0 +1,149 @@
+"""A file or a folder is written whole or not at all; a process may be killed at any moment, and the next one needs no hand."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from chipmunk_jax import whole as module
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.report import records
+from chipmunk_jax.whole import check_space, restore, whole
+
+WRITER = """
+import os, shutil, signal, sys
+from pathlib import Path
+from chipmunk_jax.whole import whole
+
+target, moment = Path(sys.argv[1]), sys.argv[2]
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with whole(target) as partial:
+    partial.mkdir()
+    if moment == "while it writes":
+        kill()
+    (partial / "new").touch()
+    if moment == "before it swaps":
+        Path.rename = kill
+    if moment == "between the two renames":
+        rename, Path.rename = Path.rename, lambda self, to: kill() if to == target else rename(self, to)
+    if moment == "before it removes the old one":
+        shutil.rmtree = kill
+"""
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A folder that holds a file "old"."""
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "old").touch()
+    return place
+
+
+def write(place):
+    with whole(place) as partial:
+        partial.mkdir()
+        (partial / "newest").touch()
+
+
+@pytest.mark.parametrize(
+    ("moment", "held"),
+    [
+        ("while it writes", "old"),
+        ("before it swaps", "old"),
+        ("between the two renames", "new"),
+        ("before it removes the old one", "new"),
+    ],
+)
+@pytest.mark.parametrize("read", [True, False])
+def test_a_kill_leaves_the_old_or_the_new_one_and_nothing_for_the_hand(moment, held, read, place):
+    done = subprocess.run([sys.executable, "-c", WRITER, str(place), moment], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    if read:
+        restore(place)
+        assert os.listdir(place) == [held]
+    write(place)
+    assert os.listdir(place) == ["newest"] and os.listdir(place.parent) == ["place"]
+
+
+def test_what_a_living_process_writes_is_left_to_it(place):
+    with whole(place) as partial:
+        partial.mkdir()
+        (partial / "new").touch()
+        with pytest.raises(InputError, match=r"place: another process is writing it$"), whole(place, wait=False):
+            pass
+        restore(place)
+        waiting = threading.Thread(target=write, args=[place])
+        waiting.start()
+        assert os.listdir(partial) == ["new"] and os.listdir(place) == ["old"]
+    waiting.join(timeout=60)
+    assert os.listdir(place) == ["newest"] and os.listdir(place.parent) == ["place"]
+
+
+def test_what_was_replaced_never_comes_back(place):
+    """Half of it may be gone."""
+    module.beside(place, "replaced").mkdir()
+    os.rename(place, place.with_name("elsewhere"))
+    restore(place)
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "gone"), KeyboardInterrupt(), ValueError("a")])
+def test_an_error_leaves_the_old_one(error, place):
+    with pytest.raises(type(error)) as raised, whole(place) as partial:
+        partial.mkdir()
+        raise error
+    assert raised.value is error
+    assert os.listdir(place) == ["old"] and os.listdir(place.parent) == ["place"]
+
+
+def test_ctrl_c_while_the_old_one_is_removed_removes_it(place, monkeypatch):
+    rmtree, interrupts = module.shutil.rmtree, [KeyboardInterrupt]
+
+    def interrupted(path, **options):
+        if interrupts:
+            raise interrupts.pop()
+        rmtree(path, **options)
+
+    monkeypatch.setattr(module.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(place)
+    assert os.listdir(place) == ["newest"] and os.listdir(place.parent) == ["place"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"a.png: cannot be written: No space left on device$"), whole("a.png"):
+        raise OSError(errno.ENOSPC, "whatever a library says")
+    usage = module.shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    check_space(tmp_path / "a.png", 10**6)
+    with pytest.raises(InputError, match=r"a.png: 2,000.0 MB needed and 1.0 MB free on its disk"):
+        check_space(tmp_path / "a.png", 2 * 10**9)
+
+
+def test_a_device_is_written_to_and_what_a_link_points_at_is_replaced(tmp_path):
+    with whole("/dev/null") as partial:
+        assert partial == Path("/dev/null")
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "link").symlink_to("a")
+    with whole(tmp_path / "link") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a").read_text() == "new"
+
+
+def test_records_are_appended_all_or_none(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    entries = [{"benchmark": "step", "variant": name} for name in "abc"]
+    records.append(file, entries[:1])
+    with pytest.raises(ValueError):
+        records.append(file, [entries[1], {"ms": float("nan")}])
+    records.append(file, entries[1:])
+    assert records.read(file, timed=False) == entries and os.listdir(tmp_path) == ["a.jsonl"]
