@@ -191,7 +191,8 @@ def test_sample_writes_a_clip_at_its_familys_rate_that_says_how_it_was_made(vide
             assert image.info["duration"] == 125
             np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(clip[4]))
         settings = dict(frames=5, height=20, width=12, steps=3, guidance=3.0, seed=3 + i, sparsity=None)
-        assert text == {"prompt": PROMPTS[0], "seed": 3 + i, "settings": settings}
+        assert text == {"prompt": PROMPTS[0], "seed": 3 + i, "settings": pipeline.origin | settings}
+        assert (pipeline.origin["model"], pipeline.origin["solver"]) == ("wan", "UniPC")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
