@@ -196,7 +196,7 @@ DAMAGES = [
     (shutil.rmtree, "no such file or folder"),
     (remove_config, "half-written"),
     (make_source, "unknown layout"),
-    (make_file, "not a safetensors file, or truncated"),
+    (make_file, "an empty file: fetch it again"),
     (make_latent, "a flux model, whose text encoders and VAE are not here yet"),
     (remove_words, "no words.json"),
     (break_words, "bad word table"),

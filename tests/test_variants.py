@@ -188,7 +188,10 @@ def test_a_sparsity_that_does_not_fit_is_told_with_what_does(name, sparsity, cha
 
 def test_a_name_that_is_taken_is_not_registered_again():
     before = dict(VARIANTS), dict(MODELS)
-    for name, variants in (("flux", {}), ("mine", {"flux-dev": VARIANTS["flux-dev"]})):
+    for name, variants in (
+        ("flux", {}),
+        ("mine", {"flux-dev": dataclasses.replace(VARIANTS["flux-dev"], network="mine")}),
+    ):
         with pytest.raises(InputError, match="already registered"):
             register(name, MODELS["flux"], variants=variants)
     assert before == (VARIANTS, MODELS)
