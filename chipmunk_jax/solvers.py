@@ -67,7 +67,7 @@ class UniPC:
 
     def init(self, x: jax.Array) -> UniPCState:
         zeros = jnp.zeros((2, *x.shape), jnp.float32)
-        return UniPCState(steps=jnp.int32(0), corrected=jnp.asarray(x), samples=zeros, times=jnp.ones(2))
+        return UniPCState(steps=jnp.int32(0), corrected=jnp.asarray(x), samples=zeros, times=jnp.ones(2, jnp.float32))
 
     def step(self, x, state, velocity, t, t_next):
         sample = x - t * velocity

@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from chipmunk_jax.cli.parser import Menu
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, NotFiniteError
 
 DESCRIPTION = """\
 Sample diffusion transformers in JAX, faster and without training, by recomputing at each step only the attention keys and
@@ -33,7 +33,7 @@ COMMANDS = {  # each a module beside this one, with parse(words) and run(argumen
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Exit status: 0; 1 where a check found a fault; 2 for bad input, told in one sentence.
+    """Exit status: 0; 1 where a check found a fault or a sample is not finite; 2 for bad input, told in one sentence.
 
     Raises:
         KeyboardInterrupt: files that were half written are gone; what the device does may go on.
@@ -47,9 +47,9 @@ def run(argv: Sequence[str] | None) -> int:
     command = import_module(f"chipmunk_jax.cli.{name}")  # takes a second or two
     try:
         return command.run(command.parse(words))
-    except (InputError, NotImplementedError, OSError) as error:
+    except (InputError, NotFiniteError, NotImplementedError, OSError) as error:
         print(f"chipmunk: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotFiniteError) else 2
     except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

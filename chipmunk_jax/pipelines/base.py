@@ -1,6 +1,5 @@
 """Pipeline: a checkpoint, prompts in, pixels out, in the words of diffusers: check, encode, denoise, decode."""
 
-import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
-from chipmunk_jax.sampling import check_seed
+from chipmunk_jax.sampling import check_guidance, check_seed
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.strictness import usual_modes
 from pallas_kernels import Implementation
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -158,9 +158,7 @@ class Pipeline:
             self.encode(list(dict.fromkeys(against)))
         sizes = dict(frames=num_frames, height=height, width=width)
         settings = self.variant.complete(**sizes, steps=num_inference_steps, guidance=guidance_scale)
-        scale = settings["guidance"]
-        if scale is not None and not (isinstance(scale, numbers.Real) and np.isfinite(scale)):
-            raise InputError(f"guidance={scale}: expected a finite number")
+        check_guidance(settings["guidance"])
         check_seed(seed, len(given) * count)
         found = self.variant.preset if isinstance(sparsity, str) and sparsity == "auto" else sparsity
         found = None if found is None else load_sparsity(found)
@@ -174,6 +172,7 @@ class Pipeline:
             sparsity=found,
         )
 
+    @usual_modes()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -214,6 +213,7 @@ class Pipeline:
 
         Raises:
             InputError: a prompt, size or setting that does not fit, or no room; before anything is compiled.
+            NotFiniteError: a sample is not finite; it says from which step on.
         """
         start, variant = time.perf_counter(), self.variant
         if output_type not in OUTPUT_TYPES:
@@ -233,6 +233,7 @@ class Pipeline:
         against = request.negative_prompts if scale is not None else None
         arrays = jnp.stack([draw(i) for i in range(batch)]), self.encode(request.prompts)
         uncond = None if against is None else self.encode(against)
+        *arrays, uncond = sampling.placed(self.model, *arrays, uncond)
         # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
         fixed |= dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), seed=0)
         sampling.check(self.model, *arrays, uncond=uncond, **fixed)
