@@ -9,10 +9,9 @@ sample() is all three on the host: checked, compiled once for a shape, with a ba
 
 import math
 import numbers
-import reprlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +82,8 @@ def plan(
     """The table of a sample; arguments and errors as of sample(). Of noise and cond, the shapes are all that counts."""
     timesteps, solver = _timesteps(timesteps), solver or Euler()
     steps = len(timesteps) - 1
+    fixed = dict(guidance=guidance, seed=seed, solver=solver, implementation=implementation)
+    _check_settings(noise, grid, sparsity=sparsity, **fixed)
     order = patch_order(grid, sparsity.patches if sparsity else ())
     step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
     return Table(
@@ -117,8 +118,14 @@ def start(
         cond: as denoise() takes it.
         table: of plan().
         sparsity: that of the table.
+
+    Raises:
+        InputError: noise of another shape than the table's and the network's, or no floats.
     """
-    x = noise.astype(jnp.float32)
+    expected = len(table.order), model.channels
+    if noise.shape[1:] != expected or not jnp.issubdtype(noise.dtype, jnp.floating):
+        raise InputError(f"noise {noise.dtype} {noise.shape}: expected floats [B, {expected[0]}, {expected[1]}]")
+    x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
     batch = _entries(x, table)
     return SampleState(
@@ -155,8 +162,9 @@ def denoise(
     """
     order, back, timesteps, guidance = table.order, table.back, table.timesteps, table.guidance
     steps = len(table.times)
-    first, last = span or (0, steps)
-    if not 0 <= first <= last <= steps:
+    span = (0, steps) if span is None else span
+    two = isinstance(span, (tuple, list)) and len(span) == 2 and all(map(_whole, span))
+    if not two or not 0 <= span[0] <= span[1] <= steps:
         raise InputError(f"span={span}: expected two of the {steps} steps in order, such as (0, {steps})")
     cond = {name: x[:, order] if name in model.on_grid else x for name, x in cond.items()}
     times = jnp.broadcast_to(jnp.asarray(table.times)[:, None], (steps, _entries(state.x, table)))
@@ -182,7 +190,7 @@ def denoise(
         broken = jnp.where((state.broken < 0) & ~jnp.isfinite(x).all((1, 2)), index, state.broken)
         return SampleState(x, solver, cache, hidden, broken), None
 
-    state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(first, last, dtype=jnp.int32))
+    state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(*span, dtype=jnp.int32))
     return state.replace(x=state.x[:, back])
 
 
@@ -260,7 +268,7 @@ def sample(
     fixed = dict(timesteps=timesteps, grid=grid, sparsity=sparsity, guidance=guidance, seed=seed)
     fixed |= dict(solver=solver, implementation=implementation)
     if callback is not None and not callable(callback):
-        raise InputError(f"callback={reprlib.repr(callback)}: expected a function of (step, t, x), or None")
+        raise InputError(f"callback={callback!r}: expected a function of (step, t, x), or None")
     noise, cond, uncond = placed(model, noise, cond, uncond)
     check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
@@ -318,6 +326,8 @@ def placed(
         raise InputError(
             "sample() under jit, grad, vmap or the like: use start() and denoise() of chipmunk_jax.sampling, which are pure"
         )
+    if isinstance(model, type) or not hasattr(model, "hidden") or not all(map(_is_array, jax.tree.leaves(model))):
+        raise InputError(f"model {type(model).__name__}: expected a network with its weights, as load() gives")
     for name, given in (("cond", cond), ("uncond", uncond or {})):
         if not isinstance(given, dict):
             raise InputError(f"{name} {type(given).__name__}: expected the conditions by name, a dict of arrays")
@@ -326,9 +336,9 @@ def placed(
 
 
 def _placed(name: str, x: jax.Array, kinds: str) -> jax.Array:
-    if not isinstance(x, (jax.Array, np.ndarray)):
+    if not _is_array(x):
         raise InputError(f"{name} {type(x).__name__}: expected an array of JAX or NumPy")
-    kind = "f" if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype.kind  # bf16's is V
+    kind = "f" if jnp.issubdtype(x.dtype, jnp.floating) else getattr(x.dtype, "kind", "")  # bf16's is V, a key's none
     if kind not in kinds:
         raise InputError(f"{name} of {x.dtype}: expected {'floats' if kinds == 'f' else 'real numbers'}")
     with np.errstate(over="ignore"):  # to infinity
@@ -336,6 +346,10 @@ def _placed(name: str, x: jax.Array, kinds: str) -> jax.Array:
     if kind == "f" and not finite(np.asarray(x)):
         raise InputError(f"{name}: holds NaN or infinity, expected finite numbers")
     return jax.device_put(x)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, np.ma.MaskedArray)
 
 
 def check(
@@ -353,43 +367,54 @@ def check(
     implementation: Implementation | None,
 ) -> None:
     """Raises InputError where the arguments of sample() do not fit together, or there is no room; arrays are as placed() says."""
-    sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
-    whole = all(_whole(side) and side > 0 for side in sides)
-    if noise.ndim != 3 or not sides or not whole or math.prod(sides) != noise.shape[1] or not noise.shape[0]:
-        raise InputError(
-            f"noise {noise.shape}, grid {reprlib.repr(grid)}: expected [B, N, C] with N the product of the grid"
-        )
+    fixed = dict(guidance=guidance, solver=solver, implementation=implementation)
     steps = len(_timesteps(timesteps)) - 1
+    _check_settings(noise, grid, sparsity=sparsity, seed=seed, **fixed)
     if guidance is None and uncond is not None:
         raise InputError("uncond without guidance: expected both, or neither")
-    check_guidance(guidance)
-    check_seed(seed)
-    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "step")):
-        raise InputError(f"solver={reprlib.repr(solver)}: expected one such as Euler() or UniPC(), or None")
     model.check(noise, cond)
     if uncond is not None:
         model.check(noise, uncond)
     if sparsity is not None:
-        check_grid(sparsity, grid)
         check_schedules(sparsity, steps)
-    fixed = dict(steps=steps, guidance=guidance, solver=solver, implementation=implementation)
-    memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, **fixed)
+    memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, steps=steps, **fixed)
+
+
+def _check_settings(noise, grid, *, sparsity, guidance, seed, solver, implementation) -> None:
+    """Raises InputError where what makes a table is wrong in itself, or does not fit the shape of the noise."""
+    sides, shape = tuple(grid) if isinstance(grid, (tuple, list)) else (), getattr(noise, "shape", ())
+    whole = all(_whole(side) and side > 0 for side in sides)
+    if len(shape) != 3 or not sides or not whole or math.prod(sides) != shape[1] or not shape[0]:
+        raise InputError(f"noise {shape}, grid {grid!r}: expected [B, N, C] with N the product of the grid")
+    check_guidance(guidance)
+    check_seed(seed)
+    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "step")):
+        raise InputError(f"solver={solver!r}: expected one such as Euler() or UniPC(), or None")
+    check_implementation(implementation)
+    if sparsity is not None:
+        check_grid(sparsity, grid)
 
 
 def check_seed(seed: int, samples: int = 1) -> None:
     """Raises InputError unless so many samples have seeds of their own from this one on; JAX takes them modulo 2^32."""
     last = 2**32 - samples
     if not _whole(seed) or not 0 <= seed <= last:
-        raise InputError(f"seed={reprlib.repr(seed)}: expected a whole number from 0 to {last}")
+        raise InputError(f"seed={seed!r}: expected a whole number from 0 to {last}")
+
+
+def check_implementation(implementation: Implementation | None) -> None:
+    """Raises InputError unless it is one of the kernels, or None."""
+    if implementation not in (None, *get_args(Implementation)):
+        raise InputError(
+            f"implementation={implementation!r}: expected None or one of {', '.join(get_args(Implementation))}"
+        )
 
 
 def check_guidance(guidance: float | None) -> None:
     """Raises InputError unless a scale of true guidance is None or a number that makes sense."""
     number = isinstance(guidance, numbers.Real) and not isinstance(guidance, (bool, np.bool_))
     if guidance is not None and not (number and abs(guidance) <= LARGEST_GUIDANCE):
-        raise InputError(
-            f"guidance={reprlib.repr(guidance)}: expected a number, the plain scale, up to {LARGEST_GUIDANCE:g}"
-        )
+        raise InputError(f"guidance={guidance!r}: expected a number, the plain scale, up to {LARGEST_GUIDANCE:g}")
 
 
 def check_finite(broken: np.ndarray, table: Table, dtype: jnp.dtype) -> None:
@@ -417,11 +442,11 @@ def _timesteps(given: Any) -> np.ndarray:
     """
     try:
         times = np.asarray(given)
-        times = times.astype(np.float32) if times.dtype.kind in "fiu" else times[:0]
+        times = times.astype(np.float32) if times.dtype.kind in "fiu" else np.zeros(0)
     except (ValueError, TypeError):  # of unequal length, say
         times = np.zeros(0)
     if times.ndim != 1 or len(times) < 2 or not np.all(np.diff(times) < 0):
-        raise InputError(f"timesteps {reprlib.repr(given)}: expected at least two numbers that fall, in float32 too")
+        raise InputError(f"timesteps {given!r}: expected at least two numbers that fall, in float32 too")
     if times[0] > 1 or times[-1] < 0:
         raise InputError(f"timesteps from {times[0]:g} to {times[-1]:g}: expected them within 1 and 0")
     return times

@@ -17,9 +17,9 @@ from chipmunk_jax.convert import open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load
+from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load, parse_dtype
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
-from chipmunk_jax.sampling import check_guidance, check_seed
+from chipmunk_jax.sampling import check_guidance, check_implementation, check_seed
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from chipmunk_jax.strictness import usual_modes
@@ -76,6 +76,9 @@ class Pipeline:
         Raises:
             FileNotFoundError, InputError: no such checkpoint, half a one, or one of a model that has no pipeline yet.
         """
+        if not isinstance(folder, (str, Path)):
+            raise InputError(f"folder={folder!r}: expected the path of a checkpoint")
+        dtype = dtype if dtype is None else parse_dtype(dtype).name
         converted = is_checkpoint(Path(folder)) or (Path(folder) / WEIGHTS).is_dir()  # weights alone are half a one
         found = describe(folder) if converted else open_source(folder)
         variant = variant_of(found.config)
@@ -215,9 +218,12 @@ class Pipeline:
             InputError: a prompt, size or setting that does not fit, or no room; before anything is compiled.
             NotFiniteError: a sample is not finite; it says from which step on.
         """
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError(f"callback_on_step_end={callback_on_step_end!r}: expected a function, or None")
         start, variant = time.perf_counter(), self.variant
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+        check_implementation(implementation)
         request = self.check(
             prompt, negative_prompt=negative_prompt, height=height, width=width, num_frames=num_frames,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
