@@ -300,7 +300,10 @@ def run(
     state = start(model, noise, cond, table, sparsity=sparsity)
     # Placed by name: the program is called in another thread, where jax_transfer_guard is the caller's.
     given = jax.device_put((model, state.cache, state.replace(cache=None), cond, table))
-    with Reporter(len(table.times), "sparse" if sparsity else "dense", progress, callback) as reporter:
+    with (
+        jax.disable_jit(False),
+        Reporter(len(table.times), "sparse" if sparsity else "dense", progress, callback) as reporter,
+    ):
         given = *given, jax.device_put(reporter.run)
         x, broken, _ = finished(_run.lower(*given, report=reporter.kind), *given)
     check_finite(np.asarray(broken), table, model.dtype)

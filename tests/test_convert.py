@@ -12,6 +12,7 @@ from test_safetensors import write_safetensors, write_shards
 
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.convert import convert, inspect, load, read, save
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.checkpoint import leaves_of
 
 D, F, HEAD, DEPTH, SINGLES = 32, 48, 16, 2, 3
@@ -260,7 +261,7 @@ def test_a_value_beyond_float16_is_named_and_bfloat16_holds_it(tmp_path, target)
     tensors = make_diffusers()
     tensors["x_embedder.weight"][1, 3] = -70_000
     source = write_source(tmp_path / "source", tensors)
-    with pytest.raises(InputError, match="x_embedder.weight reaches 70000, and float16 ends at 65504; .* bfloat16"):
+    with pytest.raises(InputError, match=r"x_embedder\.weight reaches 70000, and float16 ends at 65504; .* bfloat16"):
         convert(source, target, dtype="float16", progress=False)
     convert(source, target, progress=False)
     tensors["x_embedder.weight"][1, 3] = 65_504

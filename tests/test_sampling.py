@@ -551,7 +551,7 @@ def test_one_sample_of_a_batch_that_is_not_finite_is_named_and_float16_is_told_o
     table = SimpleNamespace(timesteps=times, times=times[:-1])
     sampling.check_finite(np.array([-1, -1]), table, jnp.float16)
     with pytest.raises(
-        NotFiniteError, match="sample 2 of 3: not finite from step 0 of 0 to 5 on, t = 1; in float16 .* bf"
+        NotFiniteError, match=r"sample 2 of 3: not finite from step 0 of 0 to 5 on, t = 1; in float16 .* bf"
     ):
         sampling.check_finite(np.array([-1, 0, -1]), table, jnp.float16)
 
