@@ -80,11 +80,8 @@ def programs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("sparsity", [None, SPARSE], ids=["dense", "sparse"])
-def test_the_program_of_a_sample_is_the_same_one_in_all_modes(name, sparsity, programs):
-    given = dict(
-        timesteps=wan_timesteps(6, 3.0), grid=NETWORKS[name][2], sparsity=sparsity, solver=UniPC(), guidance=2.0
-    )
+def test_the_program_of_a_sample_is_the_same_one_in_all_modes(name, programs):
+    given = dict(timesteps=wan_timesteps(6, 3.0), grid=NETWORKS[name][2], sparsity=SPARSE, solver=UniPC(), guidance=2.0)
     model = arrays(*NETWORKS[name])
     sample(*model, **given)
     with strict():
@@ -92,14 +89,14 @@ def test_the_program_of_a_sample_is_the_same_one_in_all_modes(name, sparsity, pr
     assert programs[0] == programs[1]
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "video_checkpoint"])
-def test_a_pipeline_gives_the_same_pixels_in_all_modes(kind, request):
+@pytest.mark.parametrize(("kind", "sparsity"), [("checkpoint", "auto"), ("video_checkpoint", None)])
+def test_a_pipeline_gives_the_same_pixels_in_all_modes(kind, sparsity, request):
     folder = request.getfixturevalue(kind)
 
     def draw():
         size = dict(height=32, width=32, num_inference_steps=3, num_frames=2 if kind == "video_checkpoint" else None)
         pipeline = Pipeline.from_pretrained(folder)
-        out = pipeline("red striped disc on sky", **size, progress=False, output_type="np")
+        out = pipeline("red striped disc on sky", **size, sparsity=sparsity, progress=False, output_type="np")
         return out.images if out.frames is None else out.frames
 
     usual = draw()
