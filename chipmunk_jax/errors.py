@@ -1,4 +1,4 @@
-"""What users did wrong, apart from what we did: the command line prints the first in one sentence, the second as a traceback."""
+"""What users did wrong, or numbers did, apart from what we did: the command line prints a sentence, of the last a traceback."""
 
 import re
 
@@ -28,6 +28,10 @@ def sentence(message: str) -> str:
 def shortened(text: str, most: int) -> str:
     """The text, or its start and its end where it is longer."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}..{text[1 - most + most // 2 :]}"
+
+
+class NotFiniteError(FloatingPointError):
+    """A sample of finite noise, conditions and weights is not finite; the message says from which step on."""
 
 
 def listed(names: list[str]) -> str:

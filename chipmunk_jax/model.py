@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from chipmunk_jax.strictness import usual_modes
+
 Condition = dict[str, jax.Array]  # by name, each [B, ..]
+LARGEST_GUIDANCE = 100.0  # beyond any use: a scale of thousands is one that was multiplied for a time embedding
 
 
 @struct.dataclass
@@ -76,6 +79,7 @@ class Model(Protocol):
 
 
 @jax.jit
+@usual_modes()
 def modulations_of(model: Model, t: jax.Array, cond: Condition) -> Any:
     """model.modulations(t, cond), traced once for its shapes, and not again by every sample."""
     return model.modulations(t, cond)

@@ -8,9 +8,10 @@ sample() is all three on the host: checked, compiled once for a shape, with a ba
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from jax import lax
 from chipmunk_jax import cache as caches
 from chipmunk_jax import memory
 from chipmunk_jax.cache import LayerCache
-from chipmunk_jax.errors import InputError
-from chipmunk_jax.model import Condition, Model, Stack, modulations_of
+from chipmunk_jax.errors import InputError, NotFiniteError, listed
+from chipmunk_jax.finite import finite
+from chipmunk_jax.model import LARGEST_GUIDANCE, Condition, Model, Stack, modulations_of
 from chipmunk_jax.order import inverse, patch_order
 from chipmunk_jax.pinned_keys import check_grid, pinned_keys
 from chipmunk_jax.progress import Callback, Reporter, finished
@@ -31,6 +33,7 @@ from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan_steps
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from chipmunk_jax.step_cache import hidden_zeros, unless_skipped
+from chipmunk_jax.strictness import usual_modes
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
@@ -59,8 +62,10 @@ class SampleState:
     solver: Any  # state of the solver; its tokens are in the table's order, as are the next two's
     cache: dict[str, LayerCache] | None  # of every stack of layers; None for dense sampling
     hidden: jax.Array | None  # [B, N, D], tokens after the last block, for steps that run none; None: all do
+    broken: jax.Array  # i32 [B], the first step whose x is not finite, or -1
 
 
+@usual_modes()
 def plan(
     model: Model,
     noise: jax.Array,
@@ -75,12 +80,15 @@ def plan(
     implementation: Implementation | None = None,
 ) -> Table:
     """The table of a sample; arguments and errors as of sample(). Of noise and cond, the shapes are all that counts."""
-    steps, solver = len(timesteps) - 1, solver or Euler()
+    timesteps, solver = _timesteps(timesteps), solver or Euler()
+    steps = len(timesteps) - 1
+    fixed = dict(guidance=guidance, seed=seed, solver=solver, implementation=implementation)
+    _check_settings(noise, grid, sparsity=sparsity, **fixed)
     order = patch_order(grid, sparsity.patches if sparsity else ())
     step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
     return Table(
         step=step.replace(key=jax.random.key(seed), implementation=implementation),
-        timesteps=np.asarray(timesteps, np.float32),
+        timesteps=timesteps,
         times=solver.times(timesteps),
         order=order,
         back=inverse(order),
@@ -98,6 +106,7 @@ def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: 
     return plan_steps(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, pinned=pinned)
 
 
+@usual_modes()
 def start(
     model: Model, noise: jax.Array, cond: Condition, table: Table, *, sparsity: Sparsity | None = None
 ) -> SampleState:
@@ -109,8 +118,14 @@ def start(
         cond: as denoise() takes it.
         table: of plan().
         sparsity: that of the table.
+
+    Raises:
+        InputError: noise of another shape than the table's and the network's, or no floats.
     """
-    x = noise.astype(jnp.float32)
+    expected = len(table.order), model.channels
+    if noise.shape[1:] != expected or not jnp.issubdtype(noise.dtype, jnp.floating):
+        raise InputError(f"noise {noise.dtype} {noise.shape}: expected floats [B, {expected[0]}, {expected[1]}]")
+    x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
     batch = _entries(x, table)
     return SampleState(
@@ -118,9 +133,11 @@ def start(
         solver=table.solver.init(x[:, table.order]),
         cache=caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None,
         hidden=hidden_zeros(model, stacks, batch, x.shape[1]) if table.step.skip is not None else None,
+        broken=jnp.full(len(x), -1, jnp.int32),
     )
 
 
+@usual_modes()
 def denoise(
     model: Model,
     state: SampleState,
@@ -145,8 +162,9 @@ def denoise(
     """
     order, back, timesteps, guidance = table.order, table.back, table.timesteps, table.guidance
     steps = len(table.times)
-    first, last = span or (0, steps)
-    if not 0 <= first <= last <= steps:
+    span = (0, steps) if span is None else span
+    two = isinstance(span, (tuple, list)) and len(span) == 2 and all(map(_whole, span))
+    if not two or not 0 <= span[0] <= span[1] <= steps:
         raise InputError(f"span={span}: expected two of the {steps} steps in order, such as (0, {steps})")
     cond = {name: x[:, order] if name in model.on_grid else x for name, x in cond.items()}
     times = jnp.broadcast_to(jnp.asarray(table.times)[:, None], (steps, _entries(state.x, table)))
@@ -169,9 +187,10 @@ def denoise(
             clean = state.x - timesteps[index] * velocity
             on_step(index, timesteps[index + 1], x[:, back], clean[:, back])
         cache, hidden = (None if old is None else new for old, new in ((state.cache, cache), (state.hidden, hidden)))
-        return SampleState(x, solver, cache, hidden), None
+        broken = jnp.where((state.broken < 0) & ~jnp.isfinite(x).all((1, 2)), index, state.broken)
+        return SampleState(x, solver, cache, hidden, broken), None
 
-    state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(first, last))
+    state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(*span, dtype=jnp.int32))
     return state.replace(x=state.x[:, back])
 
 
@@ -192,6 +211,7 @@ def _entries(x: jax.Array, table: Table) -> int:
     return len(x) if table.guidance is None else 2 * len(x)
 
 
+@usual_modes()
 def sample(
     model: Model,
     noise: jax.Array,
@@ -218,13 +238,13 @@ def sample(
 
     Args:
         model: the network, weights on the device.
-        noise: [B, N, C], unit normal, tokens in raster order.
-        cond: the network's conditions, each [B, ..]; those of the tokens in raster order.
-        timesteps: [steps + 1], f32, from 1 to 0.
+        noise: [B, N, C], unit normal, floats, tokens in raster order; of JAX or NumPy, as all arrays.
+        cond: the network's conditions, each [B, ..], floats but for a mask; those of the tokens in raster order.
+        timesteps: [steps + 1], f32, from 1 to 0, each less than the one before; an array or a list.
         grid: (rows, columns) of the tokens, of a video (frames, rows, columns); their product is N.
         sparsity: what to recompute at each step; None samples densely.
-        guidance: scale of true (two-sided) guidance, v_u + guidance (v_c - v_u), as one batch of 2 B; None for none. The scale that
-            FLUX.1-dev and HunyuanVideo were trained with is a condition instead, cond["guidance"].
+        guidance: scale of true (two-sided) guidance, v_u + guidance (v_c - v_u), as one batch of 2 B, up to 100; None for none.
+            The scale that FLUX.1-dev and HunyuanVideo were trained with is a condition instead, cond["guidance"] [B].
         uncond: conditions of the other side; None: the same, without a prompt.
         seed: of the columns kept by chance.
         solver: None for Euler.
@@ -249,11 +269,15 @@ def sample(
         latents = chipmunk_jax.sample(model, noise, cond, sparsity=sparsity, **settings)
 
     Raises:
-        InputError: arguments that do not fit together, or no room for the caches; before anything is compiled.
+        InputError: arguments that do not fit together or are not finite, or no room for the caches; before anything is compiled.
+        NotFiniteError: the sample is not finite; it says from which step on.
         KeyboardInterrupt: at once; what was begun runs on, and a process that ends waits for it.
     """
     fixed = dict(timesteps=timesteps, grid=grid, sparsity=sparsity, guidance=guidance, seed=seed)
     fixed |= dict(solver=solver, implementation=implementation)
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback={callback!r}: expected a function of (step, t, x), or None")
+    noise, cond, uncond = placed(model, noise, cond, uncond)
     check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
     table = plan(model, noise, cond, **fixed)
@@ -282,9 +306,15 @@ def run(
     if table.guidance is not None:
         cond = both_sides(model, cond, uncond)
     state = start(model, noise, cond, table, sparsity=sparsity)
-    given = model, state.cache, state.replace(cache=None), cond, table
-    with Reporter(len(table.times), "sparse" if sparsity else "dense", progress, callback) as reporter:
-        x, _ = finished(_run.lower(*given, reporter.run, report=reporter.kind), *given, reporter.run)
+    # Placed by name: the program is called in another thread, where jax_transfer_guard is the caller's.
+    given = jax.device_put((model, state.cache, state.replace(cache=None), cond, table))
+    with (
+        jax.disable_jit(False),
+        Reporter(len(table.times), "sparse" if sparsity else "dense", progress, callback) as reporter,
+    ):
+        given = *given, jax.device_put(reporter.run)
+        x, broken, _ = finished(_run.lower(*given, report=reporter.kind), *given)
+    check_finite(np.asarray(broken), table, model.dtype)
     return x
 
 
@@ -292,7 +322,45 @@ def run(
 @partial(jax.jit, static_argnames="report", donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _run(model: Model, cache, state: SampleState, cond: Condition, table: Table, number: jax.Array, *, report: str):
     state = denoise(model, state.replace(cache=cache), cond, table, on_step=progress_of(number, report))
-    return state.x, state.cache
+    return state.x, state.broken, state.cache
+
+
+def placed(
+    model: Model, noise: jax.Array, cond: Condition, uncond: Condition | None
+) -> tuple[jax.Array, Condition, Condition | None]:
+    """Noise and conditions on the device, float64 cast to f32.
+
+    Raises:
+        InputError: one is no array of finite numbers, or there is none yet, as within a transformation of JAX.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((model, noise, cond, uncond, jnp.zeros(())))):
+        raise InputError(
+            "sample() under jit, grad, vmap or the like: use start() and denoise() of chipmunk_jax.sampling, which are pure"
+        )
+    if isinstance(model, type) or not hasattr(model, "hidden") or not all(map(_is_array, jax.tree.leaves(model))):
+        raise InputError(f"model {type(model).__name__}: expected a network with its weights, as load() gives")
+    for name, given in (("cond", cond), ("uncond", uncond or {})):
+        if not isinstance(given, dict):
+            raise InputError(f"{name} {type(given).__name__}: expected the conditions by name, a dict of arrays")
+    every = lambda given: given and {name: _placed(f"condition {name}", x, "fbiu") for name, x in given.items()}
+    return _placed("noise", noise, "f"), every(cond), every(uncond)
+
+
+def _placed(name: str, x: jax.Array, kinds: str) -> jax.Array:
+    if not _is_array(x):
+        raise InputError(f"{name} {type(x).__name__}: expected an array of JAX or NumPy")
+    kind = "f" if jnp.issubdtype(x.dtype, jnp.floating) else getattr(x.dtype, "kind", "")  # bf16's is V, a key's none
+    if kind not in kinds:
+        raise InputError(f"{name} of {x.dtype}: expected {'floats' if kinds == 'f' else 'real numbers'}")
+    with np.errstate(over="ignore"):  # to infinity
+        x = x.astype(np.float32) if kind == "f" and x.dtype.itemsize > 4 else x
+    if kind == "f" and not finite(np.asarray(x)):
+        raise InputError(f"{name}: holds NaN or infinity, expected finite numbers")
+    return jax.device_put(x)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, np.ma.MaskedArray)
 
 
 def check(
@@ -309,35 +377,91 @@ def check(
     solver: Solver | None,
     implementation: Implementation | None,
 ) -> None:
-    """Raises InputError where the arguments of sample() do not fit together, or there is no room."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((model, noise, cond, uncond, jnp.zeros(())))):
-        raise InputError(
-            "sample() under jit, grad or vmap: use start() and denoise() of chipmunk_jax.sampling, which are pure"
-        )
-    whole = all(isinstance(side, (int, np.integer)) and side > 0 for side in grid)
-    if noise.ndim != 3 or not grid or not whole or math.prod(grid) != noise.shape[1] or not noise.shape[0]:
-        raise InputError(f"noise {noise.shape}, grid {tuple(grid)}: expected [B, N, C] with N the product of the grid")
-    if len(timesteps) < 2 or not np.all(np.diff(timesteps) < 0):
-        raise InputError(f"timesteps of length {len(timesteps)}: expected at least two, falling from 1 to 0")
-    if timesteps[0] > 1 or timesteps[-1] < 0:
-        raise InputError(f"timesteps from {timesteps[0]:g} to {timesteps[-1]:g}: expected them within 1 and 0")
+    """Raises InputError where the arguments of sample() do not fit together, or there is no room; arrays are as placed() says."""
+    fixed = dict(guidance=guidance, solver=solver, implementation=implementation)
+    steps = len(_timesteps(timesteps)) - 1
+    _check_settings(noise, grid, sparsity=sparsity, seed=seed, **fixed)
     if guidance is None and uncond is not None:
         raise InputError("uncond without guidance: expected both, or neither")
-    if guidance is not None and not np.isfinite(guidance):
-        raise InputError(f"guidance={guidance}: expected a finite number")
-    check_seed(seed)
     model.check(noise, cond)
     if uncond is not None:
         model.check(noise, uncond)
     if sparsity is not None:
+        check_schedules(sparsity, steps)
+    memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, steps=steps, **fixed)
+
+
+def _check_settings(noise, grid, *, sparsity, guidance, seed, solver, implementation) -> None:
+    """Raises InputError where what makes a table is wrong in itself, or does not fit the shape of the noise."""
+    sides, shape = tuple(grid) if isinstance(grid, (tuple, list)) else (), getattr(noise, "shape", ())
+    whole = all(_whole(side) and side > 0 for side in sides)
+    if len(shape) != 3 or not sides or not whole or math.prod(sides) != shape[1] or not shape[0]:
+        raise InputError(f"noise {shape}, grid {grid!r}: expected [B, N, C] with N the product of the grid")
+    check_guidance(guidance)
+    check_seed(seed)
+    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "step")):
+        raise InputError(f"solver={solver!r}: expected one such as Euler() or UniPC(), or None")
+    check_implementation(implementation)
+    if sparsity is not None:
         check_grid(sparsity, grid)
-        check_schedules(sparsity, len(timesteps) - 1)
-    fixed = dict(steps=len(timesteps) - 1, guidance=guidance, solver=solver, implementation=implementation)
-    memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, **fixed)
 
 
 def check_seed(seed: int, samples: int = 1) -> None:
     """Raises InputError unless so many samples have seeds of their own from this one on; JAX takes them modulo 2^32."""
     last = 2**32 - samples
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= last:
-        raise InputError(f"seed={seed}: expected a whole number from 0 to {last}")
+    if not _whole(seed) or not 0 <= seed <= last:
+        raise InputError(f"seed={seed!r}: expected a whole number from 0 to {last}")
+
+
+def check_implementation(implementation: Implementation | None) -> None:
+    """Raises InputError unless it is one of the kernels, or None."""
+    if implementation not in (None, *get_args(Implementation)):
+        raise InputError(
+            f"implementation={implementation!r}: expected None or one of {', '.join(get_args(Implementation))}"
+        )
+
+
+def check_guidance(guidance: float | None) -> None:
+    """Raises InputError unless a scale of true guidance is None or a number that makes sense."""
+    number = isinstance(guidance, numbers.Real) and not isinstance(guidance, (bool, np.bool_))
+    if guidance is not None and not (number and abs(guidance) <= LARGEST_GUIDANCE):
+        raise InputError(f"guidance={guidance!r}: expected a number, the plain scale, up to {LARGEST_GUIDANCE:g}")
+
+
+def check_finite(broken: np.ndarray, table: Table, dtype: jnp.dtype) -> None:
+    """Raises NotFiniteError where a sample is not finite.
+
+    Args:
+        broken: as of SampleState.
+        table: of plan().
+        dtype: of the model.
+    """
+    if (bad := np.flatnonzero(broken >= 0)).size:
+        step = int(broken[bad].min())
+        names = f"sample {listed([str(i + 1) for i in bad])} of {len(broken)}" if len(broken) > 1 else "the sample"
+        hint = "; in float16 nothing is above 65504, bfloat16 goes on" if dtype == jnp.float16 else ""
+        raise NotFiniteError(
+            f"{names}: not finite from step {step} of 0 to {len(table.times) - 1} on, t = {table.timesteps[step]:.4g}{hint}"
+        )
+
+
+def _timesteps(given: Any) -> np.ndarray:
+    """The times of a sample, f32 [steps + 1].
+
+    Raises:
+        InputError: they are no numbers, or do not fall within 1 and 0.
+    """
+    try:
+        times = np.asarray(given)
+        times = times.astype(np.float32) if times.dtype.kind in "fiu" else np.zeros(0)
+    except (ValueError, TypeError):  # of unequal length, say
+        times = np.zeros(0)
+    if times.ndim != 1 or len(times) < 2 or not np.all(np.diff(times) < 0):
+        raise InputError(f"timesteps {given!r}: expected at least two numbers that fall, in float32 too")
+    if times[0] > 1 or times[-1] < 0:
+        raise InputError(f"timesteps from {times[0]:g} to {times[-1]:g}: expected them within 1 and 0")
+    return times
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)

@@ -1,6 +1,7 @@
 """Solvers of the flow dx/dt = velocity from noise (t = 1) to the sample (t = 0), and the times they stop at."""
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,7 +68,7 @@ class UniPC:
 
     def init(self, x: jax.Array) -> UniPCState:
         zeros = jnp.zeros((2, *x.shape), jnp.float32)
-        return UniPCState(steps=jnp.int32(0), corrected=jnp.asarray(x), samples=zeros, times=jnp.ones(2))
+        return UniPCState(steps=jnp.int32(0), corrected=jnp.asarray(x), samples=zeros, times=jnp.ones(2, jnp.float32))
 
     def step(self, x, state, velocity, t, t_next):
         sample = x - t * velocity
@@ -130,9 +131,11 @@ def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray
         shift: False for FLUX.1-schnell, whose times are evenly spaced.
 
     Raises:
-        InputError: steps below 1 or above 100,000.
+        InputError: steps below 1 or above 100,000, tokens below 1.
     """
     _check_steps(steps)
+    if not isinstance(tokens, (int, np.integer)) or tokens < 1:
+        raise InputError(f"tokens={tokens!r}: expected a whole number, at least 1")
     t = np.linspace(1.0, 0.0, steps + 1)
     if shift:
         mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
@@ -176,5 +179,5 @@ def _check_steps(steps: int, shift: float = 1.0) -> None:
         raise InputError(f"steps={steps}: expected at least 1")
     if steps > MOST_STEPS:
         raise InputError(f"steps={steps}: expected at most {MOST_STEPS}")
-    if not 0 < shift < math.inf:
+    if not isinstance(shift, numbers.Real) or not 0 < shift < math.inf:
         raise InputError(f"shift={shift}: expected a positive number")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chipmunk_jax.config_file import nest, read_layers
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.options import change, check_types, explained, option, require
 
 COLUMN_TILE = 64  # the kernels' step: keeping a multiple of it leaves no tile half used
@@ -245,6 +246,10 @@ def load_sparsity(source: str | Path | dict[str, Any] | Sparsity, overrides: dic
             based on each other, or one that is neither YAML nor JSON.
         FileNotFoundError: there is no such file.
     """
+    if not isinstance(overrides or {}, dict):
+        raise InputError(
+            f"overrides={overrides!r}: expected values by dotted names, such as {{'attention.top_keys': 0.2}}"
+        )
     base, layers = (source, []) if isinstance(source, Sparsity) else (Sparsity(), read_layers(source, PRESETS.files))
     return functools.reduce(partial(change, where="sparsity"), [*layers, nest(overrides or {})], base)
 

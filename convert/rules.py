@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from chipmunk_jax.convert.safetensors import Tensor, Weights, repeated
-from chipmunk_jax.errors import listed
+from chipmunk_jax.errors import InputError, listed
+from chipmunk_jax.finite import finite
 
 # A transposed copy goes in bands of this many rows: each destination row gets one cache line or more at a time.
 # 12,288 x 3,072 bf16: 2.0 ns an element, against 7.0 for the whole matrix at once.
@@ -64,16 +65,32 @@ class Piece:
     put: tuple[slice, ...]  # of the leaf's layer, in PyTorch's layout
 
     def write(self, leaf: np.ndarray) -> int:
-        """Copies the part into `leaf`, cast to its dtype. Returns the bytes written."""
+        """Copies the part into `leaf`, cast to its dtype. Returns the bytes written.
+
+        Raises:
+            InputError: a value that is not finite, or not after the cast.
+        """
         source = self.tensor.read()
         source = (self.transform(source) if self.transform else source)[self.take]
         target = leaf if self.layer is None else leaf[self.layer]
         target = (target.T if self.transposed else target)[self.put]
         bits = f"u{leaf.itemsize}"  # NumPy copies its own integers faster than bf16
         for start in range(0, len(source), BAND):
-            band = source[start : start + BAND].astype(leaf.dtype, copy=False)
+            with np.errstate(over="ignore"):  # to infinity, which is told below
+                band = source[start : start + BAND].astype(leaf.dtype, copy=False)
+            if not finite(band):
+                raise InputError(f"{self.tensor.file}: {self.tensor.name} {flaw(source, leaf.dtype)}")
             target[start : start + BAND].view(bits)[...] = band.view(bits)
         return target.size * leaf.itemsize
+
+
+def flaw(source: np.ndarray, dtype: np.dtype) -> str:
+    """Why some values of a tensor are not finite in this dtype."""
+    values = np.abs(source if source.dtype == np.float64 else source.astype(np.float32))
+    if not np.isfinite(values).all():
+        return "holds NaN or infinity, expected finite numbers"
+    hint = "; convert with dtype bfloat16" if dtype == np.float16 else ""
+    return f"reaches {values.max():.6g}, and {dtype.name} ends at {float(jnp.finfo(dtype).max):.6g}{hint}"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.delta import product
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.layers import Linear, Stacked
-from chipmunk_jax.model import Condition, Model
+from chipmunk_jax.model import LARGEST_GUIDANCE, Condition, Model
 from chipmunk_jax.schedule import Step
 from pallas_kernels.rotary_qkv import Projection
 
@@ -166,7 +166,10 @@ def grid_positions(grid: tuple[int, ...], axes: int) -> np.ndarray:
 
 
 def check_conditions(cond: Condition, shapes: dict[str, tuple[int | str, ...]]) -> None:
-    """Raises InputError unless cond has arrays of these names and shapes; a letter is any size, everywhere the same."""
+    """Raises InputError unless cond has arrays of these names and shapes, floats but for a mask.
+
+    A letter is any size, everywhere the same.
+    """
     if cond.keys() != shapes.keys():
         raise InputError(f"conditions {sorted(cond)}: expected {sorted(shapes)}")
     known: dict[int | str, int] = {}
@@ -175,6 +178,9 @@ def check_conditions(cond: Condition, shapes: dict[str, tuple[int | str, ...]]) 
         fits = lambda size, wanted: isinstance(wanted, str) or size == wanted
         if len(found) != len(shape) or not all(map(fits, found, expected)):
             raise InputError(f"condition {name} {found}: expected {expected}")
+        kind, expected = (np.bool_, "bool") if name == "mask" else (np.floating, "floats")
+        if not jnp.issubdtype(cond[name].dtype, kind):
+            raise InputError(f"condition {name} {cond[name].dtype}: expected {expected}")
         known |= {n: m for m, n in zip(found, shape, strict=True) if isinstance(n, str)}
 
 
@@ -187,6 +193,10 @@ def check_text(text: jax.Array, least: int, most: int | None) -> None:
 
 
 def check_guidance(cond: Condition) -> None:
-    """Raises InputError where a guidance that is a condition is not finite."""
-    if "guidance" in cond and not np.isfinite(scales := np.asarray(cond["guidance"], np.float32)).all():
-        raise InputError(f"condition guidance {scales.tolist()}: expected finite numbers")
+    """Raises InputError where a guidance that is a condition is no plain scale."""
+    scales = np.asarray(cond.get("guidance", 0), np.float32).ravel()
+    if (wrong := scales[~(np.abs(scales) <= LARGEST_GUIDANCE)]).size:
+        raise InputError(
+            f"condition guidance {wrong[0]:g}: expected the plain scale, up to {LARGEST_GUIDANCE:g}, which the network itself "
+            "takes times 1000 (6 where HunyuanVideo's own code passes 6000)"
+        )

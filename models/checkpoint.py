@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -85,7 +86,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
         InputError: it is not a checkpoint, is half-written, or its weights are not its config's.
     """
     model = check_weights(folder, dtype)
-    sharding = jnp.zeros(()).sharding  # of the default device
+    sharding = jax.device_put(np.float32(0)).sharding  # of the default device
     targets = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for path, leaf in leaves_of(model).items()
     }

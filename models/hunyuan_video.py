@@ -94,8 +94,6 @@ class HunyuanVideo(MMDiT):
         """Raises InputError unless noise [B, N, C] and the conditions fit, and every mask is a prompt and then padding."""
         super().check(noise, cond)
         mask = np.asarray(cond["mask"])
-        if mask.dtype != bool:
-            raise InputError(f"condition mask {mask.dtype}: expected bool")
         if (rows := np.flatnonzero(np.any(mask[:, 1:] & ~mask[:, :-1], axis=1))).size:
             raise InputError(
                 f"condition mask: row {rows[0]} has a valid token behind padding, expected all padding at its end"

@@ -104,7 +104,7 @@ class Wan(Network):
         self.time_in = Embedder(c.freq_dim, c.dim, **exact)
         self.time_projection = nnx.Linear(c.dim, 6 * c.dim, **exact)
         self.blocks = stack_layers(lambda rngs: Block(config, dtype, rngs), c.num_layers, rngs)
-        self.final = nnx.Param(jnp.zeros((2, c.dim)))  # f32: shift, scale
+        self.final = nnx.Param(jnp.zeros((2, c.dim), jnp.float32))  # shift, scale
         self.head = nnx.Linear(c.dim, c.patch * c.out_dim, **kw)
 
     @property
@@ -189,9 +189,12 @@ class Block(nnx.Module):
         c, linear = config, partial(Linear, dtype=dtype, rngs=rngs)
         ones = lambda: nnx.Param(jnp.ones(c.dim, dtype))
         self.heads = c.num_heads
-        self.modulation = nnx.Param(jnp.zeros((6, c.dim)))  # f32: shift, scale, gate of attention, then of the MLP
+        self.modulation = nnx.Param(
+            jnp.zeros((6, c.dim), jnp.float32)
+        )  # shift, scale, gate of attention, then of the MLP
         self.qkv, self.proj = Qkv(c.dim, c.dim, dtype, rngs), linear(c.dim, c.dim)
-        self.cross_norm, self.cross_norm_bias = nnx.Param(jnp.ones(c.dim)), nnx.Param(jnp.zeros(c.dim))  # f32
+        self.cross_norm = nnx.Param(jnp.ones(c.dim, jnp.float32))
+        self.cross_norm_bias = nnx.Param(jnp.zeros(c.dim, jnp.float32))
         self.cross_q, self.cross_kv, self.cross_proj = (
             linear(c.dim, c.dim),
             linear(c.dim, 2 * c.dim),

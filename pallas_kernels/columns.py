@@ -140,4 +140,4 @@ class Scaled(NamedTuple):
     def zeros(cls, shape: tuple[int, ...]) -> "Scaled":
         """Zeros [L, B, N, H, d], which is the shape."""
         layers, batch, rows, heads, _ = shape
-        return cls(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros((layers, batch, heads, rows)))
+        return cls(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros((layers, batch, heads, rows), jnp.float32))

@@ -14,6 +14,7 @@ from test_safetensors import write_safetensors, write_shards
 
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.convert import convert, inspect, load, read, save
+from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.checkpoint import leaves_of
 
 D, F, HEAD, DEPTH, SINGLES = 32, 48, 16, 2, 3
@@ -245,6 +246,28 @@ def test_all_that_does_not_fit_is_one_error(tmp_path, target, diffusers):
     found = inspect(source)
     assert found.missing == ["txt_in.weight", "single_blocks.1.linear2.bias"] and found.unknown == ["stranger"]
     assert found.doubled == ["txt_in.bias"] and len(found.misshapen) == 2 and not found.whole
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path, target, stored, value):
+    tensors = make_diffusers(stored)
+    tensors["single_transformer_blocks.1.attn.to_k.weight"][-1, 2] = value
+    source = write_source(tmp_path / "source", tensors)
+    fails(source, target, "single_transformer_blocks.1.attn.to_k.weight holds NaN or infinity, expected finite numbers")
+    with pytest.raises(InputError, match=r"attn\.to_k\.weight holds NaN or infinity"):
+        read(source)
+
+
+def test_a_value_beyond_float16_is_named_and_bfloat16_holds_it(tmp_path, target):
+    tensors = make_diffusers()
+    tensors["x_embedder.weight"][1, 3] = -70_000
+    source = write_source(tmp_path / "source", tensors)
+    with pytest.raises(InputError, match=r"x_embedder\.weight reaches 70000, and float16 ends at 65504; .* bfloat16"):
+        convert(source, target, dtype="float16", progress=False)
+    convert(source, target, progress=False)
+    tensors["x_embedder.weight"][1, 3] = 65_504
+    convert(write_source(tmp_path / "fits", tensors), target, dtype="float16", progress=False, overwrite=True)
 
 
 def test_long_lists_are_cut(tmp_path, target, diffusers):

@@ -96,6 +96,12 @@ def test_a_prompt_needs_one_word_of_each_attribute(words, prompt, words_of_the_e
             ),
             ["bad word table", "embeddings"],
         ),
+        (
+            lambda folder: write_safetensors(
+                folder / "word_embeddings.safetensors", {"embeddings": np.full((14, 64), np.nan, np.float32)}
+            ),
+            ["bad word table", "NaN or infinite"],
+        ),
     ],
 )
 def test_a_bad_word_table_is_one_error_that_names_its_folder(tmp_path, checkpoint, damage, expected):
@@ -210,14 +216,15 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
         (dict(num_inference_steps=2.5), ["steps=2.5", "a whole number"]),
         (dict(num_inference_steps=2.0), ["steps=2.0", "a whole number"]),
         (dict(seed=0.5), ["seed=0.5", "a whole number"]),
-        (dict(guidance_scale="2"), ["guidance=2", "a finite number"]),
+        (dict(guidance_scale="2"), ["guidance='2'", "expected a number"]),
         (dict(sparsity="fluks"), ["'fluks'", "expected one of"]),
         (dict(output_type="jpg"), ["output_type='jpg'", "pil, np, latent"]),
         (dict(height=33), ["height=33", "multiple of 2"]),
         (dict(height=0), ["height=0", "multiple of 2"]),
         (dict(width=-2), ["width=-2", "multiple of 2"]),
         (dict(num_inference_steps=0), ["steps=0", "at least 1"]),
-        (dict(guidance_scale=float("nan")), ["guidance=nan", "finite"]),
+        (dict(guidance_scale=float("nan")), ["guidance=nan", "expected a number"]),
+        (dict(guidance_scale=6016.0), ["guidance=6016", "plain scale, up to 100"]),
         (dict(seed=-1), ["seed=-1", "0 to"]),
         (dict(seed=2**32), [f"seed={2**32}", "0 to"]),
         (dict(sparsity=Sparsity(mlp=MlpSparsity(full_step_schedule=(0, 3)))), ["mlp.full_step_schedule", "step 3"]),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from chipmunk_jax import (
     wan_timesteps,
 )
 from chipmunk_jax.convert import read
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, NotFiniteError
 from chipmunk_jax.models.checkpoint import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.sampling import both_sides, denoise, plan, start
@@ -324,11 +325,27 @@ def test_a_span_beyond_the_steps_is_refused(model, span):
         denoise(model, start(model, noise, cond, table), cond, table, span=span)
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+def over(function):
+    """It as the body of a scan."""
+    return lambda noise: jax.lax.scan(lambda carry, x: (carry, function(x)), 0, noise[None])
+
+
+def sharded(function):
+    """It over a mesh of one device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    return jax.shard_map(function, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())
+
+
+def shaped(function):
+    """It with shapes for arrays."""
+    return lambda noise: jax.eval_shape(function, noise)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap, over, sharded, shaped])
 def test_sample_inside_a_trace_names_the_function_to_use(model, transform):
     noise, cond = inputs(1)
     noise = noise[None] if transform is jax.vmap else noise
-    with pytest.raises(InputError, match=r"sample\(\) under jit, grad or vmap: use .* denoise\(\)"):
+    with pytest.raises(InputError, match=r"sample\(\) under jit, grad, vmap or the like: use .* denoise\(\)"):
         transform(lambda noise: sample(model, noise, cond, timesteps=flux_timesteps(2, TOKENS), grid=GRID).sum())(noise)
 
 
@@ -429,6 +446,11 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
         ({"grid": ()}, "grid"),
         ({"grid": (9.0, 14.0)}, "grid"),
         ({"timesteps": np.array([1.0])}, "timesteps"),
+        ({"timesteps": None}, "timesteps None: expected at least two numbers"),
+        ({"timesteps": [1.0, 0.5, 0.5, 0.0]}, r"timesteps \[1.0, 0.5, 0.5, 0.0\]: expected .* numbers that fall"),
+        ({"timesteps": [1.0, 0.5, 0.5 - 1e-12, 0.0]}, "numbers that fall, in float32 too"),
+        ({"timesteps": [1j, 0]}, "timesteps .*: expected at least two numbers"),
+        ({"grid": 126}, "grid 126"),
         ({"timesteps": np.array([0.0, 1.0])}, "timesteps"),
         ({"timesteps": np.array([1.0, np.nan])}, "timesteps"),
         ({"timesteps": np.array([1000.0, 500.0, 0.0])}, "timesteps from 1000 to 0: expected them within 1 and 0"),
@@ -445,7 +467,35 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
         ({"sparsity": "flux"}, r"sparsity='flux': expected a Sparsity, as load_sparsity\(\) makes"),
         ({"sparsity": Sparsity(patches=((4, 4, 8),))}, r"patch \(4, 4, 8\): expected 2 sides"),
         ({"sparsity": Sparsity(attention=AttentionSparsity(local_voxels=3))}, "local_voxels=3: expected at most 1"),
+        ({"seed": True}, "seed=True: expected a whole number"),
         ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": [2.0]}, r"guidance=\[2.0\]: expected a number, the plain scale, up to 100"),
+        ({"guidance": True}, "guidance=True: expected a number"),
+        ({"guidance": 2j}, "guidance=2j: expected a number"),
+        ({"guidance": 6016.0}, "guidance=6016.0: expected a number, the plain scale, up to 100"),
+        ({"solver": Euler}, r"solver=.*: expected one such as Euler\(\)"),
+        ({"implementation": "cuda"}, "implementation='cuda': expected None or one of"),
+        ({"callback": 3}, "callback=3: expected a function"),
+        ({"model": CONFIG}, "model FluxConfig: expected a network with its weights"),
+        ({"noise": None}, "noise NoneType: expected an array"),
+        ({"noise": jnp.zeros((2, TOKENS, 6), int)}, "noise of int32: expected floats"),
+        ({"noise": jnp.zeros((2, TOKENS, 6), complex)}, "noise of complex64: expected floats"),
+        ({"noise": jnp.full((2, TOKENS, 6), jnp.nan)}, "noise: holds NaN or infinity"),
+        ({"noise": np.full((2, TOKENS, 6), 1e300)}, "noise: holds NaN or infinity"),
+        ({"cond": []}, "cond list: expected the conditions by name"),
+        (
+            {"cond": {"text": jnp.zeros((2, 5, 10)), "pooled": jnp.full((2, 8), -jnp.inf)}},
+            "condition pooled: holds NaN",
+        ),
+        (
+            {"cond": {"text": jnp.zeros((2, 5, 10), int), "pooled": jnp.zeros((2, 8))}},
+            "condition text int32: expected f",
+        ),
+        ({"cond": {"text": [[0.0]], "pooled": jnp.zeros((2, 8))}}, "condition text list: expected an array"),
+        (
+            {"guidance": 2.0, "uncond": {"text": jnp.zeros((2, 5, 10)) * jnp.nan, "pooled": jnp.zeros((2, 8))}},
+            "condition",
+        ),
         ({"uncond": {}}, "uncond"),
         ({"cond": {"text": jnp.zeros((2, 5, 10))}}, "conditions"),
         ({"cond": {"text": jnp.zeros((2, 5, 11)), "pooled": jnp.zeros((2, 8))}}, "text"),
@@ -459,9 +509,51 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
 def test_bad_input_is_one_sentence_before_anything_is_compiled(model, change, message, monkeypatch):
     noise, cond = inputs()
     monkeypatch.setattr(sampling, "_run", None)
-    arguments = {"noise": noise, "cond": cond} | change
-    with pytest.raises(ValueError, match=message):
-        draw(model, arguments.pop("noise"), arguments.pop("cond"), **arguments)
+    arguments = {"model": model, "noise": noise, "cond": cond} | change
+    with pytest.raises(InputError, match=message):
+        draw(*map(arguments.pop, ("model", "noise", "cond")), **arguments)
+
+
+def test_numpy_arrays_of_float64_and_a_list_of_times_are_those_of_float32(model):
+    noise, cond = inputs()
+    wide = [np.asarray(noise, np.float64), {name: np.asarray(x, np.float64) for name, x in cond.items()}]
+    np.testing.assert_array_equal(
+        draw(model, *wide, timesteps=flux_timesteps(STEPS, TOKENS).tolist()), draw(model, noise, cond)
+    )
+
+
+def table_with(table, factor, step):
+    """The table with another time for the network at one step."""
+    return table.replace(times=np.where(np.arange(STEPS) == step, factor, table.times).astype(np.float32))
+
+
+@pytest.mark.parametrize("sparsity", [None, SKIPPING], ids=["dense", "skipping"])
+def test_a_sample_that_is_not_finite_says_which_and_from_which_step_on(model, sparsity):
+    noise, cond = inputs()
+    options = dict(cond=cond, table=table_with(table_of(model, noise, cond, sparsity), jnp.nan, 2), sparsity=sparsity)
+    with pytest.raises(NotFiniteError, match=r"sample 1, 2 of 2: not finite from step 2 of 0 to 5 on, t = 0\.\d+$"):
+        sampling.run(model, noise, **options)
+
+
+def test_the_first_step_that_is_not_finite_is_the_same_in_spans(model):
+    noise, cond = inputs()
+    table = table_with(table_of(model, noise, cond), jnp.nan, 3)
+    run = jax.jit(denoise, static_argnames="span")
+    begin = start(model, noise, cond, table)
+    whole = run(model, begin, cond, table)
+    middle = run(model, begin, cond, table, span=(0, 4))
+    assert begin.broken.tolist() == [-1, -1] and middle.broken.tolist() == whole.broken.tolist() == [3, 3]
+    assert run(model, middle, cond, table, span=(4, STEPS)).broken.tolist() == [3, 3]
+
+
+def test_one_sample_of_a_batch_that_is_not_finite_is_named_and_float16_is_told_of_bfloat16(model):
+    times = flux_timesteps(STEPS, TOKENS)
+    table = SimpleNamespace(timesteps=times, times=times[:-1])
+    sampling.check_finite(np.array([-1, -1]), table, jnp.float16)
+    with pytest.raises(
+        NotFiniteError, match=r"sample 2 of 3: not finite from step 0 of 0 to 5 on, t = 1; in float16 .* bf"
+    ):
+        sampling.check_finite(np.array([-1, 0, -1]), table, jnp.float16)
 
 
 def test_no_room_on_the_device_names_the_largest_part(model, monkeypatch):

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from types import ModuleType
 
 from chipmunk_jax.cli.parser import Menu
-from chipmunk_jax.errors import InputError, sentence
+from chipmunk_jax.errors import InputError, NotFiniteError, sentence
 
 DESCRIPTION = """\
 Sample diffusion transformers in JAX, faster and without training, by recomputing at each step only the attention keys and
@@ -47,7 +47,7 @@ def choose(argv: Sequence[str] | None) -> tuple[ModuleType, Sequence[str]]:
 
 
 def run(command: ModuleType, words: Sequence[str]) -> int:
-    """Exit status: 0; 1 where a check found a fault; 2 for bad input, told in one sentence.
+    """Exit status: 0; 1 where a check found a fault or a sample is not finite; 2 for bad input, told in one sentence.
 
     Raises:
         KeyboardInterrupt: files that were half written are gone; what the device does may go on.
@@ -56,9 +56,9 @@ def run(command: ModuleType, words: Sequence[str]) -> int:
     """
     try:
         return command.run(command.parse(words))
-    except (InputError, NotImplementedError, OSError) as error:
+    except (InputError, NotFiniteError, NotImplementedError, OSError) as error:
         print(f"chipmunk: {sentence(str(error))}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotFiniteError) else 2
     except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

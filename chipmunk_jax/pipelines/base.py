@@ -1,6 +1,5 @@
 """Pipeline: a checkpoint, prompts in, pixels out, in the words of diffusers: check, encode, denoise, decode."""
 
-import numbers
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,13 @@ from chipmunk_jax.convert import open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load
+from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load, parse_dtype
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback
-from chipmunk_jax.sampling import check_seed
+from chipmunk_jax.sampling import check_guidance, check_implementation, check_seed
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.strictness import usual_modes
 from pallas_kernels import Implementation
 
 MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
@@ -78,6 +78,9 @@ class Pipeline:
         Raises:
             FileNotFoundError, InputError: no such checkpoint, half a one, or one of a model that has no pipeline yet.
         """
+        if not isinstance(folder, (str, Path)):
+            raise InputError(f"folder={folder!r}: expected the path of a checkpoint")
+        dtype = dtype if dtype is None else parse_dtype(dtype).name
         converted = is_checkpoint(Path(folder)) or (Path(folder) / WEIGHTS).is_dir()  # weights alone are half a one
         found = describe(folder) if converted else open_source(folder)
         variant = variant_of(found.config)
@@ -173,9 +176,7 @@ class Pipeline:
             self.encode(list(dict.fromkeys(against)))
         sizes = dict(frames=num_frames, height=height, width=width)
         settings = self.variant.complete(**sizes, steps=num_inference_steps, guidance=guidance_scale)
-        scale = settings["guidance"]
-        if scale is not None and not (isinstance(scale, numbers.Real) and np.isfinite(scale)):
-            raise InputError(f"guidance={scale}: expected a finite number")
+        check_guidance(settings["guidance"])
         check_seed(seed, len(given) * count)
         found = self.variant.preset if isinstance(sparsity, str) and sparsity == "auto" else sparsity
         found = None if found is None else load_sparsity(found)
@@ -189,6 +190,7 @@ class Pipeline:
             sparsity=found,
         )
 
+    @usual_modes()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -229,10 +231,14 @@ class Pipeline:
 
         Raises:
             InputError: a prompt, size or setting that does not fit, or no room; before anything is compiled.
+            NotFiniteError: a sample is not finite; it says from which step on.
         """
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError(f"callback_on_step_end={callback_on_step_end!r}: expected a function, or None")
         start, variant = time.perf_counter(), self.variant
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+        check_implementation(implementation)
         request = self.check(
             prompt, negative_prompt=negative_prompt, height=height, width=width, num_frames=num_frames,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
@@ -248,6 +254,7 @@ class Pipeline:
         against = request.negative_prompts if scale is not None else None
         arrays = jnp.stack([draw(i) for i in range(batch)]), self.encode(request.prompts)
         uncond = None if against is None else self.encode(against)
+        *arrays, uncond = sampling.placed(self.model, *arrays, uncond)
         # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
         fixed |= dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), seed=0)
         sampling.check(self.model, *arrays, uncond=uncond, **fixed)

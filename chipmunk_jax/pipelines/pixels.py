@@ -47,6 +47,8 @@ class WordTable:
             embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: bad word table: {error}") from error
+        if not np.isfinite(embeddings.astype(np.float32)).all():
+            raise InputError(f"{folder}: bad word table: embeddings that are NaN or infinite")
         total = sum(map(len, words))
         if not len(attributes) == len(words) <= TEXT_ROWS or embeddings.shape[:-1] != (total,):
             raise InputError(
