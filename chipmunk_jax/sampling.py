@@ -120,11 +120,18 @@ def start(
         sparsity: that of the table.
 
     Raises:
-        InputError: noise of another shape than the table's and the network's, or no floats.
+        InputError: noise of another shape than the table's and the network's, or no floats; a sparsity that is not the table's.
     """
     expected = len(table.order), model.channels
     if noise.shape[1:] != expected or not jnp.issubdtype(noise.dtype, jnp.floating):
         raise InputError(f"noise {noise.dtype} {noise.shape}: expected floats [B, {expected[0]}, {expected[1]}]")
+    parts = ("attention", "mlp")
+    if [bool(sparsity and getattr(sparsity, part)) for part in parts] != [
+        getattr(table.step, part) is not None for part in parts
+    ]:
+        raise InputError(
+            f"sparsity={sparsity}: expected that of the table, which was planned with {'another' if sparsity else 'one'}"
+        )
     x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
     batch = _entries(x, table)
@@ -159,6 +166,9 @@ def denoise(
         span: steps to run, from the first to before the second, static; None: all of them.
         on_step: called while the loop is traced as on_step(step, t, x, clean) with what the step led to: the time, x
             [B, N, C] in raster order, and the clean sample that it points at. progress.on_step makes one that tells the host.
+
+    Raises:
+        InputError: a span of other steps than the table's, or conditions of another batch than the network sees.
     """
     order, back, timesteps, guidance = table.order, table.back, table.timesteps, table.guidance
     steps = len(table.times)
@@ -166,6 +176,7 @@ def denoise(
     two = isinstance(span, (tuple, list)) and len(span) == 2 and all(map(_whole, span))
     if not two or not 0 <= span[0] <= span[1] <= steps:
         raise InputError(f"span={span}: expected two of the {steps} steps in order, such as (0, {steps})")
+    _check_entries(cond, _entries(state.x, table))
     cond = {name: x[:, order] if name in model.on_grid else x for name, x in cond.items()}
     times = jnp.broadcast_to(jnp.asarray(table.times)[:, None], (steps, _entries(state.x, table)))
     modulations = modulations_of(model, times, cond)
@@ -209,6 +220,14 @@ def both_sides(model: Model, cond: Condition, uncond: Condition | None = None) -
 def _entries(x: jax.Array, table: Table) -> int:
     """Entries of the batch that the network sees."""
     return len(x) if table.guidance is None else 2 * len(x)
+
+
+def _check_entries(cond: Condition, batch: int) -> None:
+    """Raises InputError unless every condition is of the batch that the network sees."""
+    if wrong := [name for name, x in cond.items() if len(x) != batch]:
+        raise InputError(
+            f"condition {wrong[0]} {cond[wrong[0]].shape}: expected a batch of {batch}; guidance takes both_sides()"
+        )
 
 
 @usual_modes()

@@ -325,6 +325,18 @@ def test_a_span_beyond_the_steps_is_refused(model, span):
         denoise(model, start(model, noise, cond, table), cond, table, span=span)
 
 
+def test_a_state_or_conditions_that_are_not_of_the_table_are_refused(model):
+    noise, cond = inputs(1)
+    sparse, dense = table_of(model, noise, cond, SPARSE), table_of(model, noise, cond)
+    for table, sparsity in ((sparse, None), (dense, SPARSE), (sparse, dataclasses.replace(SPARSE, mlp=None))):
+        with pytest.raises(InputError, match="expected that of the table"):
+            start(model, noise, cond, table, sparsity=sparsity)
+    with pytest.raises(InputError, match=r"noise float32 \(1, 64, 6\): expected floats \[B, 126, 6\]"):
+        start(model, noise[:, :64], cond, dense)
+    with pytest.raises(InputError, match="expected a batch of 1; guidance takes both_sides"):
+        denoise(model, start(model, noise, cond, dense), both_sides(model, cond), dense)
+
+
 def over(function):
     """It as the body of a scan."""
     return lambda noise: jax.lax.scan(lambda carry, x: (carry, function(x)), 0, noise[None])
