@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from chipmunk_jax import Sparsity, load_sparsity
+from chipmunk_jax import Sparsity, load_sparsity, sampling
 from chipmunk_jax.cli import commands, sample, verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
@@ -73,7 +73,7 @@ BAD = [
     (["--steps", -3], ["steps=-3", "at least 1"]),
     (["--seed", -1], ["seed=-1", "expected a whole number from 0 to"]),
     (["--seed", 10**30], ["seed=1000", "expected a whole number from 0 to"]),
-    (["--guidance", "nan"], ["guidance=nan", "finite"]),
+    (["--guidance", "nan"], ["guidance=nan", "plain scale"]),
     (["--prompt", "red striped dog on meadow"], ["'red striped dog on meadow'", "one shape of disc, ring, heart"]),
     (["--prompt", ""], ["''", "one shape"]),
     (["--prompt", "red ring and blue ring plain on sky"], ["one colour of", "both red and blue"]),
@@ -344,6 +344,17 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
     size = dict(height=20, width=12, num_inference_steps=3)
     (image,) = Pipeline.from_pretrained(checkpoint)(PROMPT, **size, seed=7, sparsity="flux").images
     np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+@pytest.mark.parametrize("command", ["sample", "verify"])
+def test_a_sample_that_is_not_finite_is_one_sentence_exit_1_and_no_file(
+    checkpoint, folder, capsys, monkeypatch, command
+):
+    monkeypatch.setattr(sampling, "finished", lambda *_: (None, np.array([2]), None))
+    assert run(command, checkpoint, "-o", "out.png") == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("chipmunk: the sample: not finite from step 2 of 0 to 2 on, t = 0."), err
+    assert not list(folder.iterdir())
 
 
 def test_a_sample_is_sparse_by_the_models_own_preset_and_says_what_it_computed(checkpoint, folder, capsys):
