@@ -522,8 +522,9 @@ def test_bad_input_is_one_sentence_before_anything_is_compiled(model, change, me
     noise, cond = inputs()
     monkeypatch.setattr(sampling, "_run", None)
     arguments = {"model": model, "noise": noise, "cond": cond} | change
+    first = [arguments.pop(name) for name in ("model", "noise", "cond")]
     with pytest.raises(InputError, match=message):
-        draw(*map(arguments.pop, ("model", "noise", "cond")), **arguments)
+        draw(*first, **arguments)
 
 
 def test_numpy_arrays_of_float64_and_a_list_of_times_are_those_of_float32(model):

@@ -121,7 +121,7 @@ def test_float8_whose_scales_are_elsewhere_is_refused(tmp_path, kind):
     with pytest.raises(
         ValueError, match=rf"double_blocks.0.img_mlp.fc1.weight is {kind}.*_map.pt.*expected .* bfloat16"
     ):
-        open_source(path)
+        attach_scales(read_weights(path))
 
 
 class Call:
