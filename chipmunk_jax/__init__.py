@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chipmunk_jax.convert.rules import Layout, Rule
     from chipmunk_jax.delta import attend
-    from chipmunk_jax.errors import InputError
+    from chipmunk_jax.errors import InputError, NotFiniteError
     from chipmunk_jax.layers import Mlp
     from chipmunk_jax.media import save_image, save_video
     from chipmunk_jax.model import Stack
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "convert.rules": ("Layout", "Rule"),
     "delta": ("attend",),
-    "errors": ("InputError",),
+    "errors": ("InputError", "NotFiniteError"),
     "layers": ("Mlp",),
     "media": ("save_image", "save_video"),
     "model": ("Stack",),
@@ -44,6 +44,7 @@ __all__ = [
     "Mlp",
     "MlpSparsity",
     "Network",
+    "NotFiniteError",
     "Pipeline",
     "PipelineOutput",
     "Rule",

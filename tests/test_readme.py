@@ -167,6 +167,7 @@ def test_memory_of_the_supported_models_is_the_committed_records():
         f"{dense('wan-1.3b 480x832x81')} / {measured('wan-1.3b-480x832x81-h100')}",
         f"{dense('wan-14b 720x1280x81')} / {measured('wan-14b-720x1280x81-h200')}",
         f"- / {compiled['wan-i2v-14b 720x1280x81 batch 1 wan-14b']:.1f}",
+        "",
     ]
     attention = records("hunyuan-video-720x1280x129-h100")[0]["sparsity"]["attention"]
     fits = f"HunyuanVideo fits one H100 with `--sparsity.attention.residual-bits {attention['residual_bits']}`"

@@ -20,6 +20,7 @@ from chipmunk_jax import (
     Mlp,
     MlpSparsity,
     Network,
+    NotFiniteError,
     Pipeline,
     PipelineOutput,
     Rule,
@@ -75,7 +76,7 @@ def images_of_prompts(folder: Path) -> PipelineOutput:
             output_type="np",
             progress=False,
         )
-    except InputError as error:
+    except (InputError, NotFiniteError) as error:
         assert_type(str(error), str)
         raise
     assert_type(out.seconds, float)
