@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -354,8 +355,13 @@ def parse_dtype(dtype: Any) -> jnp.dtype:
 
 
 def abstract(name: str, config: Any, dtype: Any = jnp.bfloat16) -> Network:
-    """The model with shapes and dtypes in place of arrays."""
-    return nnx.eval_shape(lambda: MODELS[name](config, dtype=parse_dtype(dtype), rngs=nnx.Rngs(0)))
+    """The model with shapes and dtypes in place of arrays. Not to be changed: others get the same one."""
+    return _abstract(MODELS[name], config, parse_dtype(dtype))
+
+
+@lru_cache(maxsize=16)  # tracing takes a tenth of a second, and a conversion asks several times
+def _abstract(network: type[Network], config: Any, dtype: jnp.dtype) -> Network:
+    return nnx.eval_shape(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def leaves_of(model: Network) -> dict[str, Any]:

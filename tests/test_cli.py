@@ -413,7 +413,10 @@ def test_ctrl_c_ends_a_sample_that_runs_and_leaves_nothing(checkpoint, folder):
         while b"sampling" not in said:
             said += process.stderr.read(1) or pytest.fail(said.decode())
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=30)
+        try:
+            out, error = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (130, b"") and b"Traceback" not in error
     assert error.decode().splitlines()[-1] == "chipmunk: interrupted"
     assert not list(folder.iterdir())

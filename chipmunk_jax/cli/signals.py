@@ -5,12 +5,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from chipmunk_jax.cli.streams import drop
 
 SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+
+PATIENCE = 10  # seconds that cleaning up may take
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,9 +43,15 @@ def handled(handle: Callable[[int], None]) -> Iterator[None]:
 def unwind(number: int) -> NoReturn:
     """Raises Interrupted, once: who asks twice does not want to wait. Threads, whose work is taken away, complain to nobody."""
     stderr = os.dup(2)
+    if getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()):  # a bar's line has no end yet
+        with suppress(OSError):
+            os.write(stderr, b"\n")
     drop(2)
     for other in SAID:
         signal.signal(other, lambda number, _: leave(number, stderr))
+    # Python may be in a callback that swallows exceptions.
+    signal.signal(signal.SIGALRM, lambda *_: leave(number, stderr))
+    signal.alarm(PATIENCE)
     raise Interrupted(number, stderr)
 
 
