@@ -116,10 +116,11 @@ def _check_depth(tree: Any, levels: int = MOST_LEVELS) -> None:
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once)
+    return json.loads(text, object_pairs_hook=once)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON file, for json.loads; a key that is given twice is refused."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         names = [name for name, _ in pairs]

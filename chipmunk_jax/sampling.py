@@ -129,9 +129,7 @@ def start(
     if [bool(sparsity and getattr(sparsity, part)) for part in parts] != [
         getattr(table.step, part) is not None for part in parts
     ]:
-        raise InputError(
-            f"sparsity={sparsity}: expected that of the table, which was planned with {'another' if sparsity else 'one'}"
-        )
+        raise InputError(f"sparsity={sparsity}: expected that of the table, as plan() was given it")
     x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
     batch = _entries(x, table)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chipmunk_jax.config_file import once
 from chipmunk_jax.convert.file_kind import HEADER_LENGTH, Kind, file_kind
 from chipmunk_jax.convert.safetensors import Weights, gather, read_safetensors
 from chipmunk_jax.convert.torch_pickle import read_legacy, read_zip
@@ -147,13 +148,6 @@ def read_index(file: Path) -> dict[str, str]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object none of whose keys stands twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            raise ValueError("a key stands twice")
-        return content
-
     try:
         if file.stat().st_size > HEADER_LENGTH:
             raise ValueError(f"more than {HEADER_LENGTH:,} bytes")

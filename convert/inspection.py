@@ -7,7 +7,7 @@ from typing import Any
 
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models.checkpoint import abstract, compare, describe, is_checkpoint, leaves_of
+from chipmunk_jax.models.checkpoint import abstract, compare, describe, is_converted, leaves_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def inspect(path: str | Path) -> Inspection:
         InputError: half-written or bad files, an unknown layout, or a config.json that does not fit.
     """
     path = Path(path)
-    return inspect_converted(path) if is_checkpoint(path) or (path / "weights").is_dir() else inspect_source(path)
+    return inspect_converted(path) if is_converted(path) else inspect_source(path)
 
 
 def inspect_converted(path: Path) -> Inspection:

@@ -170,6 +170,11 @@ def is_checkpoint(folder: Path) -> bool:
     return {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether the folder is a checkpoint of this library, whole or half-written: weights alone are half a one."""
+    return is_checkpoint(folder) or (folder / WEIGHTS).is_dir()
+
+
 def parts_of(folder: str | Path) -> tuple[Path, ...]:
     """The folders of a checkpoint's networks: its own, or those of its experts."""
     pair = tuple(Path(folder) / name for name in EXPERTS)

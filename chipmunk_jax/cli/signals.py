@@ -11,7 +11,6 @@ from typing import NoReturn
 from chipmunk_jax.cli.streams import drop
 
 SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-
 PATIENCE = 10  # seconds that cleaning up may take
 
 

@@ -18,7 +18,7 @@ from chipmunk_jax.convert import open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models.checkpoint import WEIGHTS, check_weights, describe, is_checkpoint, load, parse_dtype
+from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load, parse_dtype
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback
 from chipmunk_jax.sampling import check_guidance, check_implementation, check_seed
@@ -81,7 +81,7 @@ class Pipeline:
         if not isinstance(folder, (str, Path)):
             raise InputError(f"folder={folder!r}: expected the path of a checkpoint")
         dtype = dtype if dtype is None else parse_dtype(dtype).name
-        converted = is_checkpoint(Path(folder)) or (Path(folder) / WEIGHTS).is_dir()  # weights alone are half a one
+        converted = is_converted(Path(folder))
         found = describe(folder) if converted else open_source(folder)
         variant = variant_of(found.config)
         network = variant.network
