@@ -9,7 +9,7 @@ import pytest
 COMMAND = """
 import os, signal, sys, time
 from types import SimpleNamespace
-from chipmunk_jax.cli import commands
+from chipmunk_jax.cli import commands, signals
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.whole import whole
 
@@ -78,6 +78,14 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     kill = "os.kill(os.getpid(), signal.SIGINT)"
     stubborn = f"\n        try: {kill}\n        finally: {kill}; time.sleep(60)"
     assert start(tmp_path, during=stubborn) == (130, "chipmunk: interrupted\n")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_whose_exception_is_swallowed_ends_the_process_all_the_same(tmp_path):
+    """As in a callback of a library, or in __del__."""
+    kill = "signals.PATIENCE = 1; os.kill(os.getpid(), signal.SIGTERM)"
+    swallowed = f"\n        try: {kill}\n        except KeyboardInterrupt: time.sleep(60)"
+    assert start(tmp_path, during=swallowed) == (143, "chipmunk: terminated\n")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
