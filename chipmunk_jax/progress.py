@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental import io_callback
 from tqdm import tqdm
 
+from chipmunk_jax.strictness import usual_modes
+
 Callback = Callable[[int, float, np.ndarray, np.ndarray], None]  # step, t, x, the clean sample that it leads to
 Kind = Literal["", "steps", "samples"]  # what a run reports: nothing, that a step is over, or also its samples
 
@@ -77,7 +79,8 @@ def finished(program: jax.stages.Lowered, *args: Any) -> Any:
     """
 
     def finish(compiled: jax.stages.Compiled) -> Any:
-        with jax.disable_jit(False):  # a compiled program is one whatever the caller debugs
+        # The caller's modes are those of its thread. A compiled program is one whatever the caller debugs.
+        with usual_modes(), jax.disable_jit(False):
             out = jax.block_until_ready(compiled(*args))
         jax.effects_barrier()  # of this thread
         return out

@@ -24,11 +24,13 @@ from chipmunk_jax.models.checkpoint import (
     write,
     write_pair,
 )
+from chipmunk_jax.strictness import usual_modes
 
 # The small trained models take prompts from a table of words instead of a text encoder.
 WORD_TABLE = ("words.json", "word_embeddings.safetensors")
 
 
+@usual_modes()
 def convert(
     source: str | Path, target: str | Path, *, dtype: Any = "bfloat16", progress: bool = True, overwrite: bool = False
 ) -> None:
@@ -76,6 +78,7 @@ def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype
     write(model, folder, word_table(source.weights.path), source.layout.name)
 
 
+@usual_modes()
 def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> Network:
     """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`."""
     opened, dtype = open_source(source), parse_dtype(dtype)

@@ -30,6 +30,7 @@ from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import MODELS, Network
+from chipmunk_jax.strictness import usual_modes
 from chipmunk_jax.whole import NO_ROOM, check_space, restore, whole
 
 CONFIG, WEIGHTS = "config.json", "weights"
@@ -51,6 +52,7 @@ class Description:
     stored: int  # bytes of the files of the weights
 
 
+@usual_modes()
 def save(
     model: Network,
     folder: str | Path,
@@ -75,6 +77,7 @@ def save(
         write(model, partial, extras, source)
 
 
+@usual_modes()
 def load(folder: str | Path, dtype: Any = None) -> Network:
     """The model in `folder`, on the default device.
 

@@ -135,6 +135,7 @@ class Pipeline:
             "version": version("chipmunk-jax"),
         }
 
+    @usual_modes()
     def check(
         self,
         prompt: str | Sequence[str],
