@@ -1,4 +1,4 @@
-"""The parts of textbook transformers: the base class of a network, embedders, modulation, norms, positions, checks of inputs."""
+"""The parts of textbook transformers: base classes, embedders, modulation, norms, positions, checks of inputs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +17,32 @@ from pallas_kernels.rotary_qkv import Projection
 
 Caches = dict[str, LayerCache | None]  # by stack
 
-if TYPE_CHECKING:
 
-    class _Module(nnx.Module, Model): ...
+class Component(nnx.Module):
+    """What a checkpoint holds: a diffusion network, a text encoder or a VAE.
 
-else:  # Protocol and nnx.Module have metaclasses of their own
-    _Module = nnx.Module
-
-
-class Network(_Module):
-    """A network of blocks and a final layer: what all have in common of chipmunk_jax.model.Model, whose rest a network defines.
-
-    Called as network(config, dtype=.., rngs=..), it keeps `config` and `dtype`. A config says in `text_rows` how many rows of
-    text the network takes: (fewest, most), None for any number.
+    Called as component(config, dtype=.., rngs=..), it keeps `config`, a frozen dataclass, and `dtype`.
     """
 
     config_class: type
     config: Any
     dtype: jnp.dtype
+
+
+if TYPE_CHECKING:
+
+    class _Network(Component, Model): ...
+
+else:  # Protocol and nnx.Module have metaclasses of their own
+    _Network = Component
+
+
+class Network(_Network):
+    """A network of blocks and a final layer: what all have in common of chipmunk_jax.model.Model, whose rest a network defines.
+
+    A config says in `text_rows` how many rows of text the network takes: (fewest, most), None for any number.
+    """
+
     depths: tuple[str, ...]  # fields of the config that count layers, one for each stack
     prompted: tuple[str, ...]
     on_grid: tuple[str, ...] = ()

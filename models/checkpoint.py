@@ -29,7 +29,7 @@ from flax import nnx
 from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models import MODELS, Network
+from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.strictness import usual_modes
 from chipmunk_jax.whole import NO_ROOM, check_space, restore, whole
 
@@ -184,7 +184,7 @@ def parts_of(folder: str | Path) -> tuple[Path, ...]:
     return pair if all(map(is_checkpoint, pair)) else (Path(folder),)
 
 
-def compare(folder: str | Path, model: Network) -> tuple[list[str], list[str], list[str]]:
+def compare(folder: str | Path, model: Component) -> tuple[list[str], list[str], list[str]]:
     """(missing, unknown, misshapen): leaves that only `model` has, that only the folder has, that have another shape there."""
     found = shapes_in(folder)
     expected = {path: leaf.shape for path, leaf in leaves_of(model).items()}
@@ -247,7 +247,7 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def write(model: Network, folder: Path, extras: Sequence[str | Path], source: str) -> None:
+def write(model: Component, folder: Path, extras: Sequence[str | Path], source: str) -> None:
     """Writes weights, extras, and config.json last, into an existing folder."""
     name = next((name for name, network in MODELS.items() if isinstance(model, network)), None)
     if name is None:
@@ -362,17 +362,17 @@ def parse_dtype(dtype: Any) -> jnp.dtype:
     return parsed
 
 
-def abstract(name: str, config: Any, dtype: Any = jnp.bfloat16) -> Network:
+def abstract(name: str, config: Any, dtype: Any = jnp.bfloat16) -> Component:
     """The model with shapes and dtypes in place of arrays. Not to be changed: others get the same one."""
     return _abstract(MODELS[name], config, parse_dtype(dtype))
 
 
 @lru_cache(maxsize=16)  # tracing takes a tenth of a second, and a conversion asks several times
-def _abstract(network: type[Network], config: Any, dtype: jnp.dtype) -> Network:
-    return nnx.eval_shape(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))
+def _abstract(component: type[Component], config: Any, dtype: jnp.dtype) -> Component:
+    return nnx.eval_shape(lambda: component(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def leaves_of(model: Network) -> dict[str, Any]:
+def leaves_of(model: Component) -> dict[str, Any]:
     """Dotted path -> array, or what stands for one."""
     return flatten(nnx.to_pure_dict(nnx.state(model)))
 

@@ -11,10 +11,8 @@ ROOT = Path(__file__).parents[1]
 OURS = ("chipmunk_jax", "pallas_kernels")
 # Each room sees itself and those before it.
 ROOMS = ("pallas_kernels", "core", "models", "convert", "pipelines", "report", "bench", "cli")
-SHARED = (
-    "blocks",
-    "mmdit",
-)  # the modules of models/ that others import, a later one those before it; no network imports another
+# The modules of models/ that others import, a later one those before it; no network imports another.
+SHARED = ("blocks", "mmdit", "causal_conv")
 MAY_USE_PYTORCH = "torch_baselines.py"  # inside functions: the test in a new process has no PyTorch and imports it
 PYTORCH = {"torch", "torchvision", "diffusers", "transformers", "accelerate"}
 
@@ -97,6 +95,7 @@ def test_no_room_imports_a_later_one(file):
         ("chipmunk_jax.models.blocks", "from chipmunk_jax.models import mmdit", True),
         ("chipmunk_jax.models.mmdit", "from chipmunk_jax.models.blocks import Network", False),
         ("chipmunk_jax.models.flux", "from chipmunk_jax.models.mmdit import MMDiT", False),
+        ("chipmunk_jax.models.wan_vae", "from chipmunk_jax.models.causal_conv import CausalConv", False),
         ("chipmunk_jax.models", "from chipmunk_jax.models.flux import Flux", False),
         ("chipmunk_jax.models.checkpoint", "from chipmunk_jax.models import MODELS", False),
         ("chipmunk_jax.models.checkpoint", "from chipmunk_jax import convert", True),

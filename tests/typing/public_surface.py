@@ -48,7 +48,7 @@ from chipmunk_jax import (
 )
 from chipmunk_jax.convert import convert, read
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models import MODELS, Flux
+from chipmunk_jax.models import MODELS, Component, Flux
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.sampling import SampleState, Table
@@ -141,7 +141,7 @@ def checkpoints(source: Path, folder: Path) -> Model:
 
 
 def own_network(network: type[Network]) -> Variant:
-    assert_type(MODELS, dict[str, type[Network]])
+    assert_type(MODELS, dict[str, type[Component]])
     MODELS["flux"] = Flux
     configs = FluxConfig(), HunyuanVideoConfig(), WanConfig(num_layers=2)
     assert_type([variant_of(config) for config in configs], list[Variant])
