@@ -48,6 +48,8 @@ def _placed(name: str, x: jax.Array, kinds: str) -> jax.Array:
     kind = "f" if jnp.issubdtype(x.dtype, jnp.floating) else getattr(x.dtype, "kind", "")
     if kind not in kinds:
         raise InputError(f"{name} of {x.dtype}: expected {'floats' if kinds == 'f' else 'real numbers'}")
+    if not x.dtype.isnative:  # JAX takes none of the other byte order
+        x = x.astype(x.dtype.newbyteorder("="))
     if kind == "f" and x.dtype.itemsize > 4:
         with np.errstate(over="ignore"):  # becomes infinite, which is refused below
             x = x.astype(np.float32)
