@@ -35,8 +35,8 @@ from chipmunk_jax import (
 )
 from chipmunk_jax.convert import read
 from chipmunk_jax.errors import InputError, NotFiniteError
-from chipmunk_jax.models.checkpoint import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.models.leaves import leaves_of
 from chipmunk_jax.sampling import both_sides, denoise, plan, start
 
 GRID, TEXT, STEPS = (9, 14), 5, 6  # neither patches nor groups fit

@@ -19,7 +19,8 @@ from chipmunk_jax.convert import open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load, parse_dtype
+from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load
+from chipmunk_jax.models.leaves import parse_dtype
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback
 from chipmunk_jax.schedule import density, full_steps
