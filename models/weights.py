@@ -68,47 +68,34 @@ def write_leaves(leaves: dict[str, Any], folder: Path) -> None:
     Raises:
         OSError: there is no room left for them.
     """
-    full = None
     with quiet_orbax() as complaints:
-        try:
-            _save(leaves, weights_of(folder))
-        except Exception as error:
-            found = FULL.search(str(error))
-            if found is None:
-                raise
-            full = int(found[1])
-            # Tasks that Orbax keeps for later complain when they go.
-            logging.getLogger("asyncio").addFilter(_is_not_of_a_full_disk)
-        while full and len(complaints) != _settled(complaints):
-            pass
+        full = _save(leaves, weights_of(folder))
+        if full:
+            _outwait(complaints)
     if full:
         raise OSError(full, os.strerror(full), str(folder))
 
 
-def _save(leaves: dict[str, Any], path: Path) -> None:
+def _save(leaves: dict[str, Any], path: Path) -> int:
+    """0, or the number of the error of a full disk; the error itself would keep alive what has more to complain of."""
     # Orbax's defaults hold a second copy of the model while they write; so, about one leaf more: 0.3 GB beside 1.6, not 1.2.
     largest = max(leaf.nbytes for leaf in leaves.values()) / 1e9
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=math.ceil(2 * largest), use_ocdbt=False)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(nest(leaves)))
-
-
-def _is_not_of_a_full_disk(record: logging.LogRecord) -> bool:
-    return not FULL.search(record.getMessage())
-
-
-def _settled(complaints: list[None]) -> int:
-    """How many there were a moment ago, before what Orbax has left half done was thrown away."""
-    before = len(complaints)
-    gc.collect()
-    time.sleep(0.1)
-    return before
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(nest(leaves)))
+    except Exception as error:
+        found = FULL.search(str(error))
+        if found is None:
+            raise
+        return int(found[1])
+    return 0
 
 
 @contextmanager
 def quiet_orbax() -> Iterator[list[None]]:
-    """Silences Orbax, which warns that there is nothing to merge, by design; and whose threads, where the disk is full, complain
-    one after another, some a moment later, of what it raises. Yields a list that grows by each complaint.
+    """Silences Orbax within: it warns that there is nothing to merge, which is by design, and where the disk is full all of its
+    threads complain of what it raises. Yields a list with an entry for each complaint so far.
     """
     loggers, hook, complaints = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook, []
     levels = [logger.level for logger in loggers]
@@ -121,3 +108,18 @@ def quiet_orbax() -> Iterator[list[None]]:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _outwait(complaints: list[None]) -> None:
+    """Returns once no complaint has come for a moment after all that Orbax left half done was thrown away."""
+    # Tasks that Orbax still keeps complain when they are dropped, which may be much later.
+    logging.getLogger("asyncio").addFilter(_is_not_of_a_full_disk)
+    heard = -1
+    while heard < len(complaints):
+        heard = len(complaints)
+        gc.collect()
+        time.sleep(0.1)
+
+
+def _is_not_of_a_full_disk(record: logging.LogRecord) -> bool:
+    return not FULL.search(record.getMessage())
