@@ -60,10 +60,10 @@ def _file(source: str | Path, folder: Path, presets: Mapping[str, Traversable]) 
 
 
 def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree {"a": {"b": 1}} of overrides {"a.b": 1}.
+    """The tree {"a": {"b": 1}} of values by dotted names, {"a.b": 1}.
 
     Raises:
-        InputError: two that exclude each other, such as "a" and "a.b".
+        InputError: two names that exclude each other, such as "a" and "a.b".
     """
     tree: dict[str, Any] = {}
     for name, value in overrides.items():

@@ -7,11 +7,9 @@
 sample() is all three on the host: checked, compiled once for a shape, with a bar and a callback.
 """
 
-import math
-import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +18,15 @@ from flax import struct
 from jax import lax
 
 from chipmunk_jax import cache as caches
-from chipmunk_jax import memory
+from chipmunk_jax.arguments import check, check_settings, is_whole, parse_timesteps, placed
 from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.errors import InputError, NotFiniteError, listed
-from chipmunk_jax.finite import finite
-from chipmunk_jax.model import LARGEST_GUIDANCE, Condition, Model, Stack, modulations_of
+from chipmunk_jax.model import Condition, Model, Stack, modulations_of
 from chipmunk_jax.order import inverse, patch_order
-from chipmunk_jax.pinned_keys import check_grid, pinned_keys
+from chipmunk_jax.pinned_keys import pinned_keys
 from chipmunk_jax.progress import Callback, Reporter, finished
 from chipmunk_jax.progress import on_step as progress_of
-from chipmunk_jax.schedule import Step, by_kind, check_schedules, plan_steps
+from chipmunk_jax.schedule import Step, by_kind, plan_steps
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from chipmunk_jax.step_cache import hidden_zeros, unless_skipped
@@ -80,10 +77,10 @@ def plan(
     implementation: Implementation | None = None,
 ) -> Table:
     """The table of a sample; arguments and errors as of sample(). Of noise and cond, the shapes are all that counts."""
-    timesteps, solver = _timesteps(timesteps), solver or Euler()
+    timesteps, solver = parse_timesteps(timesteps), solver or Euler()
     steps = len(timesteps) - 1
     fixed = dict(guidance=guidance, seed=seed, solver=solver, implementation=implementation)
-    _check_settings(noise, grid, sparsity=sparsity, **fixed)
+    check_settings(noise, grid, sparsity=sparsity, **fixed)
     order = patch_order(grid, sparsity.patches if sparsity else ())
     step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
     return Table(
@@ -126,9 +123,8 @@ def start(
     if noise.shape[1:] != expected or not jnp.issubdtype(noise.dtype, jnp.floating):
         raise InputError(f"noise {noise.dtype} {noise.shape}: expected floats [B, {expected[0]}, {expected[1]}]")
     parts = ("attention", "mlp")
-    if [bool(sparsity and getattr(sparsity, part)) for part in parts] != [
-        getattr(table.step, part) is not None for part in parts
-    ]:
+    planned = [getattr(table.step, part) is not None for part in parts]
+    if [bool(sparsity and getattr(sparsity, part)) for part in parts] != planned:
         raise InputError(f"sparsity={sparsity}: expected that of the table, as plan() was given it")
     x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
@@ -171,7 +167,7 @@ def denoise(
     order, back, timesteps, guidance = table.order, table.back, table.timesteps, table.guidance
     steps = len(table.times)
     span = (0, steps) if span is None else span
-    two = isinstance(span, (tuple, list)) and len(span) == 2 and all(map(_whole, span))
+    two = isinstance(span, (tuple, list)) and len(span) == 2 and all(map(is_whole, span))
     if not two or not 0 <= span[0] <= span[1] <= steps:
         raise InputError(f"span={span}: expected two of the {steps} steps in order, such as (0, {steps})")
     _check_entries(cond, _entries(state.x, table))
@@ -342,109 +338,6 @@ def _run(model: Model, cache, state: SampleState, cond: Condition, table: Table,
     return state.x, state.broken, state.cache
 
 
-def placed(
-    model: Model, noise: jax.Array, cond: Condition, uncond: Condition | None
-) -> tuple[jax.Array, Condition, Condition | None]:
-    """Noise and conditions on the device, float64 cast to f32.
-
-    Raises:
-        InputError: one is no array of finite numbers, or there is none yet, as within a transformation of JAX.
-    """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((model, noise, cond, uncond, jnp.zeros(())))):
-        raise InputError(
-            "sample() under jit, grad, vmap or the like: use start() and denoise() of chipmunk_jax.sampling, which are pure"
-        )
-    if isinstance(model, type) or not hasattr(model, "hidden") or not all(map(_is_array, jax.tree.leaves(model))):
-        raise InputError(f"model {type(model).__name__}: expected a network with its weights, as load() gives")
-    for name, given in (("cond", cond), ("uncond", uncond or {})):
-        if not isinstance(given, dict):
-            raise InputError(f"{name} {type(given).__name__}: expected the conditions by name, a dict of arrays")
-    every = lambda given: given and {name: _placed(f"condition {name}", x, "fbiu") for name, x in given.items()}
-    return _placed("noise", noise, "f"), every(cond), every(uncond)
-
-
-def _placed(name: str, x: jax.Array, kinds: str) -> jax.Array:
-    if not _is_array(x):
-        raise InputError(f"{name} {type(x).__name__}: expected an array of JAX or NumPy")
-    kind = "f" if jnp.issubdtype(x.dtype, jnp.floating) else getattr(x.dtype, "kind", "")  # bf16's is V, a key's none
-    if kind not in kinds:
-        raise InputError(f"{name} of {x.dtype}: expected {'floats' if kinds == 'f' else 'real numbers'}")
-    with np.errstate(over="ignore"):  # to infinity
-        x = x.astype(np.float32) if kind == "f" and x.dtype.itemsize > 4 else x
-    if kind == "f" and not finite(np.asarray(x)):
-        raise InputError(f"{name}: holds NaN or infinity, expected finite numbers")
-    return jax.device_put(x)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, np.ma.MaskedArray)
-
-
-def check(
-    model: Model,
-    noise: jax.Array,
-    cond: Condition,
-    *,
-    timesteps: np.ndarray,
-    grid: tuple[int, ...],
-    sparsity: Sparsity | None,
-    guidance: float | None,
-    uncond: Condition | None,
-    seed: int,
-    solver: Solver | None,
-    implementation: Implementation | None,
-) -> None:
-    """Raises InputError where the arguments of sample() do not fit together, or there is no room; arrays are as placed() says."""
-    fixed = dict(guidance=guidance, solver=solver, implementation=implementation)
-    steps = len(_timesteps(timesteps)) - 1
-    _check_settings(noise, grid, sparsity=sparsity, seed=seed, **fixed)
-    if guidance is None and uncond is not None:
-        raise InputError("uncond without guidance: expected both, or neither")
-    model.check(noise, cond)
-    if uncond is not None:
-        model.check(noise, uncond)
-    if sparsity is not None:
-        check_schedules(sparsity, steps)
-    memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, steps=steps, **fixed)
-
-
-def _check_settings(noise, grid, *, sparsity, guidance, seed, solver, implementation) -> None:
-    """Raises InputError where what makes a table is wrong in itself, or does not fit the shape of the noise."""
-    sides, shape = tuple(grid) if isinstance(grid, (tuple, list)) else (), getattr(noise, "shape", ())
-    whole = all(_whole(side) and side > 0 for side in sides)
-    if len(shape) != 3 or not sides or not whole or math.prod(sides) != shape[1] or not shape[0]:
-        raise InputError(f"noise {shape}, grid {grid!r}: expected [B, N, C] with N the product of the grid")
-    check_guidance(guidance)
-    check_seed(seed)
-    if solver is not None and (isinstance(solver, type) or not hasattr(solver, "step")):
-        raise InputError(f"solver={solver!r}: expected one such as Euler() or UniPC(), or None")
-    check_implementation(implementation)
-    if sparsity is not None:
-        check_grid(sparsity, grid)
-
-
-def check_seed(seed: int, samples: int = 1) -> None:
-    """Raises InputError unless so many samples have seeds of their own from this one on; JAX takes them modulo 2^32."""
-    last = 2**32 - samples
-    if not _whole(seed) or not 0 <= seed <= last:
-        raise InputError(f"seed={seed!r}: expected a whole number from 0 to {last}")
-
-
-def check_implementation(implementation: Implementation | None) -> None:
-    """Raises InputError unless it is one of the kernels, or None."""
-    if implementation not in (None, *get_args(Implementation)):
-        raise InputError(
-            f"implementation={implementation!r}: expected None or one of {', '.join(get_args(Implementation))}"
-        )
-
-
-def check_guidance(guidance: float | None) -> None:
-    """Raises InputError unless a scale of true guidance is None or a number that makes sense."""
-    number = isinstance(guidance, numbers.Real) and not isinstance(guidance, (bool, np.bool_))
-    if guidance is not None and not (number and abs(guidance) <= LARGEST_GUIDANCE):
-        raise InputError(f"guidance={guidance!r}: expected a number, the plain scale, up to {LARGEST_GUIDANCE:g}")
-
-
 def check_finite(broken: np.ndarray, table: Table, dtype: jnp.dtype) -> None:
     """Raises NotFiniteError where a sample is not finite.
 
@@ -460,25 +353,3 @@ def check_finite(broken: np.ndarray, table: Table, dtype: jnp.dtype) -> None:
         raise NotFiniteError(
             f"{names}: not finite from step {step} of 0 to {len(table.times) - 1} on, t = {table.timesteps[step]:.4g}{hint}"
         )
-
-
-def _timesteps(given: Any) -> np.ndarray:
-    """The times of a sample, f32 [steps + 1].
-
-    Raises:
-        InputError: they are no numbers, or do not fall within 1 and 0.
-    """
-    try:
-        times = np.asarray(given)
-        times = times.astype(np.float32) if times.dtype.kind in "fiu" else np.zeros(0)
-    except (ValueError, TypeError):  # of unequal length, say
-        times = np.zeros(0)
-    if times.ndim != 1 or len(times) < 2 or not np.all(np.diff(times) < 0):
-        raise InputError(f"timesteps {given!r}: expected at least two numbers that fall, in float32 too")
-    if times[0] > 1 or times[-1] < 0:
-        raise InputError(f"timesteps from {times[0]:g} to {times[-1]:g}: expected them within 1 and 0")
-    return times
-
-
-def _whole(number: Any) -> bool:
-    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)

@@ -1,7 +1,7 @@
 """Files and folders written whole or not at all, however the process that writes them ends.
 
-What is being written stands beside its place under another name, and takes that place at the end. The kernel takes a lock back
-from a process that is killed, so what lies there without a lock is what such a process left, and the next one removes it.
+What is being written stands beside its place under another name, and takes that place at the end. The kernel releases the lock of
+a process that is killed, so what lies there without a lock is what such a process left, and the next writer removes it.
 """
 
 import errno
@@ -20,6 +20,7 @@ except ImportError:  # Windows: nothing tells two writers of one place apart
     fcntl = None
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write that fails for want of space
+UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of a file system that cannot lock or flush
 
 
 @contextmanager
@@ -33,21 +34,25 @@ def whole(path: str | Path, *, wait: bool = True) -> Iterator[Path]:
     Raises:
         InputError: it cannot be written, or there is no room for it.
     """
-    path = Path(os.path.realpath(path))  # of a link, what it points at is replaced
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
+    if is_stream(path):
+        yield Path(path)
         return
+    path = Path(os.path.realpath(path))  # of a link, what it points at is replaced
     with locked(path, wait=wait):
         finish(path)
         partial, aside = beside(path, "partial"), beside(path, "replaced")
+        if left := [old for old in (partial, aside) if old.exists()]:
+            raise InputError(f"{left[0]}: left by an earlier write, cannot be removed; remove it by hand")
         try:
             yield partial
+            flush(partial, *partial.rglob("*"))
             if partial.is_dir() and path.is_dir():
                 # No call swaps two folders on every file system, so there is a moment between these lines: see between().
                 path.rename(aside)
                 partial.rename(path)
             else:
                 partial.replace(path)
+            flush(path.parent)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -60,8 +65,14 @@ def whole(path: str | Path, *, wait: bool = True) -> Iterator[Path]:
                 raise
 
 
+def is_stream(path: str | Path) -> bool:
+    """Whether the path leads to a pipe or a device. Links are not resolved first, as /dev/stdout may resolve to no path."""
+    path = Path(path)
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def finish(path: Path) -> None:
-    """Leaves `path` alone: a new folder that was about to take its place takes it, what is half-written or replaced goes."""
+    """Ends a write: a whole new folder that was about to take its place takes it; what is half-written or replaced is removed."""
     if between(path):
         beside(path, "partial").rename(path)
     for kind in ("partial", "replaced"):
@@ -74,7 +85,7 @@ def between(path: Path) -> bool:
 
 
 def restore(path: Path) -> None:
-    """Brings back a folder whose replacement was cut off; called before it is read."""
+    """Ends the replacement of a folder that was cut off between the two renames; called before the folder is read."""
     path = Path(os.path.realpath(path))
     if between(path):
         with suppress(OSError, InputError), locked(path):
@@ -86,7 +97,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Within, no other process or thread writes `path`.
 
     Raises:
-        InputError: its folder cannot be written, or, unless told to wait, another one writes it.
+        InputError: the folder around `path` cannot be written; or another process writes `path`, unless told to wait.
     """
     name = beside(path, "lock")
     try:
@@ -98,19 +109,25 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        name.unlink(missing_ok=True)
+        with suppress(OSError):  # an unlocked file that stays hinders nobody
+            name.unlink()
         os.close(file)
 
 
 def _open_locked(name: Path, wait: bool) -> int:
-    """A descriptor of the file of this name, locked."""
+    """A descriptor of the file of this name, locked.
+
+    Raises:
+        BlockingIOError: another process has locked it, and `wait` is false.
+        OSError: it cannot be made.
+    """
     while True:
         file = os.open(name, os.O_CREAT | os.O_RDWR, 0o666)
         try:
             if fcntl:
                 with suppress_unsupported():
                     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            with suppress(FileNotFoundError):  # who held the lock until now has removed the file
+            with suppress(FileNotFoundError):  # the last holder has removed it, and others may have made a new one
                 if os.path.samestat(os.fstat(file), os.stat(name)):
                     return file
         except BaseException:
@@ -121,16 +138,28 @@ def _open_locked(name: Path, wait: bool) -> int:
 
 @contextmanager
 def suppress_unsupported() -> Iterator[None]:
-    """Within, a file system without locks is no error."""
+    """Within, a file system that cannot do what is asked is no error."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+        if error.errno not in UNSUPPORTED:
             raise
 
 
+def flush(*paths: Path) -> None:
+    """Returns when files and lists of folders are on the disk, as a power cut may keep a later rename and lose an earlier write."""
+    for path in paths if fcntl else ():  # Windows opens no folders
+        with suppress(PermissionError):  # of a folder that may be written and not read
+            file = os.open(path, os.O_RDONLY)
+            try:
+                with suppress_unsupported():
+                    os.fsync(file)
+            finally:
+                os.close(file)
+
+
 def beside(path: Path, kind: str) -> Path:
-    """The name beside `path` of what is "partial", was "replaced" or is its "lock"; nothing else is called so."""
+    """The name beside `path` of what is half-written ("partial"), was "replaced", or is the "lock"; nothing else is called so."""
     return path.with_name(f"{path.name}.chipmunk-{kind}")
 
 
@@ -148,6 +177,8 @@ def remove(path: Path) -> None:
 
 def check_space(path: str | Path, need: int) -> None:
     """Raises InputError where the disk of `path`, whose folder exists, has less than `need` bytes free."""
+    if is_stream(path):
+        return
     free = shutil.disk_usage(Path(os.path.realpath(path)).parent).free
     if free < need:
         raise InputError(f"{path}: {need / 1e6:,.1f} MB needed and {free / 1e6:,.1f} MB free on its disk")

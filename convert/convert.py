@@ -12,18 +12,8 @@ from chipmunk_jax.convert.source import Source, boundary_of, open_source, pair_o
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Network
-from chipmunk_jax.models.checkpoint import (
-    EXPERTS,
-    abstract,
-    is_checkpoint,
-    leaves_of,
-    nest,
-    parse_dtype,
-    replacing,
-    with_arrays,
-    write,
-    write_pair,
-)
+from chipmunk_jax.models.checkpoint import EXPERTS, is_checkpoint, replacing, write, write_pair
+from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.strictness import usual_modes
 
 # The small trained models take prompts from a table of words instead of a text encoder.
@@ -91,7 +81,7 @@ def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: 
     leaves = leaves_of(model)
     with tqdm(total=bytes_of(source, dtype), unit="B", unit_scale=True, desc="reading", disable=not progress) as bar:
         filled = {path: jax.device_put(array) for path, array in fill(found, leaves, bar.update)}
-    return with_arrays(model, nest(filled))
+    return with_arrays(model, filled)
 
 
 def bytes_of(source: Source, dtype: jax.numpy.dtype) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models.checkpoint import abstract, compare, describe, is_converted, leaves_of
+from chipmunk_jax.models.checkpoint import compare, describe, is_converted
+from chipmunk_jax.models.leaves import abstract, leaves_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from chipmunk_jax.convert.safetensors import Weights
 from chipmunk_jax.convert.scales import attach_scales
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, WanConfig
-from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
+from chipmunk_jax.models.checkpoint import is_checkpoint
+from chipmunk_jax.models.leaves import abstract, leaves_of
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
 INDEX = "model_index.json"  # of a whole pipeline, above the folders of its networks

@@ -3,42 +3,32 @@
 config.json is written last and the folder is renamed into place, so a folder that has one is whole.
 """
 
-import gc
 import json
-import logging
-import math
-import os
-import re
 import shlex
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from flax import nnx
 
 from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import MODELS, Component, Network
+from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
+from chipmunk_jax.models.weights import WEIGHTS, read_leaves, shapes_in, stored_bytes, write_leaves
 from chipmunk_jax.strictness import usual_modes
-from chipmunk_jax.whole import NO_ROOM, check_space, restore, whole
+from chipmunk_jax.whole import check_space, restore, whole
 
-CONFIG, WEIGHTS = "config.json", "weights"
-# A model of two networks, as Wan2.2-A14B, is a folder of two checkpoints, in the order in which they sample, and of a config.json
-# that says at which time the second takes over.
+CONFIG = "config.json"
+# A model of two networks, such as Wan2.2-A14B, is a folder of two checkpoints, named here in the order in which they sample, and of
+# a config.json with the time at which the second takes over.
 EXPERTS = ("high_noise", "low_noise")
-FULL = re.compile(rf"os_error_code=\\?'({'|'.join(map(str, NO_ROOM))})\b")  # in TensorStore's errors, and in their repr
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -94,12 +84,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
     targets = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for path, leaf in leaves_of(model).items()
     }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(weights_of(folder), nest(targets))
-    except Exception as error:  # TensorStore raises a bare one for bytes that do not decode
-        raise InputError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
-    return with_arrays(model, tree)
+    return with_arrays(model, read_leaves(folder, targets))
 
 
 def check_weights(folder: str | Path, dtype: Any = None) -> Network:
@@ -198,18 +183,6 @@ def compare(folder: str | Path, model: Component) -> tuple[list[str], list[str],
     return missing, unknown, misshapen
 
 
-def shapes_in(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Leaf -> shape, from the headers of the weights: Zarr's, as Orbax writes without OCDBT.
-
-    Orbax's own reader of them prints traces for every one that is missing, as after half a copy.
-    """
-    headers = {file.parent.name: file for file in weights_of(folder).glob("*/.zarray")}
-    try:
-        return {path: tuple(json.loads(file.read_text())["shape"]) for path, file in headers.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: damaged weights: a header without a shape") from error
-
-
 @contextmanager
 def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place at the end, and is gone after an error.
@@ -252,7 +225,7 @@ def write(model: Component, folder: Path, extras: Sequence[str | Path], source: 
     name = next((name for name, network in MODELS.items() if isinstance(model, network)), None)
     if name is None:
         raise InputError(f"model {type(model).__name__}: expected one of {', '.join(MODELS)}")
-    write_weights(nnx.to_pure_dict(nnx.state(model)), folder)
+    write_leaves(leaves_of(model), folder)
     for extra in extras:
         shutil.copy(extra, folder)
     content = {
@@ -274,128 +247,3 @@ def write_pair(folder: Path, model: str, boundary: float) -> None:
         boundary: time at which the second takes over, 1 to 0.
     """
     (folder / CONFIG).write_text(json.dumps({"model": model, "boundary": boundary}, indent=1) + "\n")
-
-
-def write_weights(tree: dict[str, Any], folder: Path) -> None:
-    """Writes the arrays of a nested dict.
-
-    Raises:
-        OSError: there is no room left for them.
-    """
-    full = None
-    with quiet_orbax() as complaints:
-        try:
-            _save(tree, weights_of(folder))
-        except Exception as error:
-            found = FULL.search(str(error))
-            if found is None:
-                raise
-            full = int(found[1])
-            # Tasks that Orbax keeps for later complain when they go.
-            logging.getLogger("asyncio").addFilter(_is_not_of_a_full_disk)
-        while full and len(complaints) != _settled(complaints):
-            pass
-    if full:
-        raise OSError(full, os.strerror(full), str(folder))
-
-
-def _save(tree: dict[str, Any], path: Path) -> None:
-    # Orbax's defaults hold a second copy of the model while they write; so, about one leaf more: 0.3 GB beside 1.6, not 1.2.
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=math.ceil(2 * largest), use_ocdbt=False)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
-
-
-def _is_not_of_a_full_disk(record: logging.LogRecord) -> bool:
-    return not FULL.search(record.getMessage())
-
-
-def _settled(complaints: list[None]) -> int:
-    """How many there were a moment ago, before what Orbax has left half done was thrown away."""
-    before = len(complaints)
-    gc.collect()
-    time.sleep(0.1)
-    return before
-
-
-@contextmanager
-def quiet_orbax() -> Iterator[list[None]]:
-    """Silences Orbax, which warns that there is nothing to merge, by design; and whose threads, where the disk is full, complain
-    one after another, some a moment later, of what it raises. Yields a list that grows by each complaint.
-    """
-    loggers, hook, complaints = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook, []
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: complaints.append(None)  # kept, they would keep alive what complains
-    try:
-        yield complaints
-    finally:
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def stored_bytes(folder: str | Path) -> int:
-    """Bytes of the files of the weights."""
-    return sum(file.stat().st_size for file in weights_of(folder).rglob("*") if file.is_file())
-
-
-def weights_of(folder: str | Path) -> Path:
-    """The folder of the weights, as the absolute path that Orbax asks for."""
-    return Path(folder).absolute() / WEIGHTS
-
-
-def parse_dtype(dtype: Any) -> jnp.dtype:
-    """A dtype that weights may have.
-
-    Raises:
-        InputError: any other.
-    """
-    try:
-        parsed = jnp.dtype(dtype)
-    except TypeError as error:
-        raise InputError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}") from error
-    if parsed.name not in DTYPES:
-        raise InputError(f"dtype={parsed.name}: expected one of {', '.join(DTYPES)}")
-    return parsed
-
-
-def abstract(name: str, config: Any, dtype: Any = jnp.bfloat16) -> Component:
-    """The model with shapes and dtypes in place of arrays. Not to be changed: others get the same one."""
-    return _abstract(MODELS[name], config, parse_dtype(dtype))
-
-
-@lru_cache(maxsize=16)  # tracing takes a tenth of a second, and a conversion asks several times
-def _abstract(component: type[Component], config: Any, dtype: jnp.dtype) -> Component:
-    return nnx.eval_shape(lambda: component(config, dtype=dtype, rngs=nnx.Rngs(0)))
-
-
-def leaves_of(model: Component) -> dict[str, Any]:
-    """Dotted path -> array, or what stands for one."""
-    return flatten(nnx.to_pure_dict(nnx.state(model)))
-
-
-def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": x}} as {"a.b": x}."""
-    return {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def with_arrays(model: Network, tree: dict[str, Any]) -> Network:
-    """The model with the arrays of a nested dict."""
-    graph, state = nnx.split(model)
-    nnx.replace_by_pure_dict(state, tree)
-    return nnx.merge(graph, state)
-
-
-def nest(leaves: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

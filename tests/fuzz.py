@@ -29,7 +29,7 @@ from test_torch_pickle import write_tensors
 from chipmunk_jax.convert.rules import fill
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.models.checkpoint import abstract, leaves_of
+from chipmunk_jax.models.leaves import abstract, leaves_of
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = [

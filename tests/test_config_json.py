@@ -15,7 +15,7 @@ from chipmunk_jax.convert.naming import LAYERS
 from chipmunk_jax.convert.source import layout_of, layouts
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models import FluxConfig, HunyuanVideoConfig, WanConfig
-from chipmunk_jax.models.checkpoint import leaves_of
+from chipmunk_jax.models.leaves import leaves_of
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = ("flux_dev", "flux_schnell", "hunyuan_video", "wan_t2v", "wan_i2v")

@@ -15,7 +15,7 @@ from test_safetensors import write_safetensors, write_shards
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.convert import convert, inspect, load, read, save
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.models.checkpoint import leaves_of
+from chipmunk_jax.models.leaves import leaves_of
 
 D, F, HEAD, DEPTH, SINGLES = 32, 48, 16, 2, 3
 CONFIG = {

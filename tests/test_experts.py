@@ -14,7 +14,7 @@ from chipmunk_jax.convert import convert, inspect, load, open_source, read
 from chipmunk_jax.convert.wan import DIFFUSERS, ORIGINAL
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models import WanConfig
-from chipmunk_jax.models.checkpoint import leaves_of
+from chipmunk_jax.models.leaves import leaves_of
 from chipmunk_jax.pipelines import variant_of
 
 GOLDEN = Path(__file__).parent / "golden/wan_t2v/transformer"

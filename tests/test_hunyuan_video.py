@@ -20,7 +20,7 @@ from chipmunk_jax.convert import hunyuan_video as tables
 from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.layers import run_layers
 from chipmunk_jax.models import hunyuan_video, mmdit
-from chipmunk_jax.models.checkpoint import leaves_of
+from chipmunk_jax.models.leaves import leaves_of
 from chipmunk_jax.pipelines import Pipeline
 
 GOLDEN = Path(__file__).parent / "golden/hunyuan_video"

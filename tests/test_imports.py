@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 OURS = ("chipmunk_jax", "pallas_kernels")
 # Each room sees itself and those before it.
 ROOMS = ("pallas_kernels", "core", "models", "convert", "pipelines", "report", "bench", "cli")
-# The modules of models/ that others import, a later one those before it; no network imports another.
+# The modules of models/ that networks import, a later one those before it; no network imports another.
 SHARED = ("blocks", "mmdit", "causal_conv")
+OF_ALL = ("leaves", "weights", "checkpoint")  # those that import all networks
 MAY_USE_PYTORCH = "torch_baselines.py"  # inside functions: the test in a new process has no PyTorch and imports it
 PYTORCH = {"torch", "torchvision", "diffusers", "transformers", "accelerate"}
 
@@ -65,7 +66,7 @@ def borrowed(module, name):
     """Whether a network or a module that networks share imports what is another network's, or the package with all of them."""
     package = "chipmunk_jax.models."
     own, other = (path.removeprefix(package).partition(".")[0] for path in (module, name))
-    if not module.startswith(package) or not name.startswith(package) or own == "checkpoint":
+    if not module.startswith(package) or not name.startswith(package) or own in OF_ALL:
         return False
     return other not in (SHARED[: SHARED.index(own)] if own in SHARED else SHARED)
 
@@ -99,6 +100,8 @@ def test_no_room_imports_a_later_one(file):
         ("chipmunk_jax.models", "from chipmunk_jax.models.flux import Flux", False),
         ("chipmunk_jax.models.checkpoint", "from chipmunk_jax.models import MODELS", False),
         ("chipmunk_jax.models.checkpoint", "from chipmunk_jax import convert", True),
+        ("chipmunk_jax.models.leaves", "from chipmunk_jax.models import MODELS", False),
+        ("chipmunk_jax.models.flux", "from chipmunk_jax.models.leaves import leaves_of", True),
         ("pallas_kernels.topk", "from chipmunk_jax.bench.timing import Chain", True),
         ("chipmunk_jax.sampling", "from chipmunk_jax.bench import record", True),
         ("chipmunk_jax.models.flux", "from chipmunk_jax import bench", True),

@@ -35,8 +35,8 @@ from chipmunk_jax import (
 )
 from chipmunk_jax.convert import read
 from chipmunk_jax.errors import InputError, NotFiniteError
-from chipmunk_jax.models.checkpoint import leaves_of
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.models.leaves import leaves_of
 from chipmunk_jax.sampling import both_sides, denoise, plan, start
 
 GRID, TEXT, STEPS = (9, 14), 5, 6  # neither patches nor groups fit
@@ -494,6 +494,7 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
         ({"noise": jnp.zeros((2, TOKENS, 6), complex)}, "noise of complex64: expected floats"),
         ({"noise": jnp.full((2, TOKENS, 6), jnp.nan)}, "noise: holds NaN or infinity"),
         ({"noise": np.full((2, TOKENS, 6), 1e300)}, "noise: holds NaN or infinity"),
+        ({"noise": np.full((2, TOKENS, 6), np.inf, ">f4")}, "noise: holds NaN or infinity"),
         ({"cond": []}, "cond list: expected the conditions by name"),
         (
             {"cond": {"text": jnp.zeros((2, 5, 10)), "pooled": jnp.full((2, 8), -jnp.inf)}},
@@ -527,9 +528,10 @@ def test_bad_input_is_one_sentence_before_anything_is_compiled(model, change, me
         draw(*first, **arguments)
 
 
-def test_numpy_arrays_of_float64_and_a_list_of_times_are_those_of_float32(model):
+@pytest.mark.parametrize("dtype", ["float64", ">f4"])
+def test_numpy_arrays_of_other_floats_and_a_list_of_times_are_those_of_float32(model, dtype):
     noise, cond = inputs()
-    wide = [np.asarray(noise, np.float64), {name: np.asarray(x, np.float64) for name, x in cond.items()}]
+    wide = [np.asarray(noise, dtype), {name: np.asarray(x, dtype) for name, x in cond.items()}]
     np.testing.assert_array_equal(
         draw(model, *wide, timesteps=flux_timesteps(STEPS, TOKENS).tolist()), draw(model, noise, cond)
     )

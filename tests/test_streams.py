@@ -74,6 +74,14 @@ def test_a_signal_leaves_nothing_half_written_and_is_one_line(tmp_path, number, 
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_a_signal_in_the_middle_of_a_print_is_one_line(tmp_path):
+    """Python's buffers are not reentrant."""
+    busy = "\n    def flush(): raise RuntimeError('reentrant call inside BufferedWriter')"
+    kill = f"{busy}\n    sys.stdout.flush = flush; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    assert start(tmp_path, importing=kill) == (143, "chipmunk: terminated\n")
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
     kill = "os.kill(os.getpid(), signal.SIGINT)"
     stubborn = f"\n        try: {kill}\n        finally: {kill}; time.sleep(60)"

@@ -17,8 +17,8 @@ from flax import nnx
 
 from chipmunk_jax.cli.main import main as chipmunk
 from chipmunk_jax.convert import load, read
-from chipmunk_jax.models.checkpoint import flatten, leaves_of
 from chipmunk_jax.models.flux import FluxConfig
+from chipmunk_jax.models.leaves import flatten, leaves_of
 from chipmunk_jax.pipelines.pixels import WordTable
 
 pytest.importorskip("optax", reason="pip install '.[train]'")

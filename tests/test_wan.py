@@ -17,7 +17,7 @@ from chipmunk_jax.convert import convert, load, read
 from chipmunk_jax.convert import wan as tables
 from chipmunk_jax.layers import run_layers
 from chipmunk_jax.models import wan
-from chipmunk_jax.models.checkpoint import leaves_of
+from chipmunk_jax.models.leaves import leaves_of
 from chipmunk_jax.pipelines import Pipeline
 
 GOLDEN = Path(__file__).parent / "golden"

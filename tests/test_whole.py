@@ -119,6 +119,27 @@ def test_ctrl_c_while_the_old_one_is_removed_removes_it(place, monkeypatch):
     assert os.listdir(place) == ["newest"] and os.listdir(place.parent) == ["place"]
 
 
+def test_what_takes_a_place_is_on_the_disk_before(place, monkeypatch):
+    """A power cut may keep a rename and lose what was written before it."""
+    events, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda self, to: events.append(to.name) or rename(self, to))
+    write(place)
+    folder, file, parent = (path.stat().st_ino for path in (place, place / "newest", place.parent))
+    assert events == [folder, file, "place.chipmunk-replaced", "place", parent]
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+def test_what_cannot_be_removed_is_told_before_anything_is_written(kind, place, monkeypatch):
+    """Beside a replaced folder that stayed, a half-written one would pass for whole."""
+    left = module.beside(place, kind)
+    left.mkdir()
+    monkeypatch.setattr(module.shutil, "rmtree", lambda path, **options: None)
+    with pytest.raises(InputError, match=rf"chipmunk-{kind}: left by an earlier write, cannot be removed"):
+        write(place)
+    assert os.listdir(place) == ["old"]
+
+
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"a.png: cannot be written: No space left on device$"), whole("a.png"):
         raise OSError(errno.ENOSPC, "whatever a library says")
@@ -129,9 +150,16 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         check_space(tmp_path / "a.png", 2 * 10**9)
 
 
-def test_a_device_is_written_to_and_what_a_link_points_at_is_replaced(tmp_path):
+def test_a_device_or_a_pipe_is_written_to_and_what_a_link_points_at_is_replaced(tmp_path):
     with whole("/dev/null") as partial:
         assert partial == Path("/dev/null")
+    read, written = os.pipe()
+    with whole(f"/dev/fd/{written}") as partial:  # a link that resolves to no path
+        partial.write_text("piped")
+    check_space(f"/dev/fd/{written}", 10**18)
+    os.close(written)
+    assert os.read(read, 99) == b"piped"
+    os.close(read)
     (tmp_path / "a").write_text("old")
     (tmp_path / "link").symlink_to("a")
     with whole(tmp_path / "link") as partial:

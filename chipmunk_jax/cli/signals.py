@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def handled(handle: Callable[[int], None]) -> Iterator[None]:
     """Within, the signals of SAID call `handle` with their number, but for those that the process was started to ignore."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may, and gets them
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers, and get no signals
         yield
         return
     before = {number: signal.getsignal(number) for number in SAID}
@@ -40,7 +40,10 @@ def handled(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def unwind(number: int) -> NoReturn:
-    """Raises Interrupted, once: who asks twice does not want to wait. Threads, whose work is taken away, complain to nobody."""
+    """Raises Interrupted, once: a second signal ends the process at once.
+
+    stderr leads nowhere from here on, as threads whose work is taken away would complain there.
+    """
     stderr = os.dup(2)
     if getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()):  # a bar's line has no end yet
         with suppress(OSError):
@@ -48,16 +51,17 @@ def unwind(number: int) -> NoReturn:
     drop(2)
     for other in SAID:
         signal.signal(other, lambda number, _: leave(number, stderr))
-    # Python may be in a callback that swallows exceptions.
+    # Python may be in a callback that swallows exceptions: then nothing would be raised.
     signal.signal(signal.SIGALRM, lambda *_: leave(number, stderr))
     signal.alarm(PATIENCE)
     raise Interrupted(number, stderr)
 
 
 def leave(number: int, stderr: int = 2) -> NoReturn:
-    """Ends the process with the status that a shell gives for the signal; Python would wait for what the device is doing."""
+    """Ends the process at once with a shell's status for the signal; sys.exit would wait for what the device is doing."""
     try:
-        sys.stdout.flush()
+        with suppress(RuntimeError, OSError):  # in the middle of a print, stdout cannot be flushed
+            sys.stdout.flush()
         os.write(stderr, f"chipmunk: {SAID[number]}\n".encode())
     finally:
         os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""stdout and stderr that nobody reads are no error: whoever has read enough, as `head -1`, has lost nothing."""
+"""A stdout or stderr that nobody reads is no error: a reader that has read enough, such as `head -1`, has lost nothing."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class Unbroken:
-    """A stream that, once its reader is gone, writes to nowhere."""
+    """A stream that leads nowhere once its reader is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -35,7 +35,7 @@ class Unbroken:
 
 
 def drop(descriptor: int) -> None:
-    """Points a descriptor to nowhere, so that what a stream still holds, and Python writes when the process ends, goes there."""
+    """Points a descriptor to nowhere, so that Python can write what its stream still holds when the process ends."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
@@ -61,7 +61,7 @@ def unbroken_streams() -> Iterator[None]:
 
 
 def _open_missing() -> None:
-    """Opens what `>&-` and the like have closed: the next file that is opened would get the number, and what is printed with it."""
+    """Opens what `>&-` and the like have closed: else the next file opened gets that number, and everything that is printed."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from chipmunk_jax import memory, sampling
+from chipmunk_jax import arguments, memory, sampling
+from chipmunk_jax.arguments import check_guidance, check_implementation, check_seed
 from chipmunk_jax.convert import open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load, parse_dtype
+from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load
+from chipmunk_jax.models.leaves import parse_dtype
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback
-from chipmunk_jax.sampling import check_guidance, check_implementation, check_seed
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from chipmunk_jax.strictness import usual_modes
@@ -255,10 +256,10 @@ class Pipeline:
         against = request.negative_prompts if scale is not None else None
         arrays = jnp.stack([draw(i) for i in range(batch)]), self.encode(request.prompts)
         uncond = None if against is None else self.encode(against)
-        *arrays, uncond = sampling.placed(self.model, *arrays, uncond)
+        *arrays, uncond = arguments.placed(self.model, *arrays, uncond)
         # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
         fixed |= dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), seed=0)
-        sampling.check(self.model, *arrays, uncond=uncond, **fixed)
+        arguments.check(self.model, *arrays, uncond=uncond, **fixed)
         table = sampling.plan(self.model, *arrays, **fixed)
         options = dict(uncond=uncond, sparsity=request.sparsity, progress=progress, callback=callback_on_step_end)
         tokens = np.asarray(sampling.run(self.model, *arrays, table, **options))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from chipmunk_jax.arguments import check_seed
 from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Pipeline
@@ -18,7 +19,6 @@ from chipmunk_jax.quality import psnr
 from chipmunk_jax.report.records import machine
 from chipmunk_jax.report.tables import table
 from chipmunk_jax.report.verify import pixels_of
-from chipmunk_jax.sampling import check_seed
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
 
 SAME = 100.0  # dB, in place of more: samples that differ by rounding alone, or not at all
