@@ -7,13 +7,14 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from chipmunk_jax.convert.rules import Match, fill
+from chipmunk_jax.convert.rules import Match, fill, fill_leaf
 from chipmunk_jax.convert.source import Source, boundary_of, open_source, pair_of
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Network
 from chipmunk_jax.models.checkpoint import EXPERTS, is_checkpoint, replacing, write, write_pair
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
+from chipmunk_jax.models.weights import Leaf
 from chipmunk_jax.strictness import usual_modes
 
 # The small trained models take prompts from a table of words instead of a text encoder.
@@ -26,7 +27,7 @@ def convert(
 ) -> None:
     """Writes the checkpoint `source` to the folder `target`, in this library's form.
 
-    Everything that can be wrong is found from headers first. Host memory: the model, and a few of its leaves.
+    Everything that can be wrong is found from headers first. Host memory: a few of the model's leaves.
 
     Args:
         source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/. Of a release
@@ -58,14 +59,14 @@ def convert(
 
 
 def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype, progress: bool) -> None:
-    """Writes one network to an existing folder."""
+    """Writes one network to an existing folder, leaf by leaf."""
     if progress and source.weights.left_out:
         print(f"left out, as it is beside the network: {listed(list(source.weights.left_out))}", file=sys.stderr)
-    with jax.default_device(jax.devices("cpu")[0]):
-        model = materialize(source, found, dtype, progress)
-    if progress:
-        print("writing the weights", file=sys.stderr)
-    write(model, folder, word_table(source.weights.path), source.layout.name)
+    model = abstract(source.layout.model, source.config, dtype)
+    with tqdm(total=bytes_of(source, dtype), unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
+        make = lambda path, leaf: Leaf(leaf.shape, leaf.dtype, lambda: fill_leaf(found, path, leaf, bar.update))
+        leaves = {path: make(path, leaf) for path, leaf in leaves_of(model).items()}
+        write(model, leaves, folder, word_table(source.weights.path), source.layout.name)
 
 
 @usual_modes()

@@ -141,10 +141,15 @@ def fill(found: Match, leaves: Mapping[str, Any], advance: Callable[[int], None]
         advance: called with the bytes written since the last call.
     """
     for path, leaf in leaves.items():
-        array = np.empty(leaf.shape, leaf.dtype)
-        for piece in found.pieces[path]:
-            advance(piece.write(array))
-        yield path, array
+        yield path, fill_leaf(found, path, leaf, advance)
+
+
+def fill_leaf(found: Match, path: str, leaf: Any, advance: Callable[[int], None]) -> np.ndarray:
+    """The array of one leaf; arguments as of fill()."""
+    array = np.empty(leaf.shape, leaf.dtype)
+    for piece in found.pieces[path]:
+        advance(piece.write(array))
+    return array
 
 
 def place(rule: Rule, tensors: Mapping[str, Tensor], leaves: Mapping[str, Any], found: Match) -> list[str]:

@@ -6,7 +6,7 @@ config.json is written last and the folder is renamed into place, so a folder th
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
-from chipmunk_jax.models.weights import WEIGHTS, read_leaves, shapes_in, stored_bytes, write_leaves
+from chipmunk_jax.models.weights import WEIGHTS, Leaf, read_leaves, shapes_in, stored_bytes, write_leaves
 from chipmunk_jax.strictness import usual_modes
 from chipmunk_jax.whole import check_space, restore, whole
 
@@ -63,8 +63,9 @@ def save(
     Raises:
         InputError: the folder cannot be written.
     """
-    with replacing(folder, overwrite=overwrite, need=nbytes(leaves_of(model))) as partial:
-        write(model, partial, extras, source)
+    with replacing(folder, overwrite=overwrite, need=nbytes(leaves_of(model))) as made:
+        leaves = {path: Leaf(a.shape, a.dtype, lambda a=a: np.asarray(a)) for path, a in leaves_of(model).items()}
+        write(model, leaves, made, extras, source)
 
 
 @usual_modes()
@@ -220,12 +221,22 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def write(model: Component, folder: Path, extras: Sequence[str | Path], source: str) -> None:
-    """Writes weights, extras, and config.json last, into an existing folder."""
+def write(
+    model: Component, leaves: Mapping[str, Leaf], folder: Path, extras: Sequence[str | Path] = (), source: str = ""
+) -> None:
+    """Writes weights, extras, and config.json last, into an existing folder.
+
+    Args:
+        model: the component, whose arrays may be shapes alone.
+        leaves: its arrays by path.
+        folder: to write into.
+        extras: files to copy beside the weights.
+        source: layout that the component was converted from.
+    """
     name = next((name for name, network in MODELS.items() if isinstance(model, network)), None)
     if name is None:
         raise InputError(f"model {type(model).__name__}: expected one of {', '.join(MODELS)}")
-    write_leaves(leaves_of(model), folder)
+    write_leaves(leaves, folder)
     for extra in extras:
         shutil.copy(extra, folder)
     content = {
