@@ -28,6 +28,7 @@ class Reporter:
     title: str  # of the bar: "dense" or "sparse"
     progress: bool
     callback: Callback | None
+    first: int = 0  # number of the first step of the program that runs, where several make a sample
     error: BaseException | None = None  # the first one of the callback, raised when the run is over
 
     def __enter__(self) -> "Reporter":
@@ -48,7 +49,7 @@ class Reporter:
         self.bar.update()
         if self.callback and not self.error:
             try:
-                self.callback(step, t, *samples)
+                self.callback(self.first + step, t, *samples)
             except BaseException as error:  # through the compiled program it would come out as an internal error of XLA
                 self.error = error
 

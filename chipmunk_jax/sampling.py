@@ -24,7 +24,7 @@ from chipmunk_jax.errors import InputError, NotFiniteError, listed
 from chipmunk_jax.model import Condition, Model, Stack, modulations_of
 from chipmunk_jax.order import inverse, patch_order
 from chipmunk_jax.pinned_keys import pinned_keys
-from chipmunk_jax.progress import Callback, Reporter, finished
+from chipmunk_jax.progress import Reporter, finished
 from chipmunk_jax.progress import on_step as progress_of
 from chipmunk_jax.schedule import Step, by_kind, plan_steps
 from chipmunk_jax.solvers import Euler, Solver
@@ -294,7 +294,8 @@ def sample(
     check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
     table = plan(model, noise, cond, **fixed)
-    return run(model, noise, cond, table, uncond=uncond, sparsity=sparsity, progress=progress, callback=seen)
+    with Reporter(len(table.times), "sparse" if sparsity else "dense", progress, seen) as reporter:
+        return run(model, noise, cond, table, reporter, uncond=uncond, sparsity=sparsity).x
 
 
 def run(
@@ -302,54 +303,58 @@ def run(
     noise: jax.Array,
     cond: Condition,
     table: Table,
+    reporter: Reporter,
     *,
     uncond: Condition | None = None,
     sparsity: Sparsity | None = None,
-    progress: bool = False,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """The sample of a table, as sample() gives it once all is checked; callback(step, t, x, clean) sees the clean one, too.
+    carried: SampleState | None = None,
+) -> SampleState:
+    """The state after the last step of a table, without caches; its x is what sample() gives, once all is checked.
 
     Args:
-        model, noise, cond, uncond, progress: as of sample().
+        model, noise, cond, uncond: as of sample().
         table: of plan().
+        reporter: entered; its callback(step, t, x, clean) sees the clean sample too, that x points at, in raster order.
         sparsity: that of the table.
-        callback: as of sample(), with the clean sample that x points at, in raster order.
+        carried: what another network led to, whose steps came before: x and the solver go on from there, the caches are new.
+
+    Raises:
+        NotFiniteError: the sample is not finite; it says from which step on.
     """
     if table.guidance is not None:
         cond = both_sides(model, cond, uncond)
     state = start(model, noise, cond, table, sparsity=sparsity)
+    if carried is not None:
+        state = state.replace(x=carried.x, solver=carried.solver)
     # Placed by name: the program is called in another thread, where jax_transfer_guard is the caller's.
     given = jax.device_put((model, state.cache, state.replace(cache=None), cond, table))
-    with (
-        jax.disable_jit(False),
-        Reporter(len(table.times), "sparse" if sparsity else "dense", progress, callback) as reporter,
-    ):
+    with jax.disable_jit(False):
         given = *given, jax.device_put(reporter.run)
-        x, broken, _ = finished(_run.lower(*given, report=reporter.kind), *given)
-    check_finite(np.asarray(broken), table, model.dtype)
-    return x
+        state = finished(_run.lower(*given, report=reporter.kind), *given)
+    check_finite(np.asarray(state.broken), table, model.dtype, first=reporter.first)
+    return state.replace(cache=None, hidden=None)
 
 
 # The caches alone are donated: the noise is the caller's.
 @partial(jax.jit, static_argnames="report", donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
 def _run(model: Model, cache, state: SampleState, cond: Condition, table: Table, number: jax.Array, *, report: str):
-    state = denoise(model, state.replace(cache=cache), cond, table, on_step=progress_of(number, report))
-    return state.x, state.broken, state.cache
+    return denoise(model, state.replace(cache=cache), cond, table, on_step=progress_of(number, report))
 
 
-def check_finite(broken: np.ndarray, table: Table, dtype: jnp.dtype) -> None:
+def check_finite(broken: np.ndarray, table: Table, dtype: jnp.dtype, first: int = 0) -> None:
     """Raises NotFiniteError where a sample is not finite.
 
     Args:
         broken: as of SampleState.
         table: of plan().
         dtype: of the model.
+        first: number of the table's first step in the whole sample.
     """
     if (bad := np.flatnonzero(broken >= 0)).size:
         step = int(broken[bad].min())
         names = f"sample {listed([str(i + 1) for i in bad])} of {len(broken)}" if len(broken) > 1 else "the sample"
         hint = "; in float16 nothing is above 65504, bfloat16 goes on" if dtype == jnp.float16 else ""
         raise NotFiniteError(
-            f"{names}: not finite from step {step} of 0 to {len(table.times) - 1} on, t = {table.timesteps[step]:.4g}{hint}"
+            f"{names}: not finite from step {first + step} of 0 to {first + len(table.times) - 1} on, "
+            f"t = {table.timesteps[step]:.4g}{hint}"
         )

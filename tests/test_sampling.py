@@ -37,6 +37,7 @@ from chipmunk_jax.convert import read
 from chipmunk_jax.errors import InputError, NotFiniteError
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.leaves import leaves_of
+from chipmunk_jax.progress import Reporter
 from chipmunk_jax.sampling import both_sides, denoise, plan, start
 
 GRID, TEXT, STEPS = (9, 14), 5, 6  # neither patches nor groups fit
@@ -366,7 +367,8 @@ def test_a_step_hook_sees_the_clean_sample_that_the_velocity_points_at(model):
     noise, cond = inputs(1)
     seen, times = [], flux_timesteps(STEPS, TOKENS)
     table = table_of(model, noise, cond, SPARSE)
-    sampling.run(model, noise, cond, table, sparsity=SPARSE, callback=lambda *args: seen.append(args))
+    with Reporter(STEPS, "", False, lambda *args: seen.append(args)) as reporter:
+        sampling.run(model, noise, cond, table, reporter, sparsity=SPARSE)
     x = np.asarray(noise)
     for (_, t, after, clean), before in zip(seen, times, strict=False):
         np.testing.assert_allclose(after, t / before * x + (1 - t / before) * clean, **CLOSE)
@@ -545,9 +547,12 @@ def table_with(table, factor, step):
 @pytest.mark.parametrize("sparsity", [None, SKIPPING], ids=["dense", "skipping"])
 def test_a_sample_that_is_not_finite_says_which_and_from_which_step_on(model, sparsity):
     noise, cond = inputs()
-    options = dict(cond=cond, table=table_with(table_of(model, noise, cond, sparsity), jnp.nan, 2), sparsity=sparsity)
-    with pytest.raises(NotFiniteError, match=r"sample 1, 2 of 2: not finite from step 2 of 0 to 5 on, t = 0\.\d+$"):
-        sampling.run(model, noise, **options)
+    table = table_with(table_of(model, noise, cond, sparsity), jnp.nan, 2)
+    with (
+        Reporter(STEPS, "", False, None) as reporter,
+        pytest.raises(NotFiniteError, match=r"sample 1, 2 of 2: not finite from step 2 of 0 to 5 on, t = 0\.\d+$"),
+    ):
+        sampling.run(model, noise, cond, table, reporter, sparsity=sparsity)
 
 
 def test_the_first_step_that_is_not_finite_is_the_same_in_spans(model):
