@@ -1,18 +1,17 @@
-"""The files that hold a checkpoint: one, shards with an index or without, or those that a folder has of several."""
+"""Which files hold a checkpoint: one, shards with or without an index, or the best of several in a folder."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chipmunk_jax.config_file import once
+from chipmunk_jax.config_file import parse_json
 from chipmunk_jax.convert.file_kind import HEADER_LENGTH, Kind, file_kind
 from chipmunk_jax.convert.safetensors import Weights, gather, read_safetensors
 from chipmunk_jax.convert.torch_pickle import read_legacy, read_zip
 from chipmunk_jax.errors import SHOWN, InputError, listed, quoted
 
-# Of several files or indices in one folder this one holds the network.
+# The file or index of this name, diffusers', holds the network where a folder has several.
 STEM = "diffusion_pytorch_model"
 VARIANT = r"\.(?:fp16|bf16|fp32|fp8|(?:non_)?ema)"
 PATTERN = re.compile(
@@ -89,7 +88,7 @@ def choose_file(folder: Path) -> Path:
 
 
 def parse(file: Path) -> Name | None:
-    """What a file's name says; None of a name that no weights have."""
+    """What a file's name says; None for a name that no weights have."""
     if not (match := PATTERN.fullmatch(file.name)):
         return None
     variant = match["early"] or match["late"] or match["last"] or ""
@@ -97,7 +96,7 @@ def parse(file: Path) -> Name | None:
 
 
 def parts_of(file: Path) -> list[Path]:
-    """All shards to which a file belongs by its name; the file alone where it is none."""
+    """All shards of the checkpoint of which a file's name says it is one; else the file alone."""
     name = parse(file)
     if not name or not name.parts or name.indexed:
         return [file]
@@ -147,11 +146,15 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object none of whose keys stands twice."""
+    """The object of a JSON file. Unlike read_config(), it takes an index of any size that checkpoints have, and any suffix.
+
+    Raises:
+        InputError: something else than an object, or a key that is given twice.
+    """
     try:
         if file.stat().st_size > HEADER_LENGTH:
             raise ValueError(f"more than {HEADER_LENGTH:,} bytes")
-        content = json.loads(file.read_bytes(), object_pairs_hook=once)
+        content = parse_json(file.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
