@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chipmunk_jax.config_file import parse_json
-from chipmunk_jax.convert.file_kind import HEADER_LENGTH, Kind, file_kind
+from chipmunk_jax.convert.file_kind import HEADER_LENGTH, FileKind, file_kind
 from chipmunk_jax.convert.safetensors import Weights, gather, read_safetensors
 from chipmunk_jax.convert.torch_pickle import read_legacy, read_zip
 from chipmunk_jax.errors import SHOWN, InputError, listed, quoted
@@ -18,7 +18,7 @@ PATTERN = re.compile(
     rf"(?P<stem>.+?)(?P<early>{VARIANT})?(?:-(?P<part>\d{{1,9}})-of-(?P<parts>\d{{1,9}}))?(?P<late>{VARIANT})?"
     rf"(?P<suffix>\.(?:safetensors|sft|bin|pt|pth|ckpt|pth\.tar|gguf))(?P<index>\.index(?P<last>{VARIANT})?\.json)?"
 )
-READERS: dict[Kind, Callable[[Path], Weights]] = {
+READERS: dict[FileKind, Callable[[Path], Weights]] = {
     "safetensors": read_safetensors,
     "zip": read_zip,
     "pickle": read_legacy,
@@ -36,7 +36,7 @@ class Name(NamedTuple):
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Every tensor under `path`, from headers only; the network of several.
+    """Every tensor under `path`, from headers only; of several networks in a folder, the one that choose_file() chooses.
 
     Args:
         path: a file of weights, a shard, an index of shards, or a folder that holds one of these.
@@ -57,7 +57,7 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def read_file(file: Path) -> Weights:
-    """The tensors of one file."""
+    """The tensors of one file; errors as of read_weights()."""
     kind = file_kind(file)
     if kind not in READERS:
         raise InputError(f"{file}: JSON, expected .safetensors or a checkpoint of torch.save")
