@@ -14,10 +14,10 @@ import yaml
 from chipmunk_jax.errors import InputError
 
 SUFFIXES = (".yaml", ".yml", ".json")
-MOST_BYTES = 100_000  # of a file; PyYAML reads as much in two seconds
+MOST_BYTES = 100_000  # of a file; PyYAML takes two seconds for as much
 MOST_LEVELS = 20
 MOST_SCALAR = 1000  # characters of a value
-MOST_VALUES = 10_000  # of a file, those of an alias counted wherever it stands
+MOST_VALUES = 10_000  # of a file; those of an alias count at each of its places
 
 
 def read_layers(source: str | Path | dict[str, Any], presets: Mapping[str, Traversable]) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def read_config(
         raise InputError(f"{file}: expected settings in at most {MOST_BYTES:,} bytes")
     try:
         # YAML 1.1 takes JSON's 1e-1 for a string.
-        tree = (_json if PurePath(file.name).suffix == ".json" else _yaml)(content.decode())
+        tree = (parse_json if PurePath(file.name).suffix == ".json" else _parse_yaml)(content.decode())
         _check_depth(tree)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{file}: expected YAML or JSON, each key once ({' '.join(str(error).split())})") from error
@@ -108,19 +108,24 @@ def read_config(
 
 
 def _check_depth(tree: Any, levels: int = MOST_LEVELS) -> None:
-    """Raises RecursionError, as parsers do, where printing the tree might."""
+    """Raises RecursionError, as parsers do, for a tree so deep that printing it might."""
     if levels < 0:
         raise RecursionError
     for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
         _check_depth(inner, levels - 1)
 
 
-def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=once)
+def parse_json(text: str | bytes) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or gives a key twice.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_once)
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON file, for json.loads; a key that is given twice is refused."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
         names = [name for name, _ in pairs]
@@ -128,7 +133,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader
 
 
@@ -139,7 +144,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         self.levels += 1
-        if self.levels > 2 * MOST_LEVELS:  # here, as the time that PyYAML takes goes with the square
+        if self.levels > 2 * MOST_LEVELS:  # while it parses, as PyYAML's time goes with the square of the depth
             raise RecursionError
         node = super().compose_node(parent, index)
         self.levels -= 1
@@ -171,7 +176,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _values(node: yaml.Node, counted: dict[yaml.Node, float]) -> float:
-    """Nodes of a tree written out, where an alias is another place of the same node; infinite where one holds itself."""
+    """Nodes of a tree with all aliases written out; infinite where a node holds itself."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if node not in counted:

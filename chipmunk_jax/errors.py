@@ -1,13 +1,14 @@
-"""What users did wrong, or numbers did, apart from what we did: the command line prints a sentence, of the last a traceback."""
+"""Errors of what users gave and of what numbers became: the command line prints them in a sentence, and ours with a traceback."""
 
 import re
 
-TEXT = 100  # characters of a text of someone else's that a message repeats
 SHOWN = 6  # names of a kind that a message lists
-LINE = 120  # characters of anything given that a message repeats
-PATH = 200  # of a word: files in the cache of Hugging Face have names of 170, and a command is to be copied
-SENTENCE = 800  # of a message; the longest of ours, which lists every key of a config, has 500
-# Anything given: in quotes, between a name and what is expected of it, or a word.
+# Characters that a message repeats of a text in a file, of any value given, and of a word; and that it has itself.
+TEXT = 100
+LINE = 120
+PATH = 200  # files in the cache of Hugging Face have names of 170, and a command is to be copied
+SENTENCE = 800  # the longest message of ours, which lists every key of a config, has 500
+# A value given: in quotes, or between a name and what is expected of it; or a word longer than any path.
 GIVEN = re.compile(rf"(?<!\w)(?P<quote>['\"]).*?(?P=quote)(?!\w)|(?<==)[^'\"].*?(?=: expected)|\S{{{PATH + 1},}}")
 
 
@@ -20,7 +21,7 @@ class InputError(ValueError):
 
 def sentence(message: str) -> str:
     """The message on one line, without the middle of anything endless that it repeats."""
-    message = " ".join(shortened(message, 100 * LINE).split())  # the pattern tries every start to every end
+    message = " ".join(shortened(message, 100 * LINE).split())  # first, as the pattern's time goes with the square
     line = GIVEN.sub(lambda found: shortened(found.group(), LINE), message)
     return shortened(line, SENTENCE)
 
@@ -40,7 +41,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def quoted(text: str, limit: int = TEXT) -> str:
-    """A text of someone else's as a part of one line."""
-    text = text if len(text) <= limit else f"{text[:limit]}.."
+def quoted(text: str, most: int = TEXT) -> str:
+    """A text of a file as a part of one line: shortened, and escaped where it cannot be printed."""
+    text = shortened(text, most)
     return text if text.isprintable() else ascii(text)

@@ -31,7 +31,7 @@ def convert(
 
     Args:
         source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/. Of a release
-            of two networks (Wan2.2-A14B), both are written: folders EXPERTS of the target, a checkpoint each.
+            of two networks (Wan2.2-A14B) both are converted, each to a checkpoint in a folder of the target (EXPERTS).
         target: folder to write; its parent exists.
         dtype: of the weights: "bfloat16", "float16" or "float32". What a model keeps in float32 stays so.
         progress: whether to draw a bar of bytes.
@@ -44,18 +44,19 @@ def convert(
     source, dtype = Path(source), parse_dtype(dtype)
     pair = None if is_checkpoint(source) else pair_of(source)
     places = dict(zip(EXPERTS, pair, strict=True)) if pair else {".": source}
-    opened = {place: open_source(path) for place, path in places.items()}
-    found = {place: one.check() for place, one in opened.items()}
-    config = next(iter(opened.values())).config
-    if any(one.config != config for one in opened.values()):
+    networks = {place: open_source(path) for place, path in places.items()}
+    matches = {place: network.check() for place, network in networks.items()}
+    first = next(iter(networks.values()))
+    if any(network.config != first.config for network in networks.values()):
         raise InputError(f"{source}: two networks of different sizes, expected the same")
-    boundary = boundary_of(source, config) if pair else None
-    with replacing(target, overwrite=overwrite, need=sum(bytes_of(one, dtype) for one in opened.values())) as partial:
-        for place, one in opened.items():
+    boundary = boundary_of(source, first.config) if pair else None
+    need = sum(bytes_of(network, dtype) for network in networks.values())
+    with replacing(target, overwrite=overwrite, need=need) as partial:
+        for place, network in networks.items():
             (partial / place).mkdir(exist_ok=True)
-            write_one(one, found[place], partial / place, dtype, progress)
+            write_one(network, matches[place], partial / place, dtype, progress)
         if boundary:
-            write_pair(partial, one.layout.model, boundary)
+            write_pair(partial, first.layout.model, boundary)
 
 
 def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype, progress: bool) -> None:

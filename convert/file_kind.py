@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: suffixes lie."""
+"""What a file is, by its first bytes, as a suffix may be wrong."""
 
 import stat
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Literal
 
 from chipmunk_jax.errors import InputError
 
-Kind = Literal["safetensors", "zip", "pickle", "json"]
+FileKind = Literal["safetensors", "zip", "pickle", "json"]
 HEAD = 512  # bytes that are looked at
 HEADER_LENGTH = 100_000_000  # bytes; the longest header of a safetensors file, by its format
 
@@ -26,12 +26,12 @@ REFUSED = (
 HTML = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
-def file_kind(file: Path) -> Kind:
-    """Which reader a file is for.
+def file_kind(file: Path) -> FileKind:
+    """The kind of a file, which is that of its reader.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is for none, or no regular file.
+        InputError: no reader reads it, or it is no regular file.
     """
     state = file.stat()
     if not stat.S_ISREG(state.st_mode):
@@ -45,13 +45,13 @@ def file_kind(file: Path) -> Kind:
     raise InputError(f"{file}: {what}: {remedy}")
 
 
-def readable(head: bytes) -> Kind | None:
-    """What begins with these bytes, if it can be read."""
+def readable(head: bytes) -> FileKind | None:
+    """The kind of file that begins with these bytes; None for one that is not read here."""
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "zip"
     if head.startswith(tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))):
         return "pickle"
-    # The length of a header in eight bytes, of which text would make far more.
+    # Eight bytes are the length of the header; those of a text would be a far larger number.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER_LENGTH:
         return "safetensors"
     if head.lstrip()[:1] == b"{" and b"\0" not in head:
@@ -60,7 +60,7 @@ def readable(head: bytes) -> Kind | None:
 
 
 def refused(head: bytes) -> tuple[str, str]:
-    """What begins with these bytes and is not read, and what to do."""
+    """What a file is that begins with these bytes and is not read here, and what to do about it."""
     for magic, what, remedy in REFUSED:
         if head.startswith(magic):
             return what, remedy

@@ -1,25 +1,24 @@
-"""The files that hold a checkpoint: one, shards with an index or without, or those that a folder has of several."""
+"""Which files hold a checkpoint: one, shards with or without an index, or the best of several in a folder."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chipmunk_jax.config_file import once
-from chipmunk_jax.convert.file_kind import HEADER_LENGTH, Kind, file_kind
+from chipmunk_jax.config_file import parse_json
+from chipmunk_jax.convert.file_kind import HEADER_LENGTH, FileKind, file_kind
 from chipmunk_jax.convert.safetensors import Weights, gather, read_safetensors
 from chipmunk_jax.convert.torch_pickle import read_legacy, read_zip
 from chipmunk_jax.errors import SHOWN, InputError, listed, quoted
 
-# Of several files or indices in one folder this one holds the network.
+# The file or index of this name, diffusers', holds the network where a folder has several.
 STEM = "diffusion_pytorch_model"
 VARIANT = r"\.(?:fp16|bf16|fp32|fp8|(?:non_)?ema)"
 PATTERN = re.compile(
     rf"(?P<stem>.+?)(?P<early>{VARIANT})?(?:-(?P<part>\d{{1,9}})-of-(?P<parts>\d{{1,9}}))?(?P<late>{VARIANT})?"
     rf"(?P<suffix>\.(?:safetensors|sft|bin|pt|pth|ckpt|pth\.tar|gguf))(?P<index>\.index(?P<last>{VARIANT})?\.json)?"
 )
-READERS: dict[Kind, Callable[[Path], Weights]] = {
+READERS: dict[FileKind, Callable[[Path], Weights]] = {
     "safetensors": read_safetensors,
     "zip": read_zip,
     "pickle": read_legacy,
@@ -37,7 +36,7 @@ class Name(NamedTuple):
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Every tensor under `path`, from headers only; the network of several.
+    """Every tensor under `path`, from headers only; of several networks in a folder, the one that choose_file() chooses.
 
     Args:
         path: a file of weights, a shard, an index of shards, or a folder that holds one of these.
@@ -58,7 +57,7 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def read_file(file: Path) -> Weights:
-    """The tensors of one file."""
+    """The tensors of one file; errors as of read_weights()."""
     kind = file_kind(file)
     if kind not in READERS:
         raise InputError(f"{file}: JSON, expected .safetensors or a checkpoint of torch.save")
@@ -89,7 +88,7 @@ def choose_file(folder: Path) -> Path:
 
 
 def parse(file: Path) -> Name | None:
-    """What a file's name says; None of a name that no weights have."""
+    """What a file's name says; None for a name that no weights have."""
     if not (match := PATTERN.fullmatch(file.name)):
         return None
     variant = match["early"] or match["late"] or match["last"] or ""
@@ -97,7 +96,7 @@ def parse(file: Path) -> Name | None:
 
 
 def parts_of(file: Path) -> list[Path]:
-    """All shards to which a file belongs by its name; the file alone where it is none."""
+    """All shards of the checkpoint of which a file's name says it is one; else the file alone."""
     name = parse(file)
     if not name or not name.parts or name.indexed:
         return [file]
@@ -147,11 +146,15 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object none of whose keys stands twice."""
+    """The object of a JSON file. Unlike read_config(), it takes an index of any size that checkpoints have, and any suffix.
+
+    Raises:
+        InputError: something else than an object, or a key that is given twice.
+    """
     try:
         if file.stat().st_size > HEADER_LENGTH:
             raise ValueError(f"more than {HEADER_LENGTH:,} bytes")
-        content = json.loads(file.read_bytes(), object_pairs_hook=once)
+        content = parse_json(file.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:

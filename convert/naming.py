@@ -1,6 +1,6 @@
-"""What the tables of the models share: rules of a linear layer and an MLP, sizes read off the shapes of tensors, and config.json.
+"""What the tables of the models share: rules for a linear layer and an MLP, sizes from the shapes of tensors, and config.json.
 
-A config is read off the tensors; config.json tells what no tensor does, and is then compared with the config, field by field.
+A config is read from the tensors; config.json gives what no tensor tells, and is then compared with the config, field by field.
 """
 
 import math
@@ -14,9 +14,9 @@ from chipmunk_jax.convert.rules import Rule
 from chipmunk_jax.errors import InputError, listed
 
 Sizes = dict[str, tuple[tuple[str, int], ...]]  # field -> (tensor, axis) that have it
-LAYERS = 1000  # more than any network has: one tensor's name must not make a model of a billion
-LARGE = 10**6  # more than any size of a network, and than what a message can name in a line
-ANY = object()  # a field of config.json that does not matter
+LAYERS = 1000  # more than any network has: the name of one tensor must not make a model of a billion layers
+LARGE = 10**6  # more than any size in a network
+ANY = object()  # the value of a field of config.json that does not matter
 
 
 class OneOf(tuple):
@@ -24,7 +24,7 @@ class OneOf(tuple):
 
 
 def linear(sources: str | tuple[str, ...], target: str) -> list[Rule]:
-    """A linear layer with bias, or several beside one another as one."""
+    """Rules for a linear layer with bias, or for several side by side that become one."""
     sources = (sources,) if isinstance(sources, str) else sources
     return [
         Rule(tuple(f"{source}.weight" for source in sources), (f"{target}.kernel.T",)),
@@ -33,7 +33,7 @@ def linear(sources: str | tuple[str, ...], target: str) -> list[Rule]:
 
 
 def mlp(fc1: str, fc2: str, target: str) -> list[Rule]:
-    """Two linear layers as an Mlp, which keeps both weights as [F, D]."""
+    """Rules for two linear layers that become an Mlp, which keeps both weights as [F, D]."""
     return [
         Rule((f"{fc1}.weight",), (f"{target}.fc1",)),
         Rule((f"{fc1}.bias",), (f"{target}.b1",)),
@@ -43,20 +43,23 @@ def mlp(fc1: str, fc2: str, target: str) -> list[Rule]:
 
 
 def measure(shapes: Mapping[str, tuple[int, ...]], places: tuple[tuple[str, int], ...]) -> int | None:
-    """The most frequent size at these (tensor, axis), as one bad tensor must not mislead; None where there is none."""
+    """The most frequent size at these (tensor, axis), so that one bad tensor does not decide; None where there is none.
+
+    A * in the name of a tensor stands for any number.
+    """
     found = []
     for pattern, axis in places:
         fits = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
-        names = filter(fits, shapes) if "*" in pattern else [pattern] if pattern in shapes else []
+        names = filter(fits, shapes) if "*" in pattern else {pattern} & shapes.keys()
         found += [shapes[name][axis] for name in names if len(shapes[name]) > axis]
     return mode(found) if found else None
 
 
 def count_layers(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    """One more than the last layer.
+    """How many layers the tensors of this prefix have: one more than the number of the last.
 
     Raises:
-        InputError: a tensor of a layer that no network has.
+        InputError: a layer has a number that no network has.
     """
     last, layer = -1, re.compile(rf"{re.escape(prefix)}(\d+)\.")
     for name in shapes:
@@ -72,15 +75,15 @@ def patches_of(
 ) -> tuple[int | None, tuple[int, ...]]:
     """(latent channels, latent pixels of a token along each axis) of a patch embedding; channels None where it is missing.
 
-    It is a convolution [D, C, frames, rows, columns], one of images [D, C, rows, columns], or the same as a matrix [D, C x pixels].
+    The embedding is a convolution [D, C, frames, rows, columns], or of images [D, C, rows, columns], or a matrix [D, C x pixels].
 
     Args:
         name: of its weight.
         shapes: of all tensors.
-        stated: pixels of a token along each axis, for a matrix, which does not tell.
+        stated: pixels of a token along each axis, used for a matrix, whose shape does not tell them.
 
     Raises:
-        InputError: it is of another rank, or a matrix that is of no such patches.
+        InputError: the weight has another rank, or is a matrix that does not fit these pixels.
     """
     match shapes.get(name):
         case None:
@@ -97,10 +100,10 @@ def patches_of(
 
 
 def stated_size(stated: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:
-    """A whole number that config.json has under one of the names; `default` where it has none.
+    """The whole number that config.json has under one of the names; `default` where it has none of them.
 
     Raises:
-        InputError: it is no whole number, or of no size that networks have.
+        InputError: the value is no whole number, or no size that networks have.
     """
     name = next((name for name in names if name in stated), None)
     value = default if name is None else stated[name]
@@ -110,10 +113,10 @@ def stated_size(stated: Mapping[str, Any], names: tuple[str, ...], default: int)
 
 
 def stated_sizes(stated: Mapping[str, Any], names: tuple[str, ...], default: tuple[int, ...]) -> tuple[int, ...]:
-    """A list of whole numbers that config.json has under one of the names; `default` where it has none.
+    """The list of whole numbers that config.json has under one of the names; `default` where it has none of them.
 
     Raises:
-        InputError: it is no list of whole numbers, or of no sizes that networks have.
+        InputError: the value is no list of whole numbers, or has sizes that no network has.
     """
     name = next((name for name in names if name in stated), None)
     sizes = default if name is None else stated[name]
@@ -123,10 +126,10 @@ def stated_sizes(stated: Mapping[str, Any], names: tuple[str, ...], default: tup
 
 
 def stated_number(stated: Mapping[str, Any], name: str, default: float) -> float:
-    """A number that config.json has; `default` where it has none.
+    """The number that config.json has under the name; `default` where it has none.
 
     Raises:
-        InputError: it is no number, not above 1, or not finite.
+        InputError: the value is no number, not above 1, or not finite.
     """
     value = stated.get(name, default)
     if type(value) not in (int, float) or not 1 < value < LARGE**2:
@@ -135,12 +138,12 @@ def stated_number(stated: Mapping[str, Any], name: str, default: float) -> float
 
 
 def check_stated(stated: Mapping[str, Any], tensors: Mapping[str, Any], network: Mapping[str, Any]) -> None:
-    """Raises InputError where config.json says other than the tensors or the network; it names all such fields.
+    """Raises InputError, naming all such fields, where config.json contradicts the tensors or the network.
 
     Args:
-        stated: config.json; a field with an underscore in front is about the file and does not matter.
-        tensors: field -> what the tensors say; None where the tensor is missing, which the match will tell.
-        network: field -> what the network computes with, OneOf several values, or ANY.
+        stated: config.json; a field that begins with an underscore is about the file and does not matter.
+        tensors: field -> value that the tensors have; None where the tensor is missing, which the match reports.
+        network: field -> value that the network computes with; OneOf several values, or ANY.
     """
     wrong = []
     for name, value in stated.items():
@@ -156,7 +159,7 @@ def check_stated(stated: Mapping[str, Any], tensors: Mapping[str, Any], network:
 
 
 def same(given: Any, expected: Any) -> bool:
-    """Whether a value of config.json is the expected one, in type too: true is not 1, 2.0 no whole number, and "2" no number."""
+    """Whether a value of config.json is the expected one, type included: true is not 1, 2.0 no whole number, "2" no number."""
     if expected is ANY:
         return True
     if isinstance(expected, OneOf):
@@ -169,12 +172,12 @@ def same(given: Any, expected: Any) -> bool:
 
 
 def told(expected: Any) -> str:
-    """An expected value as a message says it."""
+    """An expected value, as a message says it."""
     if isinstance(expected, OneOf):
         return " or ".join(map(told, expected))
     return str(list(expected) if isinstance(expected, tuple) else expected)
 
 
 def brief(value: Any) -> str:
-    """A value that was given, in half a line at most."""
+    """A given value, in half a line at most."""
     return reprlib.repr(value)[:80]

@@ -1,4 +1,4 @@
-"""Names as a network has them: without the prefixes that training code, compilation and packaging put in front."""
+"""Names of tensors as a network has them: without the prefixes that training code, compilation and packaging add."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -10,13 +10,13 @@ PREFIXES = (NETWORK, "diffusion_model.", "transformer.", "model.", "module.", "_
 
 
 def strip_prefix(weights: Weights, known: Callable[[Collection[str]], bool]) -> Weights:
-    """Weights whose names have lost the prefixes that all of them have, one after the other, until they are known.
+    """Weights without the prefixes that all names share; one after the other is removed until the names are known.
 
-    Names beside NETWORK are left out, unless they are the same ones without it: those are doubled.
+    Where some names begin with NETWORK, the others are left out; a name that is there both with and without it is doubled.
 
     Args:
         weights: as read.
-        known: whether names are those of a network. If they never are, the weights stay as they are.
+        known: whether names are those of a network. If they never are, the weights are returned unchanged.
     """
     names = {name: name for name in weights.tensors}  # in the file -> without prefixes
     twins = {name for name in names if name.startswith(NETWORK) and name.removeprefix(NETWORK) in names}
@@ -38,5 +38,5 @@ def strip_prefix(weights: Weights, known: Callable[[Collection[str]], bool]) -> 
 
 
 def inside(names: dict[str, str]) -> dict[str, str]:
-    """Those under NETWORK, without it; all where none is."""
+    """The names that begin with NETWORK, without it; all names where none does."""
     return {old: new.removeprefix(NETWORK) for old, new in names.items() if new.startswith(NETWORK)} or names

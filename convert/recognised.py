@@ -1,7 +1,8 @@
-"""What a file is that is no checkpoint of ours, in one sentence: known by the names and sizes of its tensors and by its configs.
+"""Says in one sentence what a file is that is no checkpoint of ours, by names and sizes of its tensors and by its configs.
 
-RELATED are of the architectures that we have, and would pass for one of them or nearly; STRANGERS are asked only where no layout
-fits. Names are those of the originals, of ComfyUI (comfy/model_detection.py) and of diffusers (loaders/single_file_utils.py).
+RELATED kinds have an architecture of ours and could pass for it; STRANGERS are looked for only where no layout fits.
+
+Names are those of the originals, of ComfyUI (comfy/model_detection.py) and of diffusers (loaders/single_file_utils.py).
 """
 
 import re
@@ -20,14 +21,14 @@ INSTEAD = "expected the transformer that it belongs to"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file. Any one of its marks tells it."""
+    """A kind of file. Any one mark is enough to recognise it."""
 
     what: str
-    verdict: str  # whether it can be had
+    verdict: str  # whether it can be read, or what to take in its place
     names: str = ""  # regular expression of a part of a tensor's name
-    sizes: tuple[Places, ...] = ()  # of tensors; all in one mapping are needed
+    sizes: tuple[Places, ...] = ()  # of tensors; one mapping is a mark, if all of its sizes are there
     classes: tuple[str, ...] = ()  # _class_name in config.json or model_index.json
-    fields: tuple[str, ...] = ()  # of config.json that it alone has, and not null
+    fields: tuple[str, ...] = ()  # of config.json, not null, that no other kind has
 
 
 RELATED = (
@@ -205,7 +206,7 @@ def recognise(
     stated: Mapping[str, Any] = {},
     index: Mapping[str, Any] = {},
 ) -> str | None:
-    """A sentence that names the first of the kinds that a file is of, and says whether it can be had; None: it is of none.
+    """A sentence on the first of the kinds that fits a file: what it is, and its verdict; None where none fits.
 
     Args:
         kinds: RELATED or STRANGERS.
@@ -213,7 +214,7 @@ def recognise(
         stated: config.json beside them.
         index: model_index.json of the folder above.
     """
-    # A line a name, as it is and without prefixes: one search for each kind, whatever the number of names.
+    # One name per line, with prefixes and without: one search for each kind, whatever the number of names.
     lines = "\n".join([*shapes, *(PREFIX.sub("", name) for name in shapes)])
     classes = {str(content.get("_class_name")) for content in (stated, index)}
     for kind in kinds:
@@ -225,5 +226,5 @@ def recognise(
 
 
 def has(shapes: Mapping[str, tuple[int, ...]], places: Places) -> bool:
-    """Whether all tensors have these sizes."""
+    """Whether the tensors have all of these sizes."""
     return all(shapes.get(name, ())[axis : axis + 1] == (size,) for name, (axis, size) in places.items())

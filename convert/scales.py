@@ -16,11 +16,11 @@ UNUSED = re.compile(r"(?:.+\.)?(?:scale_input|input_scale|comfy_quant|scaled_fp8
 
 
 def attach_scales(weights: Weights) -> Weights:
-    """Weights whose scales are part of the tensors that they scale; plain float8 stays as it is.
+    """Weights in which every scale is a part of the tensor that it scales; float8 without scales stays as it is.
 
     Raises:
-        InputError: a scale without its weight, of a wrong shape, or of a weight that is no float8; float8 of torch.save without
-            scales.
+        InputError: a scale without its weight, of a wrong shape, or of a weight that is no float8; float8 without scales in a
+            file of torch.save.
     """
     tensors = {**weights.tensors, **scales_beside(weights)}
     scales = {name: found[1] for name in tensors if (found := SCALE.fullmatch(name))}
@@ -65,9 +65,9 @@ def scales_beside(weights: Weights) -> dict[str, Tensor]:
 
 
 def check_scaled(weights: Weights, tensors: Mapping[str, Tensor]) -> None:
-    """Raises InputError where float8 of torch.save has no scale: it needs one that no shape tells.
+    """Raises InputError where float8 in a file of torch.save has no scale: it was made with one, kept elsewhere.
 
-    The float8 .safetensors that people share are plain casts.
+    float8 in .safetensors without scales is a plain cast of the weights.
     """
     bare = [name for name, tensor in tensors.items() if weights.pickled and is_float8(tensor) and tensor.scale is None]
     if bare:
@@ -78,5 +78,5 @@ def check_scaled(weights: Weights, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_float8(tensor: Tensor) -> bool:
-    """Whether the file has it in eight bits."""
+    """Whether the tensor is stored in eight bits."""
     return tensor.dtype.name.startswith("float8")

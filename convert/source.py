@@ -23,10 +23,8 @@ INDEX = "model_index.json"  # of a whole pipeline, above the folders of its netw
 FOLDERS = ("transformer", "transformers")  # of the network in a release with its VAE: diffusers', Tencent's
 # Folders of a release of two networks, Wan2.2-A14B: for much noise and for little, by its team and by diffusers.
 PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
-BOUNDARIES = {
-    True: 0.9,
-    False: 0.875,
-}  # times at which the second takes over: image to video or not, as its team's configs say
+# Time at which the second network takes over, by whether images condition it: as the configs of its team say.
+BOUNDARIES = {True: 0.9, False: 0.875}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Source:
 
 
 def layouts() -> Iterator[Layout]:
-    """Those of all networks: a module of this package has the tables of the network of its name."""
+    """The layouts of all networks: each network has its tables in the module of this package of the same name."""
     for name in MODELS:
         yield from TABLES[name] if name in TABLES else import_module(f"chipmunk_jax.convert.{name}").LAYOUTS
 
@@ -93,16 +91,16 @@ def open_source(path: str | Path) -> Source:
 
 
 def pair_of(path: Path) -> tuple[Path, Path] | None:
-    """The folders of the two networks of a release, for much noise and for little; None: it has one."""
+    """The folders of the two networks of a release, for much noise and for little; None for a release of one."""
     pairs = ((path / first, path / second) for first, second in PAIRS)
     return next((pair for pair in pairs if all(folder.is_dir() for folder in pair)), None)
 
 
 def boundary_of(path: Path, config: Any) -> float:
-    """The time at which the second network of a release takes over: model_index.json's, or the usual one.
+    """The time at which the second network of a release takes over: that of model_index.json, or the usual one.
 
     Raises:
-        InputError: it is none between 1 and 0, or the networks are others than Wan2.2's.
+        InputError: the time is not between 1 and 0, or the networks are not those of Wan2.2.
     """
     if not isinstance(config, WanConfig):
         raise InputError(
@@ -115,28 +113,30 @@ def boundary_of(path: Path, config: Any) -> float:
 
 
 def layout_of(names: Collection[str]) -> Layout | None:
-    """The layout that has the most marks among the names, the first of several; None: none has any."""
+    """The layout that has the most marks among the names, the first of equals; None where no layout has any."""
     found = max(layouts(), key=lambda layout: marks_in(names, layout))
     return found if marks_in(names, found) else None
 
 
 def marks_in(names: Collection[str], layout: Layout) -> int:
-    """How many of the marks of a layout are there."""
+    """How many marks of a layout are among the names."""
     return sum(mark in names for mark in layout.marks)
 
 
 def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any], index: Mapping[str, Any]) -> Layout:
-    """The layout of a checkpoint of ours.
+    """The layout of a checkpoint of one of our networks.
 
     Args:
         shapes: of all tensors.
         stated, index: config.json and model_index.json of its folder.
 
     Raises:
-        InputError: it is of none of our networks; what it is, where that is known.
+        InputError: it is a checkpoint of something else; the message says of what, where that is known.
     """
     layout = layout_of(shapes)
-    if layout and layout.model in TABLES:  # registered from outside: its names are its own affair
+    if (
+        layout and layout.model in TABLES
+    ):  # registered from outside, so its names may be like those of a kind refused here
         return layout
     found = recognise(RELATED, shapes, stated, index) or (None if layout else recognise(STRANGERS, shapes))
     if found:
@@ -148,7 +148,7 @@ def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any],
 
 
 def viewed(weights: Weights, views: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Weights whose tensors of these names have these shapes, where those have as many numbers and other axes."""
+    """Weights in which the tensors of these names have these shapes, if they have as many numbers and another count of axes."""
     seen = {
         name: replace(weights.tensors[name], shape=shape)
         for name, shape in views.items()
@@ -159,10 +159,10 @@ def viewed(weights: Weights, views: Mapping[str, tuple[int, ...]]) -> Weights:
 
 
 def config_of(path: Path, class_name: str, stated: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of a checkpoint; empty where it is some other model's, as it may be beside a single file.
+    """config.json of a checkpoint; empty where it belongs to another model, as one beside a single file may.
 
     Raises:
-        InputError: that of a folder is of another class.
+        InputError: config.json in a folder of weights names another class.
     """
     found = stated.get("_class_name")
     if path.is_dir() and found not in (None, class_name):

@@ -1,8 +1,8 @@
-"""What a pickle of torch.save builds. Nothing in it is ever called.
+"""Reads what a pickle of torch.save builds, and never calls anything in it.
 
 A pickle is a program that may call anything; this reader knows the few instructions that build dictionaries of tensors, and
-refuses the rest by name. Values are only ever moved, as printing, comparing or hashing one that holds another twice, forty times
-over, has no end.
+refuses the rest by name. Values are only moved: one that holds another twice, which does the same, forty times over, could not be
+printed, compared or hashed to the end.
 """
 
 import pickletools
@@ -30,7 +30,7 @@ DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# What training code keeps beside the weights. It is not built either; a Kept stands in its place.
+# What training code keeps beside the weights. It is not built either: a Kept takes its place.
 HARMLESS = {
     ("argparse", "Namespace"),
     ("pathlib", "PosixPath"),
@@ -88,8 +88,8 @@ class Unpickled(NamedTuple):
 
 
 def unpickle(stream: BinaryIO) -> Unpickled:
-    """What the pickle at the stream's place builds: dictionaries, lists, tuples, numbers, strings, tensors. The stream is then
-    where the pickle ends.
+    """What the pickle at the stream's position builds: dictionaries, lists, tuples, numbers, strings, tensors. Leaves the stream at
+    the end of the pickle.
 
     Raises:
         InputError: an instruction or a call that builds none of these; a broken pickle.
@@ -159,7 +159,7 @@ class Machine:
                 stack.append(build(*self.last(2), new=op == "NEWOBJ"))
             case "BUILD":
                 self.last(1)
-                # Of a dictionary it only sets attributes, as PyTorch's _metadata.
+                # On a dictionary BUILD only sets attributes, such as PyTorch's _metadata, which are dropped.
                 if not isinstance(stack[-1], dict | Kept):
                     raise InputError(f"it sets the state of a {brief(stack[-1])}")
             case _:
@@ -181,7 +181,7 @@ class Machine:
         return items
 
     def put(self, items: list[Any]) -> None:
-        """Keys and values, in turn, into the dictionary on top."""
+        """Puts keys and values, which alternate, into the dictionary on top."""
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise TypeError("no dictionary")
@@ -193,13 +193,13 @@ class Machine:
             target[key] = value
 
     def extend(self, items: list[Any]) -> None:
-        """Values onto the list on top."""
+        """Appends values to the list on top."""
         if not isinstance(self.stack[-1], list):
             raise TypeError("no list")
         self.stack[-1].extend(items)
 
     def refer(self, reference: Any) -> Storage:
-        """The storage of a persistent id: ("storage", type, key, device, elements), in old files with what it is a view of."""
+        """The storage of a persistent id: ("storage", type, key, device, elements); old files add what it is a view of."""
         kind, held, key, _, size, *view = reference
         if kind != "storage" or not isinstance(held, Global) or held.name not in DTYPES:
             raise InputError(f"it refers to a {brief(kind)} of {brief(held)}")
@@ -212,7 +212,7 @@ class Machine:
 
 
 def build(callee: Any, args: Any, *, new: bool) -> Any:
-    """What a call would return, for the few that are known."""
+    """What a call would return, for the few callables that are known."""
     if not isinstance(callee, Global):
         raise InputError(f"it calls a {brief(callee)}")
     if callee in HARMLESS:
@@ -244,14 +244,14 @@ def build(callee: Any, args: Any, *, new: bool) -> Any:
 
 
 def layout(storage: Any, first: Any, shape: Any, strides: Any) -> Layout:
-    """A tensor, of checked parts."""
+    """A tensor of these parts, checked."""
     if not isinstance(storage, Storage) or type(first) is not int:
         raise InputError("it holds a tensor without a storage")
     return Layout(storage, storage.dtype, first, sizes(shape), sizes(strides))
 
 
 def sizes(numbers: Any) -> tuple[int, ...]:
-    """A shape or strides."""
+    """A shape or strides, checked."""
     whole = isinstance(numbers, tuple | list) and len(numbers) <= AXES and all(type(n) is int for n in numbers)
     if not whole or any(abs(n) > LARGEST for n in numbers):
         raise InputError("it holds a tensor with a shape that is no shape")
@@ -259,14 +259,14 @@ def sizes(numbers: Any) -> tuple[int, ...]:
 
 
 def text(value: Any) -> str:
-    """A value that is a string."""
+    """The value, checked to be a string."""
     if not isinstance(value, str):
         raise TypeError("no string")
     return value
 
 
 def brief(value: Any) -> str:
-    """A name, or the kind of anything else."""
+    """A value as a message says it: a global or string by name, anything else by its type."""
     if isinstance(value, Global):
         return quoted(f"{value.module}.{value.name}")
     return quoted(value) if isinstance(value, str) else type(value).__name__

@@ -1,5 +1,6 @@
 """The parts of textbook transformers: base classes, embedders, modulation, norms, positions, checks of inputs."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,7 @@ from chipmunk_jax.delta import product
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.layers import Linear, Stacked
 from chipmunk_jax.model import LARGEST_GUIDANCE, Condition, Model
+from chipmunk_jax.options import check_types, require
 from chipmunk_jax.schedule import Step
 from pallas_kernels.rotary_qkv import Projection
 
@@ -171,6 +173,20 @@ def grid_positions(grid: tuple[int, ...], axes: int) -> np.ndarray:
         raise InputError(f"grid {tuple(grid)}: expected {axes} sides, {', '.join(names)}")
     axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
     return np.stack(axes, axis=-1).reshape(-1, len(grid))
+
+
+def check_sizes(config: Any, counts: tuple[str, ...]) -> None:
+    """Raises InputError where a field of a network's config has another type, or is no size; makes lists tuples.
+
+    Args:
+        config: a dataclass of numbers.
+        counts: fields that may be 0, which count layers.
+    """
+    check_types(config)
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, tuple) else () if value is None or isinstance(value, bool) else (value,)
+        fits = all(0 < n < math.inf or (n == 0 and name in counts) for n in numbers)
+        require(fits, name, value, "a finite number above 0")
 
 
 def check_conditions(cond: Condition, shapes: dict[str, tuple[int | str, ...]]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import WEIGHTS, Leaf, read_leaves, shapes_in, stored_bytes, write_leaves
+from chipmunk_jax.options import require
 from chipmunk_jax.strictness import usual_modes
 from chipmunk_jax.whole import check_space, restore, whole
 
@@ -119,13 +120,7 @@ def describe(folder: str | Path) -> Description:
     """
     folder = Path(folder)
     if not is_checkpoint(folder):
-        if not folder.exists():
-            raise FileNotFoundError(f"{folder}: no such folder")
-        if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
-            raise InputError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
-        made = f"{folder.resolve().stem if folder.is_file() else folder.resolve().name}-converted"
-        command = shlex.join(("chipmunk", "convert", str(folder), made))
-        raise InputError(f"{folder}: not a converted checkpoint; make one with `{command}`")
+        _refuse(folder)
     content = read_config(folder / CONFIG)
     if "boundary" in content:
         first, second = (folder / name for name in EXPERTS)
@@ -133,18 +128,41 @@ def describe(folder: str | Path) -> Description:
             f"{folder}: two networks, one for times from 1 to {content['boundary']} and one for those below: expected {first} "
             f"or {second}; sampling with both is not here yet"
         )
-    if content["model"] not in list(MODELS):
+    if content["model"] not in list(MODELS):  # a list also takes what has no hash
         raise InputError(f"{folder}: model {content['model']}, expected one of {', '.join(MODELS)}")
     try:
-        # JSON has no tuples, and configs are hashed.
-        values = {name: tuple(x) if isinstance(x, list) else x for name, x in content["config"].items()}
-        config = MODELS[content["model"]].config_class(**values)
-        if wrong := [n for n, x in content["config"].items() if isinstance(x, str)]:
-            raise InputError(f"{wrong[0]}={content['config'][wrong[0]]!r}: expected a number")
-        dtype = parse_dtype(content["dtype"]).name
-        return Description(content["model"], dtype, config, content["source"], content["stored"])
-    except (KeyError, TypeError, ValueError) as error:
+        return _description(content)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{folder}: bad {CONFIG}: {error}") from error
+
+
+def _refuse(folder: Path) -> NoReturn:
+    """Raises what is to be said of a folder that is no checkpoint."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
+        raise InputError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
+    made = f"{folder.resolve().stem if folder.is_file() else folder.resolve().name}-converted"
+    command = shlex.join(("chipmunk", "convert", str(folder), made))
+    raise InputError(f"{folder}: not a converted checkpoint; make one with `{command}`")
+
+
+def _description(content: dict[str, Any]) -> Description:
+    """The content of config.json, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError, ArithmeticError: a value is missing, or no checkpoint has such a one.
+    """
+    config, source, stored = content["config"], content["source"], content["stored"]
+    require(isinstance(config, dict), "config", config, "sizes by name")
+    require(isinstance(source, str), "source", source, "the name of a layout")
+    require(type(stored) is int, "stored", stored, "a whole number of bytes")
+    # JSON has no tuples, and configs are hashed.
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items()}
+    for name, value in values.items():
+        require(not isinstance(value, str), name, repr(value), "a number")
+    sizes = MODELS[content["model"]].config_class(**values)
+    return Description(content["model"], parse_dtype(content["dtype"]).name, sizes, source, stored)
 
 
 def is_checkpoint(folder: Path) -> bool:

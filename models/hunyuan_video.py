@@ -43,8 +43,7 @@ class HunyuanVideoConfig(MMDiTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+        if len(self.patch_size) != 3:
             raise InputError(f"patch_size={self.patch_size}: expected frames, rows and columns of a token")
 
     @property

@@ -21,6 +21,7 @@ from chipmunk_jax.models.blocks import (
     Network,
     Qkv,
     add_gated,
+    check_sizes,
     merge_heads,
     modulate,
     rotary_table,
@@ -49,7 +50,7 @@ class MMDiTConfig:
     guidance_embed: bool = True  # distilled guidance
 
     def __post_init__(self):
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        check_sizes(self, counts=("depth", "depth_single_blocks", "refiner_depth"))
         if len(self.axes_dim) != 3 or any(width < 2 or width % 2 for width in self.axes_dim):
             raise InputError(
                 f"axes_dim={self.axes_dim}: expected three even widths, one for each coordinate of a token"

@@ -23,6 +23,7 @@ from chipmunk_jax.models.blocks import (
     Network,
     Qkv,
     add_gated,
+    check_sizes,
     grid_positions,
     layer_norm,
     merge_heads,
@@ -55,7 +56,7 @@ class WanConfig:
     theta: float = 10_000.0
 
     def __post_init__(self):
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        check_sizes(self, counts=("num_layers",))
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise InputError(f"dim={self.dim}, num_heads={self.num_heads}: expected even heads of 6 or more")
         if self.in_dim < self.out_dim:

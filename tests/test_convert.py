@@ -394,6 +394,35 @@ def test_half_written_checkpoint_is_not_loaded(tmp_path, source, target):
         load(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stored", None, "stored=None: expected a whole number of bytes"),
+        ("source", [1], r"source=\[1\]: expected the name of a layout"),
+        ("dtype", {}, "dtype="),
+        ("config", [1], r"config=\[1\]: expected sizes by name"),
+        ("num_heads", 0, "num_heads"),
+        ("num_heads", "2", "num_heads"),
+        ("depth", [1], r"depth=.*: expected a whole number"),
+        ("depth", -1, "depth=-1: expected a finite number above 0"),
+        ("vec_in_dim", 0, "vec_in_dim=0: expected a finite number above 0"),
+        ("vec_in_dim", {"a": 1}, "vec_in_dim=.*: expected a whole number"),
+        ("axes_dim", ["a", 2, 2], "axes_dim=.*: expected a list of whole numbers"),
+        ("mlp_ratio", float("nan"), "mlp_ratio=nan: expected a finite number above 0"),
+        ("theta", None, "theta=None: expected a whole number"),
+        ("guidance_embed", [], r"guidance_embed=.*: expected true or false"),
+    ],
+)
+def test_a_value_that_no_checkpoint_has_is_one_sentence(source, target, key, value, message):
+    convert(source, target, progress=False)
+    content = json.loads((target / "config.json").read_text())
+    (content if key in content else content["config"])[key] = value
+    (target / "config.json").write_text(json.dumps(content))
+    for function in (load, inspect):
+        with pytest.raises(InputError, match=rf"bad config.json: .*({message})"):
+            function(target)
+
+
 def test_weights_must_fit_their_config(source, target):
     convert(source, target, progress=False)
     file = target / "config.json"
