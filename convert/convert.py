@@ -1,5 +1,6 @@
 """PyTorch checkpoints, without PyTorch, as models of this library."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,26 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from chipmunk_jax.convert.folder import Folder, open_folder
 from chipmunk_jax.convert.rules import Match, fill, fill_leaf
-from chipmunk_jax.convert.source import Source, boundary_of, open_source, pair_of
+from chipmunk_jax.convert.source import Source, check_not_converted, open_source
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Network
-from chipmunk_jax.models.checkpoint import EXPERTS, is_checkpoint, replacing, write, write_pair
+from chipmunk_jax.models.checkpoint import (
+    PipelineDescription,
+    describe,
+    describe_pipeline,
+    is_checkpoint,
+    is_pipeline,
+    replacing,
+    write,
+    write_index,
+)
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import Leaf
 from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.whole import check_space, whole
 
 # The small trained models take prompts from a table of words instead of a text encoder.
 WORD_TABLE = ("words.json", "word_embeddings.safetensors")
@@ -23,51 +35,138 @@ WORD_TABLE = ("words.json", "word_embeddings.safetensors")
 
 @usual_modes()
 def convert(
-    source: str | Path, target: str | Path, *, dtype: Any = "bfloat16", progress: bool = True, overwrite: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    component: str | None = None,
+    dtype: Any = "bfloat16",
+    progress: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Writes the checkpoint `source` to the folder `target`, in this library's form.
 
-    Everything that can be wrong is found from headers first. Host memory: a few of the model's leaves.
+    Everything that can be wrong is found from headers first. Host memory: a few of the leaves. Of a release of several
+    components, such as a diffusers folder, each becomes a checkpoint in a folder of the target, in turn; those that are there
+    already, whole and of the same files, are kept, so a conversion that was cut off goes on where it was.
 
     Args:
-        source: a .safetensors file, an index of shards, a diffusers folder or the folder above its transformer/. Of a release
-            of two networks (Wan2.2-A14B) both are converted, each to a checkpoint in a folder of the target (EXPERTS).
+        source: a .safetensors file, an index of shards, a folder of these, or of a release (see convert.folder).
         target: folder to write; its parent exists.
+        component: the only one to convert: "vae", for one.
         dtype: of the weights: "bfloat16", "float16" or "float32". What a model keeps in float32 stays so.
         progress: whether to draw a bar of bytes.
-        overwrite: whether to replace a checkpoint in `target`.
+        overwrite: whether to replace what is in `target`.
 
     Raises:
         FileNotFoundError: there is no `source`.
         InputError: a bad source, one that does not fit its model, or a target that cannot be written.
     """
-    source, dtype = Path(source), parse_dtype(dtype)
-    pair = None if is_checkpoint(source) else pair_of(source)
-    places = dict(zip(EXPERTS, pair, strict=True)) if pair else {".": source}
-    networks = {place: open_source(path) for place, path in places.items()}
-    matches = {place: network.check() for place, network in networks.items()}
-    first = next(iter(networks.values()))
-    if any(network.config != first.config for network in networks.values()):
-        raise InputError(f"{source}: two networks of different sizes, expected the same")
-    boundary = boundary_of(source, first.config) if pair else None
-    need = sum(bytes_of(network, dtype) for network in networks.values())
-    with replacing(target, overwrite=overwrite, need=need) as partial:
-        for place, network in networks.items():
-            (partial / place).mkdir(exist_ok=True)
-            write_one(network, matches[place], partial / place, dtype, progress)
-        if boundary:
-            write_pair(partial, first.layout.model, boundary)
+    dtype, found = parse_dtype(dtype), open_folder(source)
+    if component is None and not found.several:
+        check_not_converted(Path(source))
+        convert_one(open_source(source), Path(target), dtype, progress, overwrite)
+    else:
+        convert_pipeline(found, Path(target), component, dtype, progress, overwrite)
 
 
-def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype, progress: bool) -> None:
-    """Writes one network to an existing folder, leaf by leaf."""
+def convert_one(source: Source, target: Path, dtype: jax.numpy.dtype, progress: bool, overwrite: bool) -> None:
+    """Writes a checkpoint of one component."""
+    match, size = source.check(), bytes_of(source, dtype)
     if progress and source.weights.left_out:
         print(f"left out, as it is beside the network: {listed(list(source.weights.left_out))}", file=sys.stderr)
+    with replacing(target, overwrite=overwrite, need=size) as partial, bar_of(size, progress) as bar:
+        write_one(source, match, partial, dtype, bar)
+
+
+def convert_pipeline(
+    found: Folder, target: Path, only: str | None, dtype: jax.numpy.dtype, progress: bool, overwrite: bool
+) -> None:
+    """Writes components of a pipeline, each a checkpoint of its own, those apart that are there."""
+    index = check_target(found, target, only, overwrite)
+    sources = {role: open_source(path) for role, path in found.components.items() if only in (None, role)}
+    configs = [sources[role].config for role in ("transformer", "transformer_2") if role in sources]
+    if any(config != configs[0] for config in configs):
+        raise InputError(f"{found.path}: two networks of different sizes, expected the same")
+    matches = {role: source.check() for role, source in sources.items()}
+    due = {role: source for role, source in sources.items() if overwrite or not is_there(target / role, source, dtype)}
+    size = sum(bytes_of(source, dtype) for source in due.values())
+    check_space(target, size)
+    target.mkdir(exist_ok=True)
+    write_index(target, index)
+    for name, folder in found.tokenizers.items():
+        if only in (None, name):
+            copy_tokenizer(folder, target / name)
+    with bar_of(size, progress) as bar:
+        for role, source in due.items():
+            bar.set_description(f"converting {role}")
+            with replacing(target / role, overwrite=True, need=bytes_of(source, dtype)) as partial:
+                write_one(source, matches[role], partial, dtype, bar)
+
+
+def check_target(found: Folder, target: Path, only: str | None, overwrite: bool) -> PipelineDescription:
+    """The config.json of a target, with what it has already.
+
+    Raises:
+        InputError: a component that the source lacks, or a target that is not this pipeline's.
+    """
+    known = (*found.components, *found.tokenizers)
+    if only is not None and only not in known:
+        raise InputError(f"--component {only}: expected one of {', '.join(known)}, which {found.path} holds")
+    names = {name: None for name in known if only in (None, name)}
+    if target.is_dir() and any(target.iterdir()) and not is_pipeline(target):
+        raise InputError(f"{target}: not empty and no pipeline of this library; expected a new folder")
+    if is_pipeline(target):
+        before = describe_pipeline(target)
+        if before.network != found.network:
+            raise InputError(f"{target}: holds a {before.network}, expected one of {found.network}, or a new folder")
+        names = dict.fromkeys(before.components) | names
+        return PipelineDescription(found.network, tuple(names), before.boundary or found.boundary)
+    return PipelineDescription(found.network, tuple(names), found.boundary)
+
+
+def is_there(folder: Path, source: Source, dtype: jax.numpy.dtype) -> bool:
+    """Whether the folder holds what the source would be converted to.
+
+    Raises:
+        InputError: it holds another checkpoint.
+    """
+    if not is_checkpoint(folder):
+        return False
+    made = describe(folder)
+    if made.config != source.config or made.files != files_of(source) or made.dtype != dtype.name:
+        raise InputError(
+            f"{folder}: already converted from other files or to another dtype; add --overwrite (in Python overwrite=True), "
+            "or name a new folder"
+        )
+    return True
+
+
+def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype, bar: tqdm) -> None:
+    """Writes one component to an existing folder, leaf by leaf."""
     model = abstract(source.layout.model, source.config, dtype)
-    with tqdm(total=bytes_of(source, dtype), unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
-        make = lambda path, leaf: Leaf(leaf.shape, leaf.dtype, lambda: fill_leaf(found, path, leaf, bar.update))
-        leaves = {path: make(path, leaf) for path, leaf in leaves_of(model).items()}
-        write(model, leaves, folder, word_table(source.weights.path), source.layout.name)
+    make = lambda path, leaf: Leaf(leaf.shape, leaf.dtype, lambda: fill_leaf(found, path, leaf, bar.update))
+    leaves = {path: make(path, leaf) for path, leaf in leaves_of(model).items()}
+    write(model, leaves, folder, word_table(source.weights.path), source.layout.name, files_of(source))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer."""
+    with whole(target) as partial:
+        partial.mkdir()
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in (".json", ".txt", ".model"):
+                shutil.copy(file, partial)
+
+
+def files_of(source: Source) -> dict[str, int]:
+    """The files of a source by name, and their bytes."""
+    files = {Path(tensor.file) for tensor in source.weights.tensors.values()}
+    return {file.name: file.stat().st_size for file in sorted(files)}
+
+
+def bar_of(size: int, progress: bool) -> tqdm:
+    """A bar of bytes."""
+    return tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=not progress)
 
 
 @usual_modes()

@@ -66,10 +66,7 @@ def read_file(file: Path) -> Weights:
 
 def choose_file(folder: Path) -> Path:
     """The file in `folder` that holds a network's weights, the index that names its shards, or the first of shards."""
-    found: dict[Name, Path] = {}
-    for file in sorted(folder.iterdir(), reverse=True):
-        if (name := parse(file)) and not file.is_dir():
-            found[name] = file
+    found = named(folder)
     plain = {name.stem for name in found if not name.variant}
     preferences: tuple[Callable[[Name], bool], ...] = (
         lambda name: name.suffix in (".safetensors", ".sft"),
@@ -85,6 +82,18 @@ def choose_file(folder: Path) -> Path:
         names = listed(sorted(file.name for file in found.values()))
         raise InputError(f"{folder}: holds {len(found)} files of weights ({names}); name the one to read")
     return next(iter(found.values()))
+
+
+def named(folder: Path) -> dict[Name, Path]:
+    """What the files of weights of a folder are called, each with its file, or with the first of shards."""
+    files = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    return {name: file for file in files if (name := parse(file)) and not file.is_dir()}
+
+
+def groups_of(folder: Path) -> list[Path]:
+    """A file for each set of weights beside one another in a folder: the index of shards, the first of them, or the only one."""
+    order = sorted(named(folder).items(), key=lambda item: (item[0].indexed, not item[0].variant))
+    return list({(name.stem, name.suffix): file for name, file in order}.values())
 
 
 def parse(file: Path) -> Name | None:

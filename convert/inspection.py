@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chipmunk_jax.convert.folder import open_folder
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models.checkpoint import compare, describe, is_converted
+from chipmunk_jax.models.checkpoint import compare, describe, is_converted, is_pipeline
 from chipmunk_jax.models.leaves import abstract, leaves_of
 
 
@@ -34,7 +35,24 @@ class Inspection:
         return not (self.missing or self.unknown or self.doubled or self.misshapen)
 
 
-def inspect(path: str | Path) -> Inspection:
+@dataclass(frozen=True)
+class PipelineInspection:
+    """A release of several components described."""
+
+    path: Path
+    network: str  # of MODELS, that of the transformer
+    components: dict[str, Inspection]  # by role
+    tokenizers: dict[str, Path]  # by name
+    missing: list[str]  # components that its pipeline needs
+    boundary: float | None  # time at which transformer_2 takes over
+
+    @property
+    def whole(self) -> bool:
+        """Whether all components are there, and each is whole."""
+        return not self.missing and all(found.whole for found in self.components.values())
+
+
+def inspect(path: str | Path) -> Inspection | PipelineInspection:
     """What `path` holds.
 
     Args:
@@ -45,6 +63,21 @@ def inspect(path: str | Path) -> Inspection:
         InputError: half-written or bad files, an unknown layout, or a config.json that does not fit.
     """
     path = Path(path)
+    found = open_folder(path)
+    if not found.several and not is_pipeline(path):
+        return inspect_one(path)
+    return PipelineInspection(
+        path=path,
+        network=found.network,
+        components={role: inspect_one(place) for role, place in found.components.items()},
+        tokenizers=dict(found.tokenizers),
+        missing=found.missing,
+        boundary=found.boundary,
+    )
+
+
+def inspect_one(path: Path) -> Inspection:
+    """What a checkpoint of one component holds."""
     return inspect_converted(path) if is_converted(path) else inspect_source(path)
 
 

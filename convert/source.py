@@ -69,8 +69,7 @@ def open_source(path: str | Path) -> Source:
         InputError: bad files, an unknown layout, or a config.json that does not fit the tensors.
     """
     path = Path(path)
-    if is_checkpoint(path):
-        raise InputError(f"{path}: already converted")
+    check_not_converted(path)
     if pair := pair_of(path):
         first, second = pair
         raise InputError(
@@ -80,7 +79,7 @@ def open_source(path: str | Path) -> Source:
     below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
     if below and not list(path.glob(f"{STEM}*")):
         path = below
-    weights = strip_prefix(read_weights(path), lambda names: layout_of(names) is not None)
+    weights = read_named(path)
     stated, shapes = stated_by(path), {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
         layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path))
@@ -88,6 +87,17 @@ def open_source(path: str | Path) -> Source:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return Source(attach_scales(viewed(weights, layout.views(config))), layout, config)
+
+
+def check_not_converted(path: Path) -> None:
+    """Raises InputError for a checkpoint of this library."""
+    if is_checkpoint(path):
+        raise InputError(f"{path}: already converted")
+
+
+def read_named(path: Path) -> Weights:
+    """The tensors under `path` by the names that a layout has, where they are of one."""
+    return strip_prefix(read_weights(path), lambda names: layout_of(names) is not None)
 
 
 def pair_of(path: Path) -> tuple[Path, Path] | None:

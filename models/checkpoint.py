@@ -27,9 +27,6 @@ from chipmunk_jax.strictness import usual_modes
 from chipmunk_jax.whole import check_space, restore, whole
 
 CONFIG = "config.json"
-# A model of two networks, such as Wan2.2-A14B, is a folder of two checkpoints, named here in the order in which they sample, and of
-# a config.json with the time at which the second takes over.
-EXPERTS = ("high_noise", "low_noise")
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,16 @@ class Description:
     config: Any
     source: str  # layout that it was converted from; empty where it was not
     stored: int  # bytes of the files of the weights
+    files: dict[str, int]  # that it was converted from, and their bytes
+
+
+@dataclass(frozen=True)
+class PipelineDescription:
+    """The config.json above the components of a pipeline."""
+
+    network: str  # of MODELS, that of the transformer
+    components: tuple[str, ...]  # names of their folders, those of tokenizers among them
+    boundary: float | None  # time, 1 to 0, at which transformer_2 takes over
 
 
 @usual_modes()
@@ -81,6 +88,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
         FileNotFoundError: there is no such folder.
         InputError: it is not a checkpoint, is half-written, or its weights are not its config's.
     """
+    folder = network_in(folder)
     model = check_weights(folder, dtype)
     sharding = jax.device_put(np.float32(0)).sharding  # of the default device
     targets = {
@@ -95,6 +103,7 @@ def check_weights(folder: str | Path, dtype: Any = None) -> Network:
     Raises:
         FileNotFoundError, InputError: as load().
     """
+    folder = network_in(folder)
     description = describe(folder)
     model = abstract(description.model, description.config, dtype or description.dtype)
     missing, unknown, misshapen = compare(folder, model)
@@ -118,16 +127,10 @@ def describe(folder: str | Path) -> Description:
         FileNotFoundError: there is no such folder.
         InputError: it is not a checkpoint of this library, or is half-written.
     """
-    folder = Path(folder)
+    folder = network_in(folder)
     if not is_checkpoint(folder):
         _refuse(folder)
     content = read_config(folder / CONFIG)
-    if "boundary" in content:
-        first, second = (folder / name for name in EXPERTS)
-        raise InputError(
-            f"{folder}: two networks, one for times from 1 to {content['boundary']} and one for those below: expected {first} "
-            f"or {second}; sampling with both is not here yet"
-        )
     if content["model"] not in list(MODELS):  # a list also takes what has no hash
         raise InputError(f"{folder}: model {content['model']}, expected one of {', '.join(MODELS)}")
     try:
@@ -162,7 +165,9 @@ def _description(content: dict[str, Any]) -> Description:
     for name, value in values.items():
         require(not isinstance(value, str), name, repr(value), "a number")
     sizes = MODELS[content["model"]].config_class(**values)
-    return Description(content["model"], parse_dtype(content["dtype"]).name, sizes, source, stored)
+    dtype, files = parse_dtype(content["dtype"]).name, content.get("files", {})
+    require(isinstance(files, dict), "files", files, "bytes by name of a file")
+    return Description(content["model"], dtype, sizes, source, stored, files)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -172,9 +177,7 @@ def is_checkpoint(folder: Path) -> bool:
         content = read_config(folder / CONFIG)
     except (OSError, ValueError):
         return False
-    if "boundary" in content:
-        return len(parts_of(folder)) > 1
-    return {"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir()
+    return "components" in content or ({"model", "config"} <= content.keys() and (folder / WEIGHTS).is_dir())
 
 
 def is_converted(folder: Path) -> bool:
@@ -182,10 +185,47 @@ def is_converted(folder: Path) -> bool:
     return is_checkpoint(folder) or (folder / WEIGHTS).is_dir()
 
 
-def parts_of(folder: str | Path) -> tuple[Path, ...]:
-    """The folders of a checkpoint's networks: its own, or those of its experts."""
-    pair = tuple(Path(folder) / name for name in EXPERTS)
-    return pair if all(map(is_checkpoint, pair)) else (Path(folder),)
+def is_pipeline(folder: Path) -> bool:
+    """Whether the folder holds components of a pipeline, each a checkpoint of this library."""
+    return is_checkpoint(folder) and "components" in read_config(folder / CONFIG)
+
+
+def describe_pipeline(folder: Path) -> PipelineDescription:
+    """Reads which components the folder of a pipeline has.
+
+    Raises:
+        InputError: its config.json has values that no pipeline has.
+    """
+    content = read_config(folder / CONFIG)
+    network, names, boundary = (content.get(name) for name in ("network", "components", "boundary"))
+    try:
+        require(network in list(MODELS), "network", network, f"one of {', '.join(MODELS)}")
+        named = isinstance(names, list) and all(isinstance(name, str) and name.isidentifier() for name in names)
+        require(named, "components", names, "names of folders")
+        between = boundary is None or (type(boundary) is float and 0 < boundary < 1)
+        require(between, "boundary", boundary, "a number between 0 and 1, or null")
+    except ValueError as error:
+        raise InputError(f"{folder}: bad {CONFIG}: {error}") from error
+    return PipelineDescription(network, tuple(names), boundary)
+
+
+def network_in(folder: str | Path) -> Path:
+    """The folder of a checkpoint's network: `folder` itself, or the transformer of a pipeline.
+
+    Raises:
+        InputError: a pipeline with two of them.
+    """
+    folder = Path(folder)
+    if not is_pipeline(folder):
+        return folder
+    first, second = (folder / name for name in ("transformer", "transformer_2"))
+    if is_checkpoint(second):
+        boundary = describe_pipeline(folder).boundary
+        raise InputError(
+            f"{folder}: two networks, one for times from 1 to {boundary} and one for those below: expected {first} or "
+            f"{second}; a Pipeline samples with both"
+        )
+    return first
 
 
 def compare(folder: str | Path, model: Component) -> tuple[list[str], list[str], list[str]]:
@@ -240,7 +280,12 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
 
 
 def write(
-    model: Component, leaves: Mapping[str, Leaf], folder: Path, extras: Sequence[str | Path] = (), source: str = ""
+    model: Component,
+    leaves: Mapping[str, Leaf],
+    folder: Path,
+    extras: Sequence[str | Path] = (),
+    source: str = "",
+    files: Mapping[str, int] = {},
 ) -> None:
     """Writes weights, extras, and config.json last, into an existing folder.
 
@@ -250,6 +295,7 @@ def write(
         folder: to write into.
         extras: files to copy beside the weights.
         source: layout that the component was converted from.
+        files: that it was converted from, and their bytes.
     """
     name = next((name for name, network in MODELS.items() if isinstance(model, network)), None)
     if name is None:
@@ -263,16 +309,12 @@ def write(
         "config": asdict(model.config),
         "source": source,
         "stored": stored_bytes(folder),
+        "files": dict(files),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_pair(folder: Path, model: str, boundary: float) -> None:
-    """Writes config.json over two experts, which are in their folders already.
-
-    Args:
-        folder: of both.
-        model: of MODELS.
-        boundary: time at which the second takes over, 1 to 0.
-    """
-    (folder / CONFIG).write_text(json.dumps({"model": model, "boundary": boundary}, indent=1) + "\n")
+def write_index(folder: Path, index: PipelineDescription) -> None:
+    """Writes config.json into the folder of a pipeline, whole or not at all."""
+    with whole(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(asdict(index), indent=1) + "\n")

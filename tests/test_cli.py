@@ -350,7 +350,8 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
 def test_a_sample_that_is_not_finite_is_one_sentence_exit_1_and_no_file(
     checkpoint, folder, capsys, monkeypatch, command
 ):
-    monkeypatch.setattr(sampling, "finished", lambda *_: (None, np.array([2]), None))
+    state = sampling.SampleState(x=None, solver=None, cache=None, hidden=None, broken=np.array([2]))
+    monkeypatch.setattr(sampling, "finished", lambda *_: state)
     assert run(command, checkpoint, "-o", "out.png") == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("chipmunk: the sample: not finite from step 2 of 0 to 2 on, t = 0."), err

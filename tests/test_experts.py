@@ -55,10 +55,12 @@ def pair(release, tmp_path_factory):
 
 
 def test_both_networks_are_there(release, pair):
-    assert sorted(path.name for path in pair.iterdir()) == ["config.json", "high_noise", "low_noise"]
-    assert json.loads((pair / "config.json").read_text()) == {"model": "wan", "boundary": 0.9}
-    for expert, folder in (("high_noise", "transformer"), ("low_noise", "transformer_2")):
-        found, expected = load(pair / expert), read(release / folder, "float32")
+    names = ["transformer", "transformer_2"]
+    assert sorted(path.name for path in pair.iterdir()) == ["config.json", *names]
+    index = {"network": "wan", "components": names, "boundary": 0.9}
+    assert json.loads((pair / "config.json").read_text()) == index
+    for expert in names:
+        found, expected = load(pair / expert), read(release / expert, "float32")
         assert found.config == expected.config and found.config.in_dim == 8 and found.config.image_dim is None
         jax.tree.map(np.testing.assert_array_equal, leaves_of(found), leaves_of(expected))
         assert found.conditions(6, 5)["latents"] == (6, 16) and "image" not in found.conditions(6, 5)
@@ -77,9 +79,9 @@ def test_the_folders_of_the_team_give_the_same(pair, tmp_path):
         stated = dict(_class_name="WanModel", model_type="i2v", num_heads=2, in_dim=8, text_len=512)
         (source / name / "config.json").write_text(json.dumps(stated))
     convert(source, tmp_path / "out", dtype="float32", progress=False)
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model": "wan", "boundary": 0.9}
-    low = leaves_of(load(tmp_path / "out/low_noise"))
-    jax.tree.map(np.testing.assert_array_equal, low, leaves_of(load(pair / "low_noise")))
+    assert (tmp_path / "out/config.json").read_text() == (pair / "config.json").read_text()
+    low = leaves_of(load(tmp_path / "out/transformer_2"))
+    jax.tree.map(np.testing.assert_array_equal, low, leaves_of(load(pair / "transformer_2")))
 
 
 def rename(names, name):
@@ -90,27 +92,32 @@ def rename(names, name):
 
 
 def test_a_pair_is_never_taken_for_one(release, pair, tmp_path, capsys):
-    for use in (load, inspect):
-        with pytest.raises(InputError, match=r"two networks, one for times from 1 to 0.9 .* expected .*high_noise or"):
-            use(pair)
-    for use in (open_source, read, inspect):
+    with pytest.raises(InputError, match=r"two networks, one for times from 1 to 0.9 .* expected .*transformer or"):
+        load(pair)
+    for path in (pair, release):
+        found = inspect(path)
+        assert (list(found.components), found.boundary) == (["transformer", "transformer_2"], 0.9) and not found.whole
+    for use in (open_source, read):
         with pytest.raises(InputError, match="two networks, transformer for much noise and transformer_2 for little"):
             use(release)
     with pytest.raises(InputError, match="already converted"):
         convert(pair, tmp_path / "again", progress=False)
-    assert main(["sample", str(pair), "--prompt", "a"]) == 2
-    assert "two networks" in capsys.readouterr().err
+    assert main(["inspect", str(pair)]) == 1
+    assert "transformer_2 samples from t = 0.9 down" in capsys.readouterr().out
 
 
-def test_a_pair_is_replaced_as_one_checkpoint(release, pair, tmp_path, capsys):
+def test_a_pair_that_is_there_is_kept_and_one_of_another_dtype_replaced_when_asked_for(release, pair, tmp_path, capsys):
     target = tmp_path / "pair"
     shutil.copytree(pair, target)
-    with pytest.raises(InputError, match="already a checkpoint"):
+    made = (target / "transformer/config.json").stat().st_mtime_ns
+    convert(release, target, dtype="float32", progress=False)
+    assert (target / "transformer/config.json").stat().st_mtime_ns == made
+    with pytest.raises(InputError, match="already converted from other files or to another dtype; add --overwrite"):
         convert(release, target, progress=False)
     assert main(["convert", str(release), str(target), "--overwrite"]) == 0
     said = capsys.readouterr().out
-    assert said.count("wan, ") == 2 and f"{target}/low_noise: " in said
-    assert load(target / "low_noise").dtype == "bfloat16"
+    assert said.count("wan, ") == 2 and f"{target}/transformer_2: " in said
+    assert load(target / "transformer_2").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("boundary", [0, 1, 1.5, "0.9", True, None, [0.9]])

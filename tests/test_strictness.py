@@ -73,7 +73,7 @@ def programs(monkeypatch):
 
     def keep(program, *_):
         found.append(program.as_text())
-        return jnp.zeros(()), np.full(1, -1), None
+        return sampling.SampleState(x=jnp.zeros(()), solver=None, cache=None, hidden=None, broken=np.full(1, -1))
 
     monkeypatch.setattr(sampling, "finished", keep)
     return found

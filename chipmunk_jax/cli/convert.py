@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from chipmunk_jax.cli.parser import Parser
-from chipmunk_jax.convert import convert, inspect
-from chipmunk_jax.models.checkpoint import parts_of
+from chipmunk_jax.convert import PipelineInspection, convert, inspect
 
 DESCRIPTION = """\
 Write a PyTorch checkpoint as a folder that `chipmunk sample` and `chipmunk_jax.convert.load` read, without PyTorch.
@@ -39,6 +38,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         choices=("bfloat16", "float16", "float32"),
         help="of all weights (default: bfloat16)",
     )
+    parser.add_argument("--component", metavar="NAME", help="the only one of a pipeline to convert, such as vae")
     parser.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint in TARGET")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     return parser.parse_args(words)
@@ -46,9 +46,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk convert`."""
-    convert(args.source, args.target, dtype=args.dtype, progress=not args.quiet, overwrite=args.overwrite)
+    options = dict(component=args.component, dtype=args.dtype, progress=not args.quiet, overwrite=args.overwrite)
+    convert(args.source, args.target, **options)
     if not args.quiet:
-        for folder in parts_of(args.target):
-            made = inspect(folder)
-            print(f"{folder}: {made.model}, {made.parameters / 1e6:,.2f} M parameters, {made.dtype}")
+        made = inspect(args.target)
+        for one in made.components.values() if isinstance(made, PipelineInspection) else [made]:
+            print(f"{one.path}: {one.model}, {one.parameters / 1e6:,.2f} M parameters, {one.dtype}")
     return 0

@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
-from chipmunk_jax.convert import Inspection, inspect
+from chipmunk_jax.convert import Inspection, PipelineInspection, inspect
 from chipmunk_jax.errors import InputError, listed
-from chipmunk_jax.models import MODELS
+from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.pipelines import Variant, variant_of
 
 DESCRIPTION = """\
@@ -23,6 +24,15 @@ examples:
   chipmunk inspect flux-dev                   a folder written by chipmunk convert
   chipmunk inspect --plan flux-dev --height 1024 --width 1024 --batch 4
   chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200"""
+
+
+# What a component that is missing forbids.
+FORBIDS = {
+    "text_encoder": "no prompts; prompt_embeds can be given in their place",
+    "tokenizer": "no prompts; prompt_embeds can be given in their place",
+    "transformer": "no samples",
+    "vae": 'no pixels; latents are made with output_type="latent"',
+}
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -50,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return run_plan(args)
     found = inspect(args.path)
-    print(describe(found))
+    print(describe_pipeline(found) if isinstance(found, PipelineInspection) else describe(found))
     return 0 if found.whole else 1
 
 
@@ -61,15 +71,46 @@ def describe(found: Inspection) -> str:
         "parameters": f"{found.parameters / 1e6:,.2f} M",
         "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
         **{name: str(value) for name, value in found.config.items()},
-        "usual sample": usual(variant_of(MODELS[found.model].config_class(**found.config))),
     }
+    if issubclass(MODELS[found.model], Network):
+        rows["usual sample"] = usual(variant_of(MODELS[found.model].config_class(**found.config)))
+    rows |= faults(found)
+    if found.left_out:
+        rows["left out"] = f"{listed(list(found.left_out))}: beside the network in the file, and not converted"
+    return aligned(found.path, rows)
+
+
+def describe_pipeline(found: PipelineInspection) -> str:
+    """A line for each component, and what those that are missing forbid."""
+    rows = {"pipeline": found.network}
+    for role, one in found.components.items():
+        size = f"{one.parameters / 1e6:,.2f} M parameters, {one.nbytes / 1e9:,.3f} GB, {one.dtype}"
+        rows[role] = "; ".join(
+            [f"{one.model} ({one.layout}), {size}", *(f"{kind} {names}" for kind, names in faults(one).items())]
+        )
+    rows |= {name: "" for name in found.tokenizers}
+    if found.boundary is not None:
+        rows["boundary"] = f"transformer_2 samples from t = {found.boundary:g} down"
+    transformer = found.components.get("transformer")
+    if transformer is not None:
+        rows["usual sample"] = usual(variant_of(MODELS[transformer.model].config_class(**transformer.config)))
+    rows |= {f"missing: {name}": FORBIDS[name.removesuffix("_2")] for name in found.missing}
+    return aligned(found.path, rows)
+
+
+def faults(found: Inspection) -> dict[str, str]:
+    """What does not fit, by kind."""
+    rows = {}
     for kind in ("missing", "unknown", "doubled", "misshapen"):
         if names := getattr(found, kind):
             rows[kind] = f"{len(names)}: {listed(names)}"
-    if found.left_out:
-        rows["left out"] = f"{listed(list(found.left_out))}: beside the network in the file, and not converted"
+    return rows
+
+
+def aligned(title: Path, rows: dict[str, str]) -> str:
+    """A title and a line for each row."""
     width = max(map(len, rows))
-    return "\n".join([str(found.path), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+    return "\n".join([str(title), *(f"  {name:<{width}}  {value}".rstrip() for name, value in rows.items())])
 
 
 def usual(found: Variant) -> str:

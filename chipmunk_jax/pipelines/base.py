@@ -22,7 +22,7 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load
 from chipmunk_jax.models.leaves import parse_dtype
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
-from chipmunk_jax.progress import Callback
+from chipmunk_jax.progress import Callback, Reporter
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from chipmunk_jax.strictness import usual_modes
@@ -261,8 +261,10 @@ class Pipeline:
         fixed |= dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), seed=0)
         arguments.check(self.model, *arrays, uncond=uncond, **fixed)
         table = sampling.plan(self.model, *arrays, **fixed)
-        options = dict(uncond=uncond, sparsity=request.sparsity, progress=progress, callback=callback_on_step_end)
-        tokens = np.asarray(sampling.run(self.model, *arrays, table, **options))
+        title = "sparse" if request.sparsity else "dense"
+        with Reporter(settings["steps"], title, progress, callback_on_step_end) as reporter:
+            state = sampling.run(self.model, *arrays, table, reporter, uncond=uncond, sparsity=request.sparsity)
+        tokens = np.asarray(state.x)
         made = tokens if output_type == "latent" else self.decode(tokens, settings)
         layers = sum(stack.layers for stack in self.network.stacks(noise.shape[1], cond).values())
         return PipelineOutput(
