@@ -76,7 +76,7 @@ def plan(
     seed: int = 0,
     implementation: Implementation | None = None,
 ) -> Table:
-    """The table of a sample; arguments and errors as of sample(). Of noise and cond, the shapes are all that counts."""
+    """The table of a sample; arguments and errors as of sample(). Only the shapes of noise and cond matter."""
     timesteps, solver = parse_timesteps(timesteps), solver or Euler()
     steps = len(timesteps) - 1
     fixed = dict(guidance=guidance, seed=seed, solver=solver, implementation=implementation)
@@ -117,7 +117,7 @@ def start(
         sparsity: that of the table.
 
     Raises:
-        InputError: noise of another shape than the table's and the network's, or no floats; a sparsity that is not the table's.
+        InputError: noise that is no floats or does not fit table and network, or another sparsity than that of the table.
     """
     expected = len(table.order), model.channels
     if noise.shape[1:] != expected or not jnp.issubdtype(noise.dtype, jnp.floating):
@@ -162,7 +162,7 @@ def denoise(
             [B, N, C] in raster order, and the clean sample that it points at. progress.on_step makes one that tells the host.
 
     Raises:
-        InputError: a span of other steps than the table's, or conditions of another batch than the network sees.
+        InputError: a span of steps that the table does not have, or conditions of another batch than the network sees.
     """
     order, back, timesteps, guidance = table.order, table.back, table.timesteps, table.guidance
     steps = len(table.times)
@@ -212,12 +212,12 @@ def both_sides(model: Model, cond: Condition, uncond: Condition | None = None) -
 
 
 def _entries(x: jax.Array, table: Table) -> int:
-    """Entries of the batch that the network sees."""
+    """How many entries the network sees: B, with guidance 2 B."""
     return len(x) if table.guidance is None else 2 * len(x)
 
 
 def _check_entries(cond: Condition, batch: int) -> None:
-    """Raises InputError unless every condition is of the batch that the network sees."""
+    """Raises InputError unless every condition has as many entries as the network sees."""
     if wrong := [name for name, x in cond.items() if len(x) != batch]:
         raise InputError(
             f"condition {wrong[0]} {cond[wrong[0]].shape}: expected a batch of {batch}; guidance takes both_sides()"

@@ -144,9 +144,7 @@ def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any],
         InputError: it is a checkpoint of something else; the message says of what, where that is known.
     """
     layout = layout_of(shapes)
-    if (
-        layout and layout.model in TABLES
-    ):  # registered from outside, so its names may be like those of a kind refused here
+    if layout and layout.model in TABLES:  # registered from outside: its names may be those of a kind that is refused
         return layout
     found = recognise(RELATED, shapes, stated, index) or (None if layout else recognise(STRANGERS, shapes))
     if found:

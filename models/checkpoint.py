@@ -1,6 +1,6 @@
-"""Checkpoints of this library: a folder with config.json and the weights as Orbax writes them.
+"""Checkpoints of this library: a folder of config.json, the weights as Orbax writes them, and files beside them.
 
-config.json is written last and the folder is renamed into place, so a folder that has one is whole.
+config.json is written last and the folder is then renamed into place, so a folder with a config.json is whole.
 """
 
 import json
@@ -34,9 +34,9 @@ class Description:
     """The content of config.json."""
 
     model: str  # of MODELS
-    dtype: str
-    config: Any
-    source: str  # layout that it was converted from; empty where it was not
+    dtype: str  # of DTYPES
+    config: Any  # of the model, FluxConfig for one
+    source: str  # layout that the model was converted from; empty where it was not converted
     stored: int  # bytes of the files of the weights
     files: dict[str, int]  # that it was converted from, and their bytes
 
@@ -86,7 +86,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        InputError: it is not a checkpoint, is half-written, or its weights are not its config's.
+        InputError: the folder is not a checkpoint, is half-written or damaged, or its weights do not fit its config.
     """
     folder = network_in(folder)
     model = check_weights(folder, dtype)
@@ -98,7 +98,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
 
 
 def check_weights(folder: str | Path, dtype: Any = None) -> Network:
-    """The model in `folder`, shapes in place of arrays, whose weights are all there as far as headers tell.
+    """The model in `folder` with shapes in place of arrays, once headers and sizes of files say that all weights are there.
 
     Raises:
         FileNotFoundError, InputError: as load().
@@ -107,7 +107,7 @@ def check_weights(folder: str | Path, dtype: Any = None) -> Network:
     description = describe(folder)
     model = abstract(description.model, description.config, dtype or description.dtype)
     missing, unknown, misshapen = compare(folder, model)
-    # Orbax would find a damaged file halfway through the restore. Leaves too many or misshapen are of another config.
+    # Orbax would find a damaged file halfway through the restore. Too many or misshapen leaves belong to another config.
     damaged = stored_bytes(folder) != description.stored
     if unknown or misshapen or (missing and not damaged):
         kinds = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
@@ -125,7 +125,7 @@ def describe(folder: str | Path) -> Description:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        InputError: it is not a checkpoint of this library, or is half-written.
+        InputError: it is not a checkpoint of one network of this library, or is half-written.
     """
     folder = network_in(folder)
     if not is_checkpoint(folder):
@@ -140,7 +140,7 @@ def describe(folder: str | Path) -> Description:
 
 
 def _refuse(folder: Path) -> NoReturn:
-    """Raises what is to be said of a folder that is no checkpoint."""
+    """Raises the error of a folder that is no checkpoint."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
@@ -171,7 +171,7 @@ def _description(content: dict[str, Any]) -> Description:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is a whole checkpoint of this library, if need be once its replacement, cut off, is restored."""
+    """Whether the folder is a whole checkpoint of this library; a replacement that was cut off is first brought to its end."""
     restore(folder)
     try:
         content = read_config(folder / CONFIG)
@@ -181,7 +181,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether the folder is a checkpoint of this library, whole or half-written: weights alone are half a one."""
+    """Whether the folder is a checkpoint of this library, whole or half-written, with weights alone."""
     return is_checkpoint(folder) or (folder / WEIGHTS).is_dir()
 
 
@@ -244,7 +244,7 @@ def compare(folder: str | Path, model: Component) -> tuple[list[str], list[str],
 
 @contextmanager
 def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place at the end, and is gone after an error.
+    """Yields a new folder, which takes the place of `folder` at the end, and is gone after an error.
 
     Args:
         folder: to write.
@@ -252,7 +252,7 @@ def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator
         need: bytes that the weights take.
 
     Raises:
-        InputError: at once, where `folder` cannot be written, is not ours to replace, or its disk has no room.
+        InputError: at once, where `folder` cannot be written, must not be replaced, or has no room on its disk.
     """
     folder = Path(folder).absolute()
     with whole(folder, wait=False) as partial:
@@ -266,7 +266,7 @@ def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
-    """Raises InputError for a file, a folder that holds something else than a checkpoint, or one that is to be kept."""
+    """Raises InputError for a file, a folder that holds something else than a checkpoint, or a checkpoint without `overwrite`."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, expected a folder to write")
     if not folder.is_dir() or not any(folder.iterdir()):
