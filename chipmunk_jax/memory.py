@@ -83,7 +83,14 @@ def plan(
 
 
 def check_room(
-    model: Model, noise: jax.Array, cond: Condition, *, placed: bool, sparsity: Sparsity | None, **options: Any
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    *,
+    placed: bool,
+    sparsity: Sparsity | None,
+    spare: int = 0,
+    **options: Any,
 ) -> None:
     """Raises InputError if a sample cannot fit the default device beside what lies there.
 
@@ -92,6 +99,7 @@ def check_room(
     Args:
         model, noise, cond, sparsity, options: as of plan().
         placed: whether model, noise and conditions are on the device already; else they need room, too.
+        spare: bytes in use that can be released.
     """
 
     def parts_of(sparsity: Sparsity | None) -> Parts:
@@ -99,6 +107,7 @@ def check_room(
         return {name: size for name, size in parts.items() if not (placed and name in PLACED)}
 
     parts, free = parts_of(sparsity), free_bytes()
+    free = None if free is None else free + spare
     if free is not None and (error := shortage(parts, free, str(jax.devices()[0]), " free")):
         fits = lambda changed: sum(parts_of(changed).values()) <= free
         settings = next((settings for settings, changed in economize(sparsity, parts) if fits(changed)), {})

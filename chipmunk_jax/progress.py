@@ -1,8 +1,9 @@
 """What the host shows and does while a sample runs: a bar, a callback, Ctrl-C. Nothing pure knows of it."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,22 +74,43 @@ def _report(run, step, t, *samples) -> None:
 
 
 def finished(program: jax.stages.Lowered, *args: Any) -> Any:
-    """What the program returns, once that and all callbacks are over.
+    """What the program returns, once that and all callbacks are over."""
+    return executed(compiled(program), *args)  # apart, so that nothing runs after a Ctrl-C while it compiles
+
+
+def compiled(program: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program as the device runs it."""
+    return _in_a_thread(program.compile)
+
+
+def executed(program: jax.stages.Compiled, *args: Any) -> Any:
+    """What a compiled program returns, once that and all callbacks are over."""
+
+    def execute() -> Any:
+        # The caller's modes are those of its thread. A compiled program is one whatever the caller debugs.
+        with usual_modes(), jax.disable_jit(False):
+            out = jax.block_until_ready(program(*args))
+        jax.effects_barrier()  # of this thread
+        return out
+
+    return _in_a_thread(execute)
+
+
+def _in_a_thread(work: Callable[[], Any]) -> Any:
+    """What work() returns.
 
     JAX holds a KeyboardInterrupt until the device is done, and crashes in a process that ends while XLA compiles. So this thread
     only waits, which Ctrl-C ends at once, and another one works, which a process that ends waits for.
     """
-
-    def finish(compiled: jax.stages.Compiled) -> Any:
-        # The caller's modes are those of its thread. A compiled program is one whatever the caller debugs.
-        with usual_modes(), jax.disable_jit(False):
-            out = jax.block_until_ready(compiled(*args))
-        jax.effects_barrier()  # of this thread
-        return out
-
     pool = ThreadPoolExecutor(1, "sample")
     try:
-        compiled = pool.submit(program.compile).result()  # apart, so that nothing runs after a Ctrl-C while it compiles
-        return pool.submit(finish, compiled).result()
+        return pool.submit(work).result()
     finally:
         pool.shutdown(wait=False)
+
+
+@contextmanager
+def phase(title: str, progress: bool) -> Iterator[None]:
+    """Within, a line says what is being done, and for how long."""
+    with tqdm(total=0, desc=title, bar_format="{desc}: {elapsed}", disable=not progress):
+        yield

@@ -137,10 +137,15 @@ def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray
     if not isinstance(tokens, (int, np.integer)) or tokens < 1:
         raise InputError(f"tokens={tokens!r}: expected a whole number, at least 1")
     t = np.linspace(1.0, 0.0, steps + 1)
-    if shift:
-        mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-        t[1:-1] = 1 / (1 + math.exp(-mu) * (1 / t[1:-1] - 1))  # the same, and no overflow for any size
-    return t.astype(np.float32)
+    return (shifted_by_tokens(t, tokens) if shift else t).astype(np.float32)
+
+
+def shifted_by_tokens(t: np.ndarray, tokens: int) -> np.ndarray:
+    """Times [steps + 1] from 1 to 0, f64, shifted as in flux_timesteps."""
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    t = np.array(t, np.float64)
+    t[t > 0] = 1 / (1 + math.exp(-mu) * (1 / t[t > 0] - 1))  # the same, and no overflow for any size
+    return t
 
 
 def shifted_timesteps(steps: int, shift: float) -> np.ndarray:
@@ -150,7 +155,7 @@ def shifted_timesteps(steps: int, shift: float) -> np.ndarray:
         InputError: steps below 1 or above 100,000, a shift that is not positive.
     """
     _check_steps(steps, shift)
-    return _shifted(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
+    return shifted(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
 
 
 def wan_timesteps(steps: int, shift: float) -> np.ndarray:
@@ -163,12 +168,13 @@ def wan_timesteps(steps: int, shift: float) -> np.ndarray:
         InputError: as shifted_timesteps.
     """
     _check_steps(steps, shift)
-    t = _shifted(np.linspace(1.0, 1e-3, steps + 1), shift)
+    t = shifted(np.linspace(1.0, 1e-3, steps + 1), shift)
     t[0], t[-1] = 1 - 1e-6, 0
     return t.astype(np.float32)
 
 
-def _shifted(t: np.ndarray, shift: float) -> np.ndarray:
+def shifted(t: np.ndarray, shift: float) -> np.ndarray:
+    """Times t <- shift t / (1 + (shift - 1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

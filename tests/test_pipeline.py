@@ -206,7 +206,7 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
         (dict(prompt=["red"]), ["'red'", "shape"]),
         (dict(prompt=[3]), ["prompt 3", "a sentence"]),
         (dict(prompt=3), ["prompt 3", "a sentence"]),
-        (dict(prompt=None), ["prompt None", "a sentence"]),
+        (dict(prompt=None), ["no prompts", "at least one"]),
         (dict(prompt=PROMPTS[0], negative_prompt=3), ["prompt 3", "a sentence"]),
         (dict(negative_prompt="red"), ["'red'", "shape"]),
         (dict(negative_prompt=PROMPTS[:2]), ["2 negative prompts for 3 prompts"]),

@@ -24,14 +24,17 @@ CONFIGS = {
     "wan-1.3b": WanConfig(),
     "wan-14b": WanConfig(**WAN_14B),
     "wan-i2v-14b": WanConfig(**WAN_14B, in_dim=36, image_dim=1280),
-    "wan2.2-i2v-a14b": WanConfig(**WAN_14B, in_dim=36),
     "wan2.2-ti2v-5b": WanConfig(dim=3072, ffn_dim=14_336, in_dim=48, out_dim=48, num_heads=24),
 }
+TWO = {
+    "wan2.2-i2v-a14b": WanConfig(**WAN_14B, in_dim=36),
+    "wan2.2-t2v-a14b": WanConfig(**WAN_14B),
+}  # networks of one sample
 SMALL = {
     "mini-flux": FluxConfig(in_channels=12, guidance_embed=False),
     "mini-wan": WanConfig(in_dim=3, out_dim=3, text_dim=64, patch_size=(1, 4, 4)),
 }
-PUBLISHED = {name: VARIANTS[name] for name in CONFIGS}
+PUBLISHED = {name: VARIANTS[name] for name in CONFIGS | TWO}
 USUAL = dataclasses.fields(Variant)
 
 
@@ -41,14 +44,26 @@ def usual(variant):
 
 
 def test_every_published_model_is_found_by_its_config():
-    assert {name: variant_of(config) for name, config in CONFIGS.items()} == PUBLISHED
-    assert {name: variant.config for name, variant in PUBLISHED.items()} == CONFIGS
+    found = {name: variant_of(config) for name, config in CONFIGS.items()}
+    found |= {name: variant_of(config, VARIANTS[name].boundary) for name, config in TWO.items()}
+    assert found == PUBLISHED and all(name == variant.name for name, variant in found.items())
+    assert {name: variant.config for name, variant in PUBLISHED.items()} == CONFIGS | TWO
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_one_of_two_networks_is_sampled_alone_and_two_at_the_boundary_of_their_release(name):
+    alone, moved = variant_of(TWO[name]), variant_of(TWO[name], 0.8)
+    assert alone.boundary is None and "guidance_2" not in alone.complete()
+    assert moved == dataclasses.replace(VARIANTS[name], boundary=0.8)
+    assert moved.complete()["guidance_2"] == VARIANTS[name].guidance_2
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_row_is_found_by_its_own_config_and_names_its_network(name):
     found = VARIANTS[name]
-    assert variant_of(found.config) is found and isinstance(found.config, MODELS[found.network].config_class)
+    assert variant_of(found.config, found.boundary) is found and isinstance(
+        found.config, MODELS[found.network].config_class
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +75,6 @@ def test_a_row_is_found_by_its_own_config_and_names_its_network(name):
         (WanConfig(dim=256, num_heads=2), "wan-1.3b"),
         (WanConfig(**WAN_14B | dict(num_layers=3)), "wan-14b"),
         (WanConfig(in_dim=36, image_dim=1280), "wan-i2v-14b"),
-        (WanConfig(in_dim=36), "wan2.2-i2v-a14b"),
         (WanConfig(in_dim=48, out_dim=48), "wan2.2-ti2v-5b"),
     ],
 )
@@ -99,6 +113,7 @@ def test_the_usual_sample_of_a_model_fits_it(name):
         ("wan-14b", (21, 45, 80), wan_timesteps(50, 5.0)),
         ("wan-i2v-14b", (21, 45, 80), wan_timesteps(40, 5.0)),
         ("wan2.2-i2v-a14b", (21, 45, 80), wan_timesteps(40, 5.0)),
+        ("wan2.2-t2v-a14b", (21, 45, 80), wan_timesteps(40, 12.0)),
         ("wan2.2-ti2v-5b", (31, 22, 40), wan_timesteps(50, 5.0)),
     ],
 )
@@ -135,9 +150,10 @@ def test_true_guidance_and_the_condition_are_not_taken_for_each_other():
         "wan-14b": (5.0, None),
         "wan-i2v-14b": (5.0, None),
         "wan2.2-i2v-a14b": (3.5, None),
+        "wan2.2-t2v-a14b": (4.0, None),
         "wan2.2-ti2v-5b": (5.0, None),
     }
-    for name, config in CONFIGS.items():
+    for name, config in (CONFIGS | TWO).items():
         assert (PUBLISHED[name].distilled is not None) == getattr(config, "guidance_embed", False)
         rows = {"hunyuan-video": 256, "flux-schnell": 256}.get(name, 512)
         assert PUBLISHED[name].text_rows == config.text_rows[1] == rows

@@ -7,7 +7,7 @@ from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.checkpoint import describe
 from chipmunk_jax.pipelines import VARIANTS, variant_of
-from chipmunk_jax.pipelines.base import MOST_SAMPLES
+from chipmunk_jax.pipelines.request import MOST_SAMPLES
 from chipmunk_jax.pipelines.room import PlannedSample, remedies
 
 

@@ -1,60 +1,60 @@
 """Pipeline: a checkpoint, prompts in, pixels out, in the words of diffusers: check, encode, denoise, decode."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from chipmunk_jax import arguments, memory, sampling
-from chipmunk_jax.arguments import check_guidance, check_implementation, check_seed
-from chipmunk_jax.convert import open_source, read
+from chipmunk_jax import memory, sampling
+from chipmunk_jax.arguments import check, check_implementation, placed
+from chipmunk_jax.convert import Folder, open_folder, open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load
-from chipmunk_jax.models.leaves import parse_dtype
+from chipmunk_jax.models import Component
+from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
+from chipmunk_jax.models.leaves import abstract, parse_dtype
+from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
+from chipmunk_jax.pipelines.residents import Offload, Residents
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
-from chipmunk_jax.progress import Callback, Reporter
+from chipmunk_jax.progress import Callback, Reporter, phase
 from chipmunk_jax.schedule import density, full_steps
-from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.solvers import Solver
+from chipmunk_jax.sparsity import Sparsity
 from chipmunk_jax.strictness import usual_modes
 from pallas_kernels import Implementation
 
-MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
 OUTPUT_TYPES = ("pil", "np", "latent")
-Auto = Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """A sample that fits its pipeline."""
+class Stage:
+    """What a part of a sample took."""
 
-    prompts: list[str]  # B, each as often as it is sampled
-    negative_prompts: list[str] | None  # B; None: no prompt on the other side
-    settings: Settings
-    seed: int
-    sparsity: Sparsity | None
+    seconds: float  # weights read and compilation included
+    peak_bytes: (
+        int | None
+    )  # the most that the device had in use in this process until its end; None where it does not tell
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineOutput:
     """What a pipeline made, and how."""
 
-    images: Any = (
-        None  # of an image model: B PIL images, [B, H, W, 3] in 0..1, or latents [B, N, C]; None of a video model
-    )
-    frames: Any = (
-        None  # of a video model: B lists of PIL images, [B, T, H, W, 3] in 0..1, or latents; None of an image model
-    )
+    # Of an image model: B PIL images, [B, H, W, 3] in 0..1, or latents; None of a video model.
+    images: Any = None
+    # Of a video model: B lists of PIL images, [B, T, H, W, 3] in 0..1, or latents; None of an image model.
+    frames: Any = None
     seconds: float  # of all of it, compilation included
+    stages: dict[str, Stage] = field(default_factory=dict)  # "text", "transformer", "decoder"
     density: dict[str, float]  # shares of keys and neurons computed over all steps and layers: "attention", "mlp"
     full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block
@@ -64,17 +64,33 @@ class PipelineOutput:
 class Pipeline:
     """A model with what stands around it. Subclasses add load_parts(), encode() and decode()."""
 
-    def __init__(self, folder: str | Path, variant: Variant, dtype: str | None):
-        self.folder, self.variant, self.dtype = Path(folder), variant, dtype
+    # Arguments that only some pipelines take, of Arguments.
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        folder: Folder,
+        variant: Variant,
+        dtype: str | None,
+        offload: Offload = "auto",
+        configs: Mapping[str, Any] | None = None,
+    ):
+        self.folder, self.variant, self.dtype = folder, variant, dtype
+        self.configs = {"transformer": variant.config} | dict(configs or {})
+        shapes = {role: abstract(*self._kind(role)) for role in folder.components}
+        self.residents = Residents(self._load, shapes, offload)
         self.load_parts()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: str | None = None) -> Self:
-        """The pipeline of a checkpoint; its weights are placed on the device by the first call.
+    def from_pretrained(cls, folder: str | Path, *, dtype: str | None = None, offload: Offload = "auto") -> Self:
+        """The pipeline of a checkpoint; weights are placed on the device when a call needs them.
 
         Args:
-            folder: written by `chipmunk convert`, or a PyTorch checkpoint as convert takes it, which is read as it is.
+            folder: written by `chipmunk convert`, or a PyTorch checkpoint as convert takes it, which is read as it is: a diffusers
+                folder, the original team's, or a file.
             dtype: "bfloat16" or "float32"; None: float32 on a CPU, which is faster there, else as saved, bfloat16 from PyTorch.
+            offload: when a component leaves the device: "auto", where another one needs its room; "model", once another one is
+                used; "none", never.
 
         Raises:
             FileNotFoundError, InputError: no such checkpoint, half a one, or one of a model that has no pipeline yet.
@@ -82,129 +98,112 @@ class Pipeline:
         if not isinstance(folder, (str, Path)):
             raise InputError(f"folder={folder!r}: expected the path of a checkpoint")
         dtype = dtype if dtype is None else parse_dtype(dtype).name
-        converted = is_converted(Path(folder))
-        found = describe(folder) if converted else open_source(folder)
-        variant = variant_of(found.config)
-        network = variant.network
+        found = open_folder(folder)
+        if "transformer" not in found.components:
+            raise InputError(f"{folder}: no transformer, which samples are made with")
+        configs = {role: _config_of(path) for role, path in found.components.items()}
+        variant = variant_of(configs["transformer"], found.boundary)
         if variant.pipeline is None:
             raise InputError(
-                f"{folder}: a {network} model, whose text encoders and VAE are not here yet; chipmunk_jax.sample takes what "
-                "they would give"
+                f"{folder}: a {variant.network} model, whose text encoders and VAE are not here yet; chipmunk_jax.sample takes "
+                "what they would give"
             )
         if not issubclass(variant.pipeline, cls):
-            raise InputError(f"{folder}: a {network} model, expected one of a {cls.__name__}")
-        if converted:
-            check_weights(folder)
-        else:
-            found.check()
-        return variant.pipeline(folder, variant, dtype)
+            raise InputError(f"{folder}: a {variant.network} model, expected one of a {cls.__name__}")
+        return variant.pipeline(found, variant, dtype, offload, configs)
 
     def load_parts(self) -> None:
-        """Reads what stands around the network: text encoders, VAE."""
+        """Reads what stands around the networks."""
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """The conditions that prompts make, each [B, ..].
+    def check_request(self, request: Request) -> None:
+        """Raises InputError where prompts, embeddings or latents do not fit."""
 
-        Raises:
-            InputError: a prompt that the text encoders do not take.
-        """
+    def encode(self, side: Side, request: Request) -> Condition:
+        """The conditions of one side of guidance, each [B, ..]."""
         raise NotImplementedError
 
     def decode(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
         """Images [B, H, W, 3] or videos [B, T, H, W, 3], f32 in 0..1, of tokens [B, N, C] in raster order."""
         raise NotImplementedError
 
-    @cached_property
+    def to_tokens(self, latents: np.ndarray, settings: Settings) -> np.ndarray:
+        """Tokens [B, N, C] of latents as the pipeline takes and gives them."""
+        return latents
+
+    def to_latents(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
+        """The inverse of to_tokens()."""
+        return tokens
+
+    def scales(self, given: Arguments) -> dict[str, Any]:
+        """The scales of guidance as settings, by name."""
+        return {"guidance": given.guidance_scale}
+
+    def refuse_unused(self, given: Arguments) -> None:
+        """Raises InputError for an argument that this pipeline does not take."""
+        for name in OF_SOME:
+            if getattr(given, name) is not None and name not in self.takes:
+                raise InputError(f"{name}: expected none, as a {type(self).__name__} takes none")
+
+    @property
     def network(self) -> Model:
         """The network, shapes in place of weights."""
-        return self.variant.shapes(self.variant.complete(), 1, self.dtype or "float32")[0]
+        return self.residents.shapes["transformer"]
 
-    @cached_property
+    @property
     def model(self) -> Model:
         """The network with its weights, on the default device."""
-        dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-        return load(self.folder, dtype) if is_checkpoint(self.folder) else read(self.folder, dtype or "bfloat16")
+        return self.residents.place("transformer", beside=0)
 
     @property
     def origin(self) -> dict[str, str]:
         """What else a sample depends on than on its settings, by name, for the file that holds it."""
         return {
             "model": self.variant.name,
-            "checkpoint": self.folder.resolve().name,
+            "checkpoint": self.folder.path.resolve().name,
             "solver": type(self.variant.solver).__name__,
-            "dtype": jnp.dtype(self.model.dtype).name,
+            "dtype": jnp.dtype(self.network.dtype).name,
             "version": version("chipmunk-jax"),
         }
 
     @usual_modes()
-    def check(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int = 0,
-        sparsity: Sparsity | Auto | str | Path | dict[str, Any] | None = "auto",
-    ) -> Request:
+    def check(self, prompt: Prompts | None = None, **given: Any) -> Request:
         """What a call with these arguments samples, before any weights are read.
+
+        Args:
+            prompt, given: as a call takes them.
 
         Raises:
             InputError: a prompt, size or setting that does not fit.
         """
-        given = _sentences(prompt)
-        if not given:
-            raise InputError("no prompts: expected at least one")
-        count = num_images_per_prompt
-        if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
-            raise InputError(f"num_images_per_prompt={count}: expected at least 1")
-        if len(given) * count > MOST_SAMPLES:
-            raise InputError(f"num_images_per_prompt={count}: expected at most {MOST_SAMPLES // len(given)}")
-        negative_prompt = self.variant.negative_prompt or None if negative_prompt is None else negative_prompt
-        against = None if negative_prompt is None else _sentences(negative_prompt)
-        if isinstance(negative_prompt, str):
-            against = [negative_prompt] * len(given)
-        if against is not None and len(against) != len(given):
-            raise InputError(f"{len(against)} negative prompts for {len(given)} prompts: expected one, or as many")
-        for one in (*given, *(against or ())):
-            if not isinstance(one, str):
-                raise InputError(f"prompt {one!r}: expected a sentence")
-        self.encode(list(dict.fromkeys(given)))
-        if against is not None:
-            self.encode(list(dict.fromkeys(against)))
-        sizes = dict(frames=num_frames, height=height, width=width)
-        settings = self.variant.complete(**sizes, steps=num_inference_steps, guidance=guidance_scale)
-        check_guidance(settings["guidance"])
-        check_seed(seed, len(given) * count)
-        found = self.variant.preset if isinstance(sparsity, str) and sparsity == "auto" else sparsity
-        found = None if found is None else load_sparsity(found)
-        self.variant.check(settings, found)
-        every = lambda prompts: [one for one in prompts for _ in range(count)]
-        return Request(
-            prompts=every(given),
-            negative_prompts=None if against is None else every(against),
-            settings=settings,
-            seed=int(seed),
-            sparsity=found,
-        )
+        return read_request(self, Arguments(prompt=prompt, **given))
 
     @usual_modes()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts | None = None,
         *,
-        negative_prompt: str | Sequence[str] | None = None,
+        prompt_2: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
+        negative_prompt_2: Prompts | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        solver: Solver | str | None = None,
         guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        true_cfg_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int = 0,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
+        max_sequence_length: int | None = None,
+        image: Any = None,
         sparsity: Sparsity | Auto | str | Path | dict[str, Any] | None = "auto",
         callback_on_step_end: Callback | None = None,
         output_type: Literal["pil", "np", "latent"] = "pil",
@@ -215,17 +214,30 @@ class Pipeline:
 
         Args:
             prompt: a sentence or several.
+            prompt_2: what the second text encoder reads, of FLUX (T5); None: the same.
             negative_prompt: what to guide away from, one for all prompts or one each; None: the model's usual one, or nothing.
+            negative_prompt_2: of the second text encoder; None: the same.
             height, width: pixels.
             num_frames: of a video.
             num_inference_steps: of the model's solver.
-            guidance_scale: of true guidance, against the negative prompt; 1 is none and takes half as long.
+            sigmas: in place of num_inference_steps, times from 1 down, shifted as the model's usual ones are; 0 is added.
+            timesteps: in place of num_inference_steps, times as they are, from 1 or 1000 down; 0 is added.
+            solver: "euler", "unipc" or one of chipmunk_jax.solvers; None: the model's.
+            guidance_scale: of true guidance, against the negative prompt; up to 1 is none and takes half as long. FLUX.1-dev was
+                trained with this scale, and takes it as a condition.
+            guidance_scale_2: of the second network of Wan2.2; None: guidance_scale where that is given, else the usual one.
+            true_cfg_scale: of true guidance of FLUX, above 1 and with a negative prompt; None: none.
             num_images_per_prompt: images or videos of each prompt.
             seed: of the noise, 0 to 2^32 - B; sample i draws from seed + i, so it comes out the same in any batch.
+            latents: the noise, in place of that of the seed, f32: of FLUX packed [B, N, 64], of videos [B, C, T, h, w].
+            prompt_embeds, pooled_prompt_embeds: in place of prompts, [B, T, D] of T5 or UMT5 and of FLUX [B, D] of CLIP.
+            negative_prompt_embeds, negative_pooled_prompt_embeds: those of the negative prompt.
+            max_sequence_length: tokens of a prompt that T5 or UMT5 reads; None: as many as the model takes.
+            image: of a pipeline that takes one.
             sparsity: "auto" is the model's own preset; a preset's name, a file, or a Sparsity; None samples densely.
             callback_on_step_end: called as callback(step, t, latents, clean) after every step: the time that it led to, 1 to 0,
                 the tokens [B, N, C], and the clean tokens that they point at, raster order.
-            output_type: "pil", "np" (f32 in 0..1), or "latent" (the tokens).
+            output_type: "pil", "np" (f32 in 0..1), or "latent" (as `latents`).
             progress: draws a bar.
             implementation: of the kernels, see pallas_kernels.dispatch.choose.
 
@@ -235,53 +247,192 @@ class Pipeline:
             InputError: a prompt, size or setting that does not fit, or no room; before anything is compiled.
             NotFiniteError: a sample is not finite; it says from which step on.
         """
+        start = time.perf_counter()
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end={callback_on_step_end!r}: expected a function, or None")
-        start, variant = time.perf_counter(), self.variant
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         check_implementation(implementation)
         request = self.check(
-            prompt, negative_prompt=negative_prompt, height=height, width=width, num_frames=num_frames,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt, seed=seed, sparsity=sparsity,
+            prompt, prompt_2=prompt_2, negative_prompt=negative_prompt, negative_prompt_2=negative_prompt_2, height=height,
+            width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, sigmas=sigmas, timesteps=timesteps,
+            solver=solver, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2, true_cfg_scale=true_cfg_scale,
+            num_images_per_prompt=num_images_per_prompt, seed=seed, latents=latents, prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, max_sequence_length=max_sequence_length, image=image,
+            sparsity=sparsity,
         )  # fmt: skip
-        settings, batch = request.settings, len(request.prompts)
-        scale = None if settings["guidance"] in (None, 1) else settings["guidance"]
-        fixed = dict(sparsity=request.sparsity, guidance=scale, solver=variant.solver, implementation=implementation)
-        # Before the noise is drawn and prompts are encoded, which for an absurd size or batch have no room either.
-        _, noise, cond = variant.shapes(settings, batch, self.model.dtype)
-        memory.check_room(self.model, noise, cond, placed=True, steps=settings["steps"], **fixed)
-        draw = lambda i: jax.random.normal(jax.random.key(request.seed + i), noise.shape[1:])
-        against = request.negative_prompts if scale is not None else None
-        arrays = jnp.stack([draw(i) for i in range(batch)]), self.encode(request.prompts)
-        uncond = None if against is None else self.encode(against)
-        *arrays, uncond = arguments.placed(self.model, *arrays, uncond)
-        # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
-        fixed |= dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), seed=0)
-        arguments.check(self.model, *arrays, uncond=uncond, **fixed)
-        table = sampling.plan(self.model, *arrays, **fixed)
-        title = "sparse" if request.sparsity else "dense"
-        with Reporter(settings["steps"], title, progress, callback_on_step_end) as reporter:
-            state = sampling.run(self.model, *arrays, table, reporter, uncond=uncond, sparsity=request.sparsity)
-        tokens = np.asarray(state.x)
-        made = tokens if output_type == "latent" else self.decode(tokens, settings)
-        layers = sum(stack.layers for stack in self.network.stacks(noise.shape[1], cond).values())
+        if output_type != "latent":
+            self.check_decoder()
+        stages: dict[str, Stage] = {}
+        spans = self._spans(request, implementation)
+        with _timed(stages, "text"), phase("text", progress):
+            noise, cond, uncond = self._inputs(request, guided=any(span.guidance is not None for span in spans))
+        with _timed(stages, "transformer"):
+            tokens = self._denoise(request, spans, noise, cond, uncond, progress, callback_on_step_end, implementation)
+        with _timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
+            settings = request.settings
+            made = self.to_latents(tokens, settings) if output_type == "latent" else self.decode(tokens, settings)
+        tables = [span.table for span in spans]
         return PipelineOutput(
-            **{"frames" if variant.video else "images": to_pil(made) if output_type == "pil" else made},
+            **{"frames" if self.variant.video else "images": to_pil(made) if output_type == "pil" else made},
             seconds=time.perf_counter() - start,
-            density=density(table.step, layers),
-            full_steps=tuple(np.flatnonzero(full_steps(table.step, settings["steps"])).tolist()),
-            skipped_steps=() if table.step.skip is None else tuple(np.flatnonzero(table.step.skip).tolist()),
+            stages=stages,
             settings=settings | {"seed": request.seed},
+            **computed(tables, self.layers(request)),
         )
 
+    def layers(self, request: Request) -> int:
+        """Layers of the network."""
+        _, noise, cond = self.variant.shapes(request.settings, 1, self.network.dtype)
+        return sum(stack.layers for stack in self.network.stacks(noise.shape[1], cond).values())
 
-def _sentences(prompt: str | Sequence[str]) -> list[str]:
-    """One or several as a list, whatever else is given too, so that it is told by its value."""
-    return list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
+    def check_decoder(self) -> None:
+        """Raises InputError where pixels cannot be made."""
+
+    def _spans(self, request: Request, implementation: Implementation | None) -> list["Span"]:
+        """What each network does, planned and with room, before noise is drawn and prompts are encoded."""
+        settings, solver = request.settings, request.solver
+        steps, boundary = settings["steps"], self.variant.boundary
+        switch = steps if boundary is None else int(np.sum(solver.times(request.timesteps) >= np.float32(boundary)))
+        parts = [("transformer", 0, switch, settings["guidance"])]
+        parts += [("transformer_2", switch, steps, settings["guidance_2"])] if boundary is not None else []
+        _, noise, cond = self.variant.shapes(settings, request.batch, self.network.dtype)
+        spans = []
+        for role, first, stop, scale in parts:
+            if first == stop:
+                continue
+            self.variant.check(settings | {"steps": stop - first}, request.sparsity)
+            # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
+            fixed = dict(sparsity=request.sparsity, guidance=scale if guides(scale) else None, solver=solver)
+            times = request.timesteps[first : stop + 1]
+            arrays = self.residents.shapes[role], noise, cond
+            table = sampling.plan(
+                *arrays,
+                timesteps=times,
+                grid=self.variant.grid(settings),
+                seed=0,
+                implementation=implementation,
+                **fixed,
+            )
+            options = fixed | dict(steps=stop - first, implementation=implementation)
+            memory.check_room(*arrays, placed=role in self.residents, spare=self.residents.releasable, **options)
+            need = sum(size for name, size in memory.plan(*arrays, **options).items() if name != "weights")
+            spans.append(
+                Span(role=role, first=first, table=table, timesteps=times, guidance=fixed["guidance"], need=need)
+            )
+        return spans
+
+    def _inputs(self, request: Request, *, guided: bool) -> tuple[jax.Array, Condition, Condition | None]:
+        """Noise [B, N, C], and the conditions of both sides, each [B, ..]."""
+        settings, batch = request.settings, request.batch
+        _, noise, _ = self.variant.shapes(settings, batch, self.network.dtype)
+        if request.latents is None:
+            draw = lambda i: jax.random.normal(jax.random.key(request.seed + i), noise.shape[1:])
+            drawn = jnp.stack([draw(i) for i in range(batch)])
+        else:
+            drawn = self.to_tokens(request.latents, settings)
+        sides = [request.wanted, self.unwanted(request) if guided else None]
+        scale = {"guidance": jnp.full(batch, settings["distilled"], jnp.float32)} if "distilled" in settings else {}
+        return drawn, *(None if side is None else self.encode(side, request) | scale for side in sides)
+
+    def unwanted(self, request: Request) -> Side | None:
+        """The other side of guidance; None: zeros for all that a prompt makes."""
+        return request.unwanted
+
+    def _denoise(self, request, spans, noise, cond, uncond, progress, callback, implementation) -> np.ndarray:
+        """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise."""
+        state, given = None, dict(sparsity=request.sparsity)
+        title = "sparse" if request.sparsity else "dense"
+        with Reporter(request.settings["steps"], title, progress, callback) as reporter:
+            for span in spans:
+                model = self.residents.place(span.role, span.need)
+                arrays = placed(model, noise, cond, uncond if span.guidance is not None else None)
+                fixed = dict(guidance=span.guidance, solver=request.solver, implementation=implementation, seed=0)
+                check(
+                    model, *arrays[:2], uncond=arrays[2], timesteps=span.timesteps, grid=self.variant.grid(request.settings),
+                    **given, **fixed,
+                )  # fmt: skip
+                reporter.first = span.first
+                state = sampling.run(
+                    model, *arrays[:2], span.table, reporter, uncond=arrays[2], carried=state, **given
+                )  # fmt: skip
+                del model, arrays  # which the next one may need the room of
+        return np.asarray(state.x)
+
+    def _kind(self, role: str) -> tuple[str, Any, str]:
+        """Name in MODELS, config and dtype of a component."""
+        path = self.folder.components[role]
+        found = describe(path) if is_checkpoint(path) else None
+        name = found.model if found else open_source(path).layout.model
+        usual = "float32" if jax.default_backend() == "cpu" else found.dtype if found else "bfloat16"
+        return name, self.configs[role], self.dtype or usual
+
+    def _load(self, role: str) -> Component:
+        """The component with its weights, on the default device."""
+        path, dtype = self.folder.components[role], self._kind(role)[2]
+        return load(path, dtype) if is_checkpoint(path) else read(path, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Steps that one network runs."""
+
+    role: str  # of the network
+    first: int  # step
+    table: sampling.Table
+    timesteps: np.ndarray  # f32 [steps + 1]
+    guidance: float | None  # scale of true guidance; None: one side alone
+    need: int  # bytes beside the weights
+
+
+# Arguments that not every pipeline takes.
+OF_SOME = (
+    "prompt_2", "negative_prompt_2", "guidance_scale_2", "true_cfg_scale", "prompt_embeds", "pooled_prompt_embeds",
+    "negative_prompt_embeds", "negative_pooled_prompt_embeds", "max_sequence_length", "image",
+)  # fmt: skip
+
+
+def guides(scale: float | None) -> bool:
+    """Whether a scale of true guidance needs the other side."""
+    return scale is not None and scale > 1
+
+
+def computed(tables: Sequence[sampling.Table], layers: int) -> dict[str, Any]:
+    """What of a sample was computed: density, full_steps and skipped_steps of PipelineOutput."""
+    counts = [len(table.times) for table in tables]
+    shares = [density(table.step, layers) for table in tables]
+    starts = np.cumsum([0, *counts])
+    full = [start + np.flatnonzero(full_steps(t.step, n)) for start, t, n in zip(starts, tables, counts, strict=False)]
+    skips = [
+        start + np.flatnonzero(t.step.skip) for start, t in zip(starts, tables, strict=False) if t.step.skip is not None
+    ]
+    return {
+        "density": {name: float(np.average([s[name] for s in shares], weights=counts)) for name in shares[0]},
+        "full_steps": tuple(np.concatenate(full).tolist()),
+        "skipped_steps": tuple(np.concatenate([np.zeros(0, int), *skips]).tolist()),
+    }
 
 
 def to_pil(pixels: np.ndarray) -> list[Any]:
     """Images of [B, H, W, 3] in 0..1, lists of frames of [B, T, H, W, 3]."""
     return [to_pil(one) if one.ndim == 4 else Image.fromarray(to_bytes(one)) for one in pixels]
+
+
+@contextmanager
+def _timed(stages: dict[str, Stage], name: str) -> Iterator[None]:
+    """Adds what happens within as a stage."""
+    start = time.perf_counter()
+    yield
+    stats = jax.devices()[0].memory_stats()
+    stages[name] = Stage(seconds=time.perf_counter() - start, peak_bytes=stats and stats.get("peak_bytes_in_use"))
+
+
+def _config_of(path: Path) -> Any:
+    """The config of a component, whose files are all there as far as headers tell."""
+    if is_checkpoint(path):
+        check_weights(path)
+        return describe(path).config
+    source = open_source(path)
+    source.check()
+    return source.config

@@ -15,6 +15,7 @@ from chipmunk_jax.model import Condition
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.wan import WanConfig
 from chipmunk_jax.pipelines.base import Pipeline
+from chipmunk_jax.pipelines.request import Request, Side
 from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import UniPC
 
@@ -91,10 +92,15 @@ class PixelPipeline(Pipeline):
     channels_first = False  # whether a token's values are (channel, row, column), else (.., row, column, channel)
 
     def load_parts(self) -> None:
-        self.words = WordTable.load(self.folder)
+        self.words = WordTable.load(self.folder.path)
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        encoded = self.words.encode(prompts)
+    def check_request(self, request: Request) -> None:
+        for side in (request.wanted, request.unwanted):
+            if side is not None:
+                self.words.encode(list(dict.fromkeys(side.prompts)))
+
+    def encode(self, side: Side, request: Request) -> Condition:
+        encoded = self.words.encode(side.prompts)
         return {name: encoded[name] for name in self.network.prompted}
 
     def random_prompts(self, count: int, seed: int) -> list[str]:

@@ -15,7 +15,16 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.leaves import abstract
 from chipmunk_jax.pinned_keys import check_grid
 from chipmunk_jax.schedule import check_schedules
-from chipmunk_jax.solvers import Euler, Solver, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
+from chipmunk_jax.solvers import (
+    Euler,
+    Solver,
+    UniPC,
+    flux_timesteps,
+    shifted,
+    shifted_by_tokens,
+    shifted_timesteps,
+    wan_timesteps,
+)
 from chipmunk_jax.sparsity import PRESETS, Sparsity
 
 MOST_SIDE = 2**20  # pixels or frames: a mistyped number must not be taken for work
@@ -44,6 +53,10 @@ class Variant:
     shift: float | None = None  # of the times; None: by the number of tokens, as in FLUX.1-dev
     small_shift: float | None = None  # in its place at up to 480 x 832 pixels; None: the same
     guidance: float | None = None  # scale of true guidance, as sample() takes it; None: none
+    boundary: float | None = (
+        None  # time, 1 to 0, at which a second network of the same sizes takes over; None: there is one
+    )
+    guidance_2: float | None = None  # scale of the second network's
     distilled: float | None = None  # scale of a guidance that is a condition, cond["guidance"]
     negative_prompt: str = ""  # the other side of true guidance
     text: int | None = None  # rows of text; None: as many as the network takes at most
@@ -56,7 +69,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The row of VARIANTS with this network; of other sizes than any, the network."""
-        return next((name for name, row in VARIANTS.items() if row.config == self.config), self.network)
+        sizes = lambda row: (row.config, row.boundary is None)
+        return next((name for name, row in VARIANTS.items() if sizes(row) == sizes(self)), self.network)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -76,11 +90,13 @@ class Variant:
         """The settings of a sample; the usual ones where those given are None or none are.
 
         Raises:
-            InputError: frames of an image, or another name.
+            InputError: frames of an image, a scale that the model does not take, or another name.
         """
         if not self.video and (frames := settings.pop("frames", None)) is not None:
             raise InputError(f"frames={frames}: expected none, as this model makes images")
-        usual = {name: getattr(self, name) for name in (*self.axes, "steps", "guidance")}
+        scales = {"guidance_2": self.boundary, "distilled": self.distilled}  # only where the model has them
+        names = (*self.axes, "steps", "guidance", *(name for name, has in scales.items() if has is not None))
+        usual = {name: getattr(self, name) for name in names}
         if unknown := settings.keys() - usual.keys():
             raise InputError(f"unknown setting {', '.join(sorted(unknown))}; known are {', '.join(usual)}")
         return usual | {name: value for name, value in settings.items() if value is not None}
@@ -105,7 +121,8 @@ class Variant:
             unit = "" if name == "frames" else " pixels"
             expected = f"a positive multiple of {side}{unit}" if side > 1 else "at least 1"
             expected = f"a multiple of {side}, and one" if lone else expected
-            raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
+            near = _nearest(pixels, side, lone) if whole and side > 1 else ""
+            raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}{near}")
         if pixels > MOST_SIDE:
             raise InputError(f"{name}={pixels}: expected at most {MOST_SIDE}")
         return lone + (pixels - lone) // side
@@ -119,9 +136,18 @@ class Variant:
         settings = settings or self.complete()
         if self.shift is None:
             return flux_timesteps(settings["steps"], math.prod(self.grid(settings)))
-        small = self.small_shift is not None and settings["height"] * settings["width"] <= SMALL_IMAGE
         spaced = wan_timesteps if isinstance(self.solver, UniPC) else shifted_timesteps
-        return spaced(settings["steps"], self.small_shift if small else self.shift)
+        return spaced(settings["steps"], self._shift(settings))
+
+    def shifted(self, times: np.ndarray, settings: Settings) -> np.ndarray:
+        """Evenly spaced or other times [steps + 1], 1 to 0, shifted as those of a sample are, f32."""
+        if self.shift is None:
+            return shifted_by_tokens(times, math.prod(self.grid(settings))).astype(np.float32)
+        return shifted(np.asarray(times, np.float64), self._shift(settings)).astype(np.float32)
+
+    def _shift(self, settings: Settings) -> float | None:
+        small = self.small_shift is not None and settings["height"] * settings["width"] <= SMALL_IMAGE
+        return self.small_shift if small else self.shift
 
     def check(self, settings: Settings, sparsity: Sparsity | None, *, schedules: bool = True) -> None:
         """Raises InputError where sizes, steps or a Sparsity do not fit; it names what does: the model's own preset, or none.
@@ -154,6 +180,13 @@ class Variant:
         return network, array(tokens, network.channels), cond
 
 
+def _nearest(size: int, side: int, lone: int) -> str:
+    """Those of the sizes lone + n side that are nearest to one that is none, in words."""
+    below = (size - lone) // side * side + lone
+    sizes = [one for one in (below, below + side) if max(lone, 1) <= one <= MOST_SIDE] or [max(side, lone)]
+    return f", such as {' or '.join(map(str, sizes))}"
+
+
 SMALL_IMAGE = 480 * 832  # pixels
 
 
@@ -173,15 +206,22 @@ def _misfit(sparsity: Sparsity, grid: tuple[int, ...], steps: int | None) -> str
 VARIANTS: dict[str, Variant] = {}  # by name: rows of the modules beside this one, and those of register()
 
 
-def variant_of(config: Any) -> Variant:
+def variant_of(config: Any, boundary: float | None = None) -> Variant:
     """How a network with this config is usually sampled: its row of VARIANTS, or else the first that says that it matches.
+
+    Args:
+        config: of the network.
+        boundary: time at which a second network of the same sizes takes over; None: there is one.
 
     Raises:
         InputError: there is none.
     """
+    two = boundary is not None
     rows = [row for row in VARIANTS.values() if type(row.config) is type(config)]
+    rows.sort(key=lambda row: (row.boundary is not None) != two)  # one of two networks may be sampled alone
     same = next((row for row in rows if row.config == config), None)
     found = same or next((row.of(config) for row in rows if row.matches(config)), None)
     if found is None:
-        raise InputError(f"config {type(config).__name__}: expected one of a model among {', '.join(VARIANTS)}")
-    return found
+        kind = f"{type(config).__name__}, two networks" if two else type(config).__name__
+        raise InputError(f"config {kind}: expected one of a model among {', '.join(VARIANTS)}")
+    return found if found.boundary == boundary else replace(found, boundary=boundary)

@@ -27,12 +27,19 @@ VARIANTS = {
         width=1280,
         small_shift=3.0,  # the checkpoint for 480p has the sizes of the one for 720p
     ),
-    # One of two experts: the first samples down to t = 0.9, the second from there, both with this guidance. Those of A14B from text
-    # to video have the sizes of wan-14b, and are sampled with a shift of 12 and guidance 4, then 3.
+    # Two networks: the first samples down to the boundary, the second from there.
     "wan2.2-i2v-a14b": Variant(
-        **_WAN | dict(steps=40, guidance=3.5),
+        **_WAN | dict(steps=40, guidance=3.5, guidance_2=3.5, boundary=0.9),
         config=WanConfig(**_14B, in_dim=36),
         matches=lambda config: config.in_dim > config.out_dim,
+        preset="wan-14b",
+        height=720,
+        width=1280,
+    ),
+    "wan2.2-t2v-a14b": Variant(
+        **_WAN | dict(steps=40, shift=12.0, guidance=4.0, guidance_2=3.0, boundary=0.875),
+        config=WanConfig(**_14B),
+        matches=lambda config: True,
         preset="wan-14b",
         height=720,
         width=1280,

@@ -1,0 +1,238 @@
+"""The arguments of a call of a pipeline, in diffusers' words, and the request that they make, before any weights are read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from chipmunk_jax.arguments import check_guidance, check_seed, is_whole, parse_timesteps
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.finite import finite
+from chipmunk_jax.pipelines.variant import Settings, Variant
+from chipmunk_jax.solvers import Euler, Solver, UniPC
+from chipmunk_jax.sparsity import Sparsity, load_sparsity
+
+MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
+SOLVERS: dict[str, Solver] = {"euler": Euler(), "unipc": UniPC()}
+Auto = Literal["auto"]
+Prompts = str | Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a call of a pipeline is given; Pipeline.__call__ says what each is."""
+
+    prompt: Prompts | None = None
+    prompt_2: Prompts | None = None
+    negative_prompt: Prompts | None = None
+    negative_prompt_2: Prompts | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    sigmas: Sequence[float] | None = None
+    timesteps: Sequence[float] | None = None
+    solver: Solver | str | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    true_cfg_scale: float | None = None
+    num_images_per_prompt: int = 1
+    seed: int = 0
+    latents: Any = None
+    prompt_embeds: Any = None
+    pooled_prompt_embeds: Any = None
+    negative_prompt_embeds: Any = None
+    negative_pooled_prompt_embeds: Any = None
+    max_sequence_length: int | None = None
+    image: Any = None
+    sparsity: Sparsity | Auto | str | Path | dict[str, Any] | None = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of guidance: what samples are to show, or are not to."""
+
+    prompts: tuple[str, ...] = ()  # B, or none where embeddings are given
+    prompts_2: tuple[str, ...] = ()  # B, of the second text encoder
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)  # conditions [B, ..] by name, in place of prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Samples that fit their pipeline."""
+
+    batch: int  # B
+    wanted: Side
+    unwanted: Side | None  # the other side of true guidance; None: nothing is said of it
+    settings: Settings
+    timesteps: np.ndarray  # f32 [steps + 1], 1 to 0
+    solver: Solver
+    length: int | None  # rows of text that prompts are read into
+    seed: int
+    latents: np.ndarray | None  # the noise, as the pipeline gives latents; None: drawn from the seed
+    sparsity: Sparsity | None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What each sample is to show; empty where embeddings are given."""
+        return self.wanted.prompts
+
+
+class Reader(Protocol):
+    """What a pipeline knows of its arguments."""
+
+    variant: Variant
+
+    def refuse_unused(self, given: Arguments) -> None:
+        """Raises InputError for an argument that it does not take."""
+
+    def scales(self, given: Arguments) -> dict[str, Any]:
+        """The scales of guidance as settings, by name."""
+
+    def check_request(self, request: Request) -> None:
+        """Raises InputError where prompts, embeddings or latents do not fit."""
+
+
+def read_request(pipeline: Reader, given: Arguments) -> Request:
+    """The request that arguments make.
+
+    Raises:
+        InputError: a prompt, size or setting that does not fit.
+    """
+    variant, count = pipeline.variant, given.num_images_per_prompt
+    pipeline.refuse_unused(given)
+    if not is_whole(count) or count < 1:
+        raise InputError(f"num_images_per_prompt={count!r}: expected at least 1")
+    wanted = _side(given.prompt, given.prompt_2, {"text": given.prompt_embeds, "pooled": given.pooled_prompt_embeds})
+    if wanted is None:
+        raise InputError("no prompts: expected at least one")
+    samples = _size(wanted)
+    if samples * count > MOST_SAMPLES:
+        raise InputError(f"num_images_per_prompt={count}: expected at most {MOST_SAMPLES // samples}")
+    embeddings = {"text": given.negative_prompt_embeds, "pooled": given.negative_pooled_prompt_embeds}
+    negative = given.negative_prompt
+    if negative is None and given.negative_prompt_embeds is None:
+        negative = variant.negative_prompt or None
+    unwanted = _side(negative, given.negative_prompt_2, embeddings, samples)
+    if unwanted and _size(unwanted) != samples:
+        raise InputError(f"{_size(unwanted)} negative prompts for {samples} prompts: expected one, or as many")
+    settings, timesteps = _settings(variant, given, pipeline.scales(given))
+    check_guidance(settings["guidance"])
+    check_seed(given.seed, samples * count)
+    found = variant.preset if isinstance(given.sparsity, str) and given.sparsity == "auto" else given.sparsity
+    found = None if found is None else load_sparsity(found)
+    variant.check(settings, found)
+    request = Request(
+        batch=samples * count,
+        wanted=_each(wanted, count),
+        unwanted=unwanted and _each(unwanted, count),
+        settings=settings,
+        timesteps=variant.timesteps(settings) if timesteps is None else timesteps,
+        solver=_solver(variant, given.solver),
+        length=given.max_sequence_length,
+        seed=int(given.seed),
+        latents=None if given.latents is None else numbers("latents", given.latents),
+        sparsity=found,
+    )
+    pipeline.check_request(request)
+    return request
+
+
+def _side(
+    prompt: Prompts | None, prompt_2: Prompts | None, given: Mapping[str, Any], samples: int | None = None
+) -> Side | None:
+    """One side of guidance, a prompt alone as often as there are samples; None where nothing is said of it."""
+    given = {name: numbers(name, array) for name, array in given.items() if array is not None}
+    if prompt is not None and given:
+        raise InputError("prompts and embeddings of the same side: expected one of them")
+    if given:
+        return Side(given=given)
+    if prompt is None:
+        if prompt_2 is not None:
+            raise InputError("a second prompt without the first: expected both")
+        return None
+    prompts = _sentences(prompt)
+    if not prompts:
+        return None
+    prompts_2 = prompts if prompt_2 is None else _sentences(prompt_2)
+    if isinstance(prompt, str) and samples:
+        prompts = prompts * samples
+    if prompt_2 is None or isinstance(prompt_2, str):
+        prompts_2 = prompts if prompt_2 is None else prompts_2 * len(prompts)
+    if len(prompts_2) != len(prompts):
+        raise InputError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts: expected one, or as many")
+    return Side(prompts=prompts, prompts_2=prompts_2)
+
+
+def _sentences(prompt: Prompts) -> tuple[str, ...]:
+    found = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Sequence) else tuple(prompt)
+    for one in found:
+        if not isinstance(one, str):
+            raise InputError(f"prompt {one!r}: expected a sentence")
+    return found
+
+
+def _size(side: Side) -> int:
+    """Samples that it is of."""
+    return len(side.prompts) or len(next(iter(side.given.values())))
+
+
+def _each(side: Side, count: int) -> Side:
+    """The side with every entry so often."""
+    repeat = lambda prompts: tuple(one for one in prompts for _ in range(count))
+    given = {name: np.repeat(array, count, axis=0) for name, array in side.given.items()}
+    return Side(prompts=repeat(side.prompts), prompts_2=repeat(side.prompts_2), given=given)
+
+
+def _settings(variant: Variant, given: Arguments, scales: Mapping[str, Any]) -> tuple[Settings, np.ndarray | None]:
+    """Sizes, steps and scales of a sample; and its times, where they are given."""
+    steps = given.num_inference_steps
+    times = None
+    if sum(x is not None for x in (given.sigmas, given.timesteps, steps)) > 1:
+        raise InputError("num_inference_steps, sigmas and timesteps: expected one of them")
+    sizes = dict(frames=given.num_frames, height=given.height, width=given.width)
+    if given.timesteps is not None:
+        times = parse_timesteps(_from_thousand(given.timesteps))
+    elif given.sigmas is not None:
+        spaced = parse_timesteps([*numbers("sigmas", given.sigmas).ravel().tolist(), 0.0])
+        settings = variant.complete(**sizes, steps=len(spaced) - 1)
+        times = variant.shifted(spaced, settings)
+    settings = variant.complete(**sizes, steps=steps if times is None else len(times) - 1, **scales)
+    return settings, times
+
+
+def _from_thousand(timesteps: Sequence[float]) -> np.ndarray:
+    """Times from 1 to 0, of such or of diffusers' from 1000, which leave out the 0 at the end."""
+    times = numbers("timesteps", timesteps).ravel()
+    times = times / 1000 if times.size and times.max() > 1 else times
+    return times if times.size and times[-1] == 0 else np.append(times, 0)
+
+
+def _solver(variant: Variant, given: Solver | str | None) -> Solver:
+    if given is None:
+        return variant.solver
+    if isinstance(given, str) and given.lower() in SOLVERS:
+        return SOLVERS[given.lower()]
+    if isinstance(given, (str, type)) or not hasattr(given, "step"):
+        raise InputError(f"solver={given!r}: expected {', '.join(SOLVERS)}, or one such as UniPC()")
+    return given
+
+
+def numbers(name: str, given: Any) -> np.ndarray:
+    """An argument as an array of finite float32.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        array = np.asarray(given)
+        array = np.asarray(array, np.float32) if array.dtype.kind in "fiuV" else None
+    except (ValueError, TypeError):
+        array = None
+    if array is None or not array.size:
+        raise InputError(f"{name}: expected an array of numbers")
+    if not finite(array):
+        raise InputError(f"{name}: holds NaN or infinity, expected finite numbers")
+    return array
