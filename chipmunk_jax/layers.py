@@ -60,6 +60,12 @@ def each_layer(module: nnx.Module, x: jax.Array, axis: int = 0) -> Any:
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, axis), results)
 
 
+def scan_layers(blocks: nnx.Module, x: jax.Array, *args) -> jax.Array:
+    """x after every block of a stack, each called as block(x, *args): of a network that runs once a sample, without caches."""
+    graph, params = nnx.split(blocks)
+    return lax.scan(lambda x, own: (nnx.merge(graph, own)(x, *args), None), x, params)[0]
+
+
 def run_layers(
     blocks: nnx.Module,
     x: Carry,

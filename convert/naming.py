@@ -17,6 +17,16 @@ Sizes = dict[str, tuple[tuple[str, int], ...]]  # field -> (tensor, axis) that h
 LAYERS = 1000  # more than any network has: the name of one tensor must not make a model of a billion layers
 LARGE = 10**6  # more than any size in a network
 ANY = object()  # the value of a field of config.json that does not matter
+# Fields of transformers' config.json on which no state of a text encoder depends: how it is trained, stored, prompted, called.
+TRANSFORMERS = dict.fromkeys(
+    (
+        "attention_dropout", "bos_token_id", "classifier_dropout", "decoder_start_token_id", "dropout", "dropout_rate", "dtype",
+        "initializer_factor", "initializer_range", "is_encoder_decoder", "num_decoder_layers", "output_past", "pad_token_id",
+        "projection_dim", "scalable_attention", "scale_decoder_outputs", "tie_word_embeddings", "tokenizer_class", "torch_dtype",
+        "transformers_version", "use_cache",
+    ),
+    ANY,
+)  # fmt: skip
 
 
 class OneOf(tuple):

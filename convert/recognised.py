@@ -183,19 +183,24 @@ STRANGERS = (
         r"(conv_in|conv1|mid|mid_block|middle|down|up|down_blocks|up_blocks|downsamples|upsamples)\.",
     ),
     Kind(
-        "a CLIP alone",
-        f"it cannot be had by itself; {INSTEAD}",
-        names=r"(^|\.)(text_model|vision_model)\.(encoder|embeddings)\.|^(visual|textual)\.(transformer|patch_embedding)\b",
+        "a CLIP image encoder",
+        NOT_YET,
+        names=r"(^|\.)vision_model\.|(^|\.)embeddings\.(class|patch)_embedding\b|^visual\.",
     ),
     Kind(
-        "a T5 or UMT5 text encoder alone",
-        f"it cannot be had by itself; {INSTEAD}",
-        names=r"(^|\.)(encoder|decoder)\.block\.\d+\.layer\.|^blocks\.\d+\.pos_embedding\.embedding\.|^enc\.blk\.\d+\.",
+        "a CLIP text encoder in other names than those of transformers",
+        f"{NOT_YET}; expected one as in FLUX.1's text_encoder/",
+        names=r"(^|\.)resblocks\.\d|^textual\.|\.text_model\.(encoder|embeddings)\.",
+    ),
+    Kind(
+        "a T5 or UMT5 without its encoder, or in other names than those of transformers and Wan",
+        f"{NOT_YET}; expected one as in FLUX.1's text_encoder_2/ or Wan's text_encoder/",
+        names=r"\.encoder\.block\.\d+\.layer\.|(^|\.)decoder\.block\.\d+\.layer\.|^enc\.blk\.\d+\.",
     ),
     Kind(
         "a language model alone, as HunyuanVideo's text encoder is",
         f"it cannot be had by itself; {INSTEAD}",
-        names=r"(^|\.)layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.",
+        names=r"(^|(?<!encoder)\.)layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.",
     ),
 )
 

@@ -44,13 +44,16 @@ class Layout:
     """One way in which checkpoints of a model are written."""
 
     model: str
-    class_name: str  # in its config.json
+    class_name: str  # in its config.json, as diffusers' or the original's _class_name or as transformers' architectures
     name: str
     marks: tuple[str, ...]  # tensors that tell it: a checkpoint is of the layout of which it has the most
     rules: tuple[Rule, ...]
     configure: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], Any]  # (shapes, config.json) -> config
     # config -> shapes of tensors that some files hold in other shapes, their numbers in the same order
     views: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    # (other name, name) of tensors that files hold under either or, twice the same, under both
+    aliases: tuple[tuple[str, str], ...] = ()
+    beside: str = ""  # regular expression of the names of tensors that some files hold and the network does not have
 
 
 @dataclass(frozen=True)

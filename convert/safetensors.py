@@ -76,6 +76,7 @@ class Tensor:
     offset: int  # of its first byte in the file
     checksum: Checksum | None = None  # of the bytes among which it lies
     scale: "Tensor | None" = None  # of float8: values are the stored ones times this, one number or one per row
+    twin: "Tensor | None" = None  # of another name, which must hold the same
 
     def __post_init__(self) -> None:
         if not self.name.isprintable() or len(self.name) > NAME:
@@ -103,13 +104,17 @@ class Tensor:
         The file is mapped until the last view is gone.
 
         Raises:
-            InputError: the bytes are not those that were written, as far as the file tells.
+            InputError: the bytes are not those that were written, as far as the file tells, or the twin has others.
         """
         if self.checksum:
             self.checksum.compare()
         if self.size == 0:
             return np.zeros(self.shape, self.dtype)
         stored = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        if self.twin and not equal_bytes(stored, self.twin.read()):
+            raise InputError(
+                f"{self.file}: {self.name} and {self.twin.name} differ, expected one tensor under two names"
+            )
         return stored if self.scale is None else scaled(stored, self.scale.read())
 
 
@@ -156,6 +161,12 @@ def parse_entry(file: Path, start: int, name: str, entry: dict) -> Tensor:
     if entry["dtype"] not in DTYPES:
         raise InputError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
     return Tensor(name, file, tuple(entry["shape"]), DTYPES[entry["dtype"]], start + entry["data_offsets"][0])
+
+
+def equal_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays of one shape and dtype hold the same bytes, compared in stretches, as they may be gigabytes."""
+    one, other = (array.reshape(-1).view(np.uint8) for array in (one, other))
+    return all(np.array_equal(one[n : n + CHUNK], other[n : n + CHUNK]) for n in range(0, one.size, CHUNK))
 
 
 def scaled(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:

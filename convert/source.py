@@ -1,6 +1,7 @@
 """What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -86,7 +87,7 @@ def open_source(path: str | Path) -> Source:
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Source(attach_scales(viewed(weights, layout.views(config))), layout, config)
+    return Source(cleared(attach_scales(viewed(weights, layout.views(config))), layout), layout, config)
 
 
 def check_not_converted(path: Path) -> None:
@@ -166,15 +167,40 @@ def viewed(weights: Weights, views: Mapping[str, tuple[int, ...]]) -> Weights:
     return replace(weights, tensors=weights.tensors | seen)
 
 
+def cleared(weights: Weights, layout: Layout) -> Weights:
+    """Weights without what lies beside the network, and with every tensor under one name."""
+    tensors = dict(weights.tensors)
+    beside = [name for name in tensors if layout.beside and re.fullmatch(layout.beside, name)]
+    for name in beside:
+        del tensors[name]
+    doubled = []
+    for other, name in layout.aliases:
+        if (twin := tensors.pop(other, None)) is None:
+            continue
+        if name not in tensors:
+            tensors[name] = twin
+        elif (one := tensors[name]).scale or twin.scale or (one.shape, one.dtype) != (twin.shape, twin.dtype):
+            doubled.append(other)
+        else:
+            tensors[name] = replace(one, twin=twin)
+    # Of a buffer among the network's own names nothing needs to be said.
+    kept = {name.partition(".")[0] for name in tensors}
+    outside = dict.fromkeys(top for name in beside if (top := name.partition(".")[0]) not in kept)
+    return replace(
+        weights, tensors=tensors, doubled=(*weights.doubled, *doubled), left_out=(*weights.left_out, *outside)
+    )
+
+
 def config_of(path: Path, class_name: str, stated: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json of a checkpoint; empty where it belongs to another model, as one beside a single file may.
 
     Raises:
         InputError: config.json in a folder of weights names another class.
     """
-    found = stated.get("_class_name")
+    found = stated.get("_class_name", stated.get("architectures"))
+    found = found[0] if isinstance(found, list) and len(found) == 1 else found
     if path.is_dir() and found not in (None, class_name):
-        raise InputError(f"config.json is of a {found}, expected {class_name}")
+        raise InputError(f"config.json is of a {str(found)[:80]}, expected {class_name}")
     return stated if path.is_dir() or found == class_name else {}
 
 

@@ -1,20 +1,33 @@
 """The networks, text encoders and VAEs, near-textbook Flax NNX, one file each; MODELS names them as checkpoints do."""
 
 from chipmunk_jax.models.blocks import Component, Network
+from chipmunk_jax.models.clip import ClipText, ClipTextConfig
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
+from chipmunk_jax.models.t5 import UMT5_XXL, T5Config, T5Encoder
 from chipmunk_jax.models.wan import Wan, WanConfig
 
-MODELS: dict[str, type[Component]] = {"flux": Flux, "hunyuan_video": HunyuanVideo, "wan": Wan}
+MODELS: dict[str, type[Component]] = {
+    "flux": Flux,
+    "hunyuan_video": HunyuanVideo,
+    "wan": Wan,
+    "clip_text": ClipText,
+    "t5": T5Encoder,
+}
 
 __all__ = [
     "MODELS",
+    "UMT5_XXL",
+    "ClipText",
+    "ClipTextConfig",
     "Component",
     "Flux",
     "FluxConfig",
     "HunyuanVideo",
     "HunyuanVideoConfig",
     "Network",
+    "T5Config",
+    "T5Encoder",
     "Wan",
     "WanConfig",
 ]

@@ -120,11 +120,11 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return layer_norm(x, scale=1 + scale, shift=shift)
 
 
-def layer_norm(x: jax.Array, *, scale: jax.Array, shift: jax.Array) -> jax.Array:
+def layer_norm(x: jax.Array, *, scale: jax.Array, shift: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """scale LayerNorm(x) + shift, computed in float32, in the dtype of x [B, N, D]."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + epsilon)
     return (scale * y + shift).astype(x.dtype)
 
 

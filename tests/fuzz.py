@@ -9,6 +9,7 @@ counts apart.
 import argparse
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -34,8 +35,11 @@ from chipmunk_jax.models.leaves import abstract, leaves_of
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = [
     GOLDEN / name
-    for name in ("flux_schnell/transformer", "hunyuan_video/transformer", "wan_t2v/transformer", "wan_i2v/transformer")
-]
+    for name in (
+        "flux_schnell/transformer", "hunyuan_video/transformer", "wan_t2v/transformer", "wan_i2v/transformer",
+        "clip_text/text_encoder", "t5/text_encoder", "umt5/text_encoder",
+    )
+]  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model"
 SECONDS = 5.0  # after which a case hangs
 LONGEST = 1200  # characters of a message
@@ -79,7 +83,11 @@ JUNK = [
     b"u",
 ]
 # Fields that a network computes with and no tensor tells: another value is another model.
-TOLD_BY_CONFIG_ALONE = {"axes_dims_rope", "rope_axes_dim", "rope_theta", "num_attention_heads", "attention_head_dim"}
+TOLD_BY_CONFIG_ALONE = {
+    "axes_dims_rope", "rope_axes_dim", "rope_theta", "num_attention_heads", "attention_head_dim", "eos_token_id",
+    "relative_attention_max_distance",
+}  # fmt: skip
+LAYER = re.compile(r"(.*?(?:blocks?|layers)\.)(\d+)\.")  # the first part of the name of a tensor that layers have
 
 Random = random.Random
 
@@ -104,9 +112,10 @@ def tensors(folder: Path, rng: Random) -> None:
     name = rng.choice(list(arrays))
     match rng.randrange(7):
         case 0:
-            stack = rng.choice([key.split(".")[0] for key in arrays if "blocks" in key.split(".")[0]])
-            last = max(int(key.split(".")[1]) for key in arrays if key.startswith(f"{stack}."))
-            arrays = {key: array for key, array in arrays.items() if not key.startswith(f"{stack}.{last}.")}
+            layers = [found.groups() for key in arrays if (found := LAYER.match(key))]
+            stack = rng.choice(layers)[0]
+            last = max(int(layer) for other, layer in layers if other == stack)
+            arrays = {key: array for key, array in arrays.items() if not key.startswith(f"{stack}{last}.")}
         case 1:
             del arrays[name]
         case 2:
@@ -284,6 +293,8 @@ def fuzz(cases: int, seconds: float, seed: int, scratch: Path) -> tuple[Counter,
         rng, folder = random.Random(f"{seed} {case}"), scratch / "case"
         which, mistake = rng.randrange(len(FOLDERS)), MISTAKES[case % len(MISTAKES)]
         shutil.copytree(FOLDERS[which], folder)
+        for file in folder.glob("*.safetensors"):  # transformers calls it "model"
+            file.rename(folder / f"{WEIGHTS}.safetensors")
         field = mistake(folder, rng)
         outcome = judge(folder, right[which], field)
         outcomes[outcome.partition(":")[0].partition(",")[0]] += 1

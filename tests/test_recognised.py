@@ -66,8 +66,20 @@ NAMED = {
         ["decoder.middle.0.residual.0.gamma", "conv1.weight"],  # Wan's
         ["first_stage_model.decoder.mid.block_1.conv1.weight"],
     ],
-    "a CLIP alone": [["text_model.encoder.layers.0.mlp.fc1.weight"], ["visual.transformer.0.attn.proj.weight"]],
-    "a T5 or UMT5": [["encoder.block.0.layer.0.SelfAttention.q.weight"], ["blocks.0.pos_embedding.embedding.weight"]],
+    "a CLIP image encoder": [
+        ["vision_model.encoder.layers.0.mlp.fc1.weight"],
+        ["embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight"],  # as transformers 5 writes it
+        ["visual.transformer.0.attn.proj.weight", "textual.token_embedding.weight"],  # the Wan team's
+    ],
+    "a CLIP text encoder in other names": [
+        ["transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight"],
+        ["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"],
+    ],
+    "a T5 or UMT5": [
+        ["enc.blk.0.attn_q.weight", "token_embd.weight"],
+        ["decoder.block.0.layer.0.SelfAttention.q.weight"],
+        ["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"],
+    ],
     "a language model": [["model.layers.0.self_attn.q_proj.weight"]],
 }  # fmt: skip
 CASES = [(what, names) for what, lists in NAMED.items() for names in lists]
