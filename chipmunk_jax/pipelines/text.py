@@ -12,7 +12,7 @@ import numpy as np
 
 from chipmunk_jax.convert.file_kind import HEAD, mistaken
 from chipmunk_jax.convert.files import read_json
-from chipmunk_jax.errors import InputError, listed, quoted
+from chipmunk_jax.errors import TEXT, InputError, listed, shortened
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # of CLIP
 PAD = "<pad>"  # of T5
@@ -22,6 +22,9 @@ MOST_TOKENS = 2**31  # of a vocabulary: ids are i32
 # Encoders have more rows than tokens, for even shards: T5 32,128 for 32,000 and 100 more, UMT5 256,384 for 256,000 and 300 more.
 SPARE_ROWS = 512
 PACKAGES = {"tokenizers": "tokenizers>=0.21", "sentencepiece": "sentencepiece>=0.2", "ftfy": "ftfy>=6.3"}
+Split = tuple[
+    list[int], Callable[[int], int]
+]  # ids of a text; n -> the place in it where what the first n ids stand for ends
 EXPECTED = "expected tokenizer.json, vocab.json with merges.txt, or spiece.model"
 
 
@@ -35,7 +38,7 @@ class Tokens(NamedTuple):
     @property
     def warning(self) -> str:
         """One line that says what was cut from prompts, "" if nothing was."""
-        lost = [repr(quoted(text)) for text in dict.fromkeys(self.cut) if text]
+        lost = [repr(shortened(text, TEXT)) for text in dict.fromkeys(self.cut) if text]
         return f"a text encoder takes {self.ids.shape[1]} tokens of a prompt: cut {listed(lost)}" if lost else ""
 
 
@@ -43,9 +46,7 @@ class Tokens(NamedTuple):
 class Tokenizer:
     """Prompts to ids, as the diffusers pipelines make them: between special tokens, cut and padded on the right to one length."""
 
-    split: Callable[
-        [str], tuple[list[int], Callable[[int], int]]
-    ]  # ids of a text; n -> where in it what the first n lack begins
+    split: Callable[[str], Split]  # without padding, cutting and the ids below
     before: tuple[int, ...]  # ids that stand before and after those of every prompt, also of one that is cut
     after: tuple[int, ...]
     pad: int
@@ -178,11 +179,13 @@ def _tokenizer(file: Path, backend: Any, pad: str | None) -> Tokenizer:
             f"{file}: pad_token {pad!r}: expected a token of the vocabulary, named in tokenizer_config.json"
         )
 
-    def split(text: str) -> tuple[list[int], Callable[[int], int]]:
+    def split(text: str) -> Split:
         try:
             found = backend.encode(text, add_special_tokens=False)
         except Exception as error:
-            raise InputError(f"prompt {quoted(text)!r}: the tokenizer {file} cannot encode it ({error})") from error
+            raise InputError(
+                f"prompt {shortened(text, TEXT)!r}: the tokenizer {file} cannot encode it ({error})"
+            ) from error
         return found.ids, lambda n: found.offsets[n][0]
 
     try:
@@ -214,7 +217,7 @@ def _sentencepiece(file: Path) -> Tokenizer:
     if end < 0 or pad < 0:
         raise InputError(f"{file}: no </s> or no <pad>; expected the SentencePiece model of T5 or UMT5")
 
-    def split(text: str) -> tuple[list[int], Callable[[int], int]]:
+    def split(text: str) -> Split:
         # The library says only what the ids are, in the same way in all its versions: the longest start with n of them.
         count = lambda length: len(model.EncodeAsIds(text[:length]))
         return model.EncodeAsIds(text), lambda n: bisect.bisect_right(range(len(text)), n, key=count) - 1
@@ -264,7 +267,7 @@ def _checked(prompt: str) -> str:
     try:
         prompt.encode()
     except (AttributeError, UnicodeEncodeError) as error:
-        raise InputError(f"prompt {quoted(str(prompt))!r}: expected a sentence of whole characters") from error
+        raise InputError(f"prompt {shortened(str(prompt), TEXT)!r}: expected a sentence of whole characters") from error
     return prompt
 
 
