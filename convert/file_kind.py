@@ -60,7 +60,16 @@ def readable(head: bytes) -> FileKind | None:
 
 
 def refused(head: bytes) -> tuple[str, str]:
-    """What a file is that begins with these bytes and is not read here, and what to do about it."""
+    """What begins with these bytes and is not read, and what to do."""
+    if found := mistaken(head):
+        return found
+    if head[:64].isascii() and head[:64].decode("ascii").replace("\n", "").replace("\r", "").isprintable():
+        return "text", "expected .safetensors or a checkpoint of torch.save; perhaps it is a failed download"
+    return "truncated, damaged, or of an unknown kind", "expected .safetensors or a checkpoint of torch.save"
+
+
+def mistaken(head: bytes) -> tuple[str, str] | None:
+    """What begins with these bytes and is no file of a model, and what to do; None where they do not tell."""
     for magic, what, remedy in REFUSED:
         if head.startswith(magic):
             return what, remedy
@@ -70,6 +79,4 @@ def refused(head: bytes) -> tuple[str, str]:
         return "a web page", "the download went wrong, perhaps for want of a login; fetch it again"
     if head[257:262] == b"ustar":
         return "a tar archive", "unpack it first, or if PyTorch before 0.2 wrote it, save it anew"
-    if head[:64].isascii() and head[:64].decode("ascii").replace("\n", "").replace("\r", "").isprintable():
-        return "text", "expected .safetensors or a checkpoint of torch.save; perhaps it is a failed download"
-    return "truncated, damaged, or of an unknown kind", "expected .safetensors or a checkpoint of torch.save"
+    return None

@@ -1,7 +1,15 @@
-"""Golden data of the tokenizers, by transformers: three small vocabularies and the ids of 1,000 strings.
+"""Golden data of the tokenizers, by transformers: small vocabularies, the ids of 1,000 strings, and strings that Wan cleans.
 
-usage: HF_HUB_OFFLINE=1 python make_tokenizer_golden.py [--train]
-    (Python 3.11, transformers 5.23.0, tokenizers 0.23.3, sentencepiece 0.2.3, ftfy 6.3.1)
+usage: HF_HUB_OFFLINE=1 python make_tokenizer_golden.py [--train] [--clip FILE]
+    (Python 3.11, transformers 5.23.0, tokenizers 0.23.3, sentencepiece 0.2.3, diffusers 0.42.1, ftfy 6.3.1)
+
+Writes beside itself:
+    tokenizers.npz      of every folder of tokenizers/: "<name>.ids" of the strings of golden_texts.py, one after the other, and
+                        "<name>.lengths"; "<name>.padded" and "<name>.mask" [100, 12] of the first, cut and padded
+    cleaned.json        pairs of a string and what diffusers' Wan pipeline makes of it
+
+--clip makes tokenizers/clip_real of CLIP's published vocabulary, bpe_simple_vocab_16e6.txt.gz (clip-anytorch 2.6.0 has it): its
+merges and tokens, under its ids, that golden_texts.of_clip() needs.
 
 --train makes the vocabularies anew, beside this script in tokenizers/, of this repository's own prose and of TEXTS:
     clip/    vocab.json and merges.txt as CLIP's folders have them: bytes, bytes that end a word, merges, two special tokens
@@ -11,56 +19,88 @@ usage: HF_HUB_OFFLINE=1 python make_tokenizer_golden.py [--train]
 
 import argparse
 import contextlib
+import gzip
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import regex
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+from transformers.models.clip import CLIPTokenizer
+from transformers.models.t5 import T5Tokenizer
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from golden_texts import PROMPTS, TEXTS, of_clip, random_texts  # noqa: E402
+
 ROOT = HERE.parents[1]
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES, PIECES, EXTRA_IDS = 160, {"t5": 380, "umt5": 700}, 10
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of CLIP
-PROMPTS = [
-    "a photo of a chipmunk in a red scarf, sitting on a mossy log in the rain, golden hour, 35 mm film",
-    "an astronaut riding a horse on the moon, highly detailed, 4k, cinematic light",
-    "two cats boxing on a stage with bright lights; the camera moves slowly from left to right",
-    "a watercolour of a small café by the sea, naïve style, soft pastel colours",
-    "it's a robot that doesn't know where they've put its keys, and we'll never find out",
-]
-TEXTS = [
-    "一只花栗鼠坐在雨中的木头上，围着红色的围巾。", "一辆红色的汽车在雪地里行驶，镜头缓慢移动。",
-    "静态，细节模糊不清，最差质量，低质量",
-    "赤いマフラーを巻いたシマリスが雨の中に座っている。", "猫がステージでボクシングをしている。",
-    "빨간 목도리를 두른 다람쥐가 비 속에 앉아 있다.", "Бурундук в красном шарфе сидит под дождём на бревне.",
-    "Ein Streifenhörnchen mit rotem Schal sitzt im Regen auf einem moosigen Baumstamm.",
-    "Un tamia avec une écharpe rouge est assis sous la pluie sur une bûche.",
-    "Una ardilla listada con una bufanda roja está sentada bajo la lluvia.",
-    "Ένας σκίουρος με κόκκινο κασκόλ κάθεται στη βροχή.", "سنجاب يرتدي وشاحا أحمر يجلس تحت المطر.",
-    "लाल दुपट्टा पहने एक गिलहरी बारिश में बैठी है।", "กระรอกสวมผ้าพันคอสีแดงนั่งกลางสายฝน",
+COUNT, PADDED, LENGTH = 1000, 100, 12
+GARBLED = [
+    "cafÃ©", "l&#39;Ã©tÃ©", "&amp;lt;b&amp;gt; &amp;amp;", "&lt;&quot;a&quot;&gt;", "ï¼¡ï¼¢", "âœ” No problems", "ﬁlm ﬂow",
+    "a\u2003\tb \n c\r\n", "\ufeffbom", "“curly” ‘quotes’ – …", "ＦＵＬＬ　ｗｉｄｔｈ", "\x1b[36mcolour\x1b[0m",
+    "&copy; 2024 &nbsp; x", "", "   ", "ÐŸÑ€Ð¸Ð²ÐµÑ‚", "一只花栗鼠 &amp; cafÃ©", "静态，细节模糊不清", "a\x00b\x07",
+    "e\u0301 n\u0303", "&ampamp; &notit; &#x1F43F;", "&amp;amp;amp;amp;",
 ]  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--train", action="store_true")
-    if parser.parse_args().train:
-        prose = [
-            line
-            for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-            for line in (ROOT / name).read_text().split("\n")
-        ]
+    parser.add_argument("--clip", type=Path)
+    options, texts = parser.parse_args(), random_texts(COUNT, seed=0)
+    if options.train:
+        names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+        prose = [line for name in names for line in (ROOT / name).read_text().split("\n")]
         train_clip(HERE / "tokenizers/clip", PROMPTS * 20 + prose)
         train_t5(HERE / "tokenizers/t5", PROMPTS * 5 + prose, byte_fallback=False)
         train_t5(HERE / "tokenizers/umt5", PROMPTS * 5 + TEXTS * 20 + prose[:200], byte_fallback=True)
         as_version_4(HERE / "tokenizers/umt5/tokenizer.json")
+    if options.clip:
+        some_of_clip(HERE / "tokenizers/clip_real", options.clip, of_clip())
+    load = {name: CLIPTokenizer.from_pretrained for name in ("clip", "clip_real")} | {"t5": T5Tokenizer.from_pretrained}
+    load["umt5"] = as_written
+    arrays = {}
+    for name, kind in load.items():
+        arrays |= {f"{name}.{key}": a for key, a in ids(kind(HERE / "tokenizers" / name), texts, name).items()}
+    np.savez_compressed(HERE / "tokenizers.npz", **arrays)
+    pairs = [(text, prompt_clean(text)) for text in [*GARBLED, *texts[:40]]]
+    (HERE / "cleaned.json").write_text(json.dumps(pairs, ensure_ascii=False, indent=0) + "\n")
+
+
+def ids(tokenizer, texts: list[str], name: str) -> dict[str, np.ndarray]:
+    """What the tokenizer makes of the strings; of those of clip_real only, if it is that one."""
+    texts = of_clip() if name == "clip_real" else texts
+    whole = tokenizer(texts).input_ids
+    fixed = tokenizer(texts[:PADDED], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="np")
+    return {
+        "ids": np.concatenate(whole).astype(np.uint16),
+        "lengths": np.array([len(row) for row in whole], np.uint16),
+        "padded": fixed.input_ids.astype(np.uint16),
+        "mask": fixed.attention_mask.astype(bool),
+    }
+
+
+def as_written(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer.json of a folder without the class that rebuilds it in part: T5Tokenizer takes U+0085 for a blank."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>"
+    )
+    texts, rebuilt = random_texts(COUNT, seed=0), T5Tokenizer.from_pretrained(folder)
+    assert all(tokenizer(text).input_ids == rebuilt(text).input_ids for text in texts if "\x85" not in text)
+    return tokenizer
 
 
 def train_clip(folder: Path, texts: list[str]):
@@ -68,9 +108,7 @@ def train_clip(folder: Path, texts: list[str]):
     fresh(folder)
     words = Counter()
     for text in texts:
-        for word in regex.findall(WORDS, unicodedata.normalize("NFC", text).lower()):
-            ((spelt, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)
-            words[(*spelt[:-1], spelt[-1] + "</w>")] += 1
+        words.update(clip_words(text))
     merges = []
     while len(merges) < MERGES:
         pairs = Counter()
@@ -83,12 +121,54 @@ def train_clip(folder: Path, texts: list[str]):
     units = bytes_as_letters()
     tokens = [*units, *(f"{unit}</w>" for unit in units), *("".join(pair) for pair in merges), START, END]
     assert len(set(tokens)) == len(tokens)
-    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_clip(folder, {token: i for i, token in enumerate(tokens)}, merges)
+
+
+def write_clip(folder: Path, tokens: dict[str, int], merges: list[tuple[str, str]]):
+    """The files of a folder of CLIP, with the flags of special tokens as they are published."""
+    write_json(folder / "vocab.json", tokens)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
     special = dict(bos_token=START, eos_token=END, pad_token=END, unk_token=END)
     write_json(folder / "special_tokens_map.json", special)
-    config = dict(add_prefix_space=False, do_lower_case=True, errors="replace", model_max_length=77)
+    flags = dict(lstrip=False, rstrip=False, single_word=False, special=True)
+    added = {str(tokens[token]): flags | dict(content=token, normalized=token == START) for token in (START, END)}
+    config = dict(add_prefix_space=False, added_tokens_decoder=added, do_lower_case=True, model_max_length=77)
     write_json(folder / "tokenizer_config.json", config | special | dict(tokenizer_class="CLIPTokenizer"))
+
+
+def some_of_clip(folder: Path, published: Path, texts: list[str]):
+    """The part of CLIP's vocabulary that the texts need, and whatever a merge of it makes on the way there."""
+    with gzip.open(
+        published, "rt", encoding="utf-8"
+    ) as file:  # the first line is a version, the last ones CLIP leaves out
+        merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 49_152 - 256 - 2 + 1]]
+    units = bytes_as_letters()
+    tokens = [*units, *(f"{unit}</w>" for unit in units), *("".join(pair) for pair in merges), START, END]
+    tokens = {token: i for i, token in enumerate(tokens)}
+    rank = {pair: i for i, pair in enumerate(merges)}
+    used = {pair for text in texts for word in clip_words(text) for pair in applied(word, rank)}
+    kept = [pair for pair in merges if pair in used]
+    needed = {*units, *(f"{unit}</w>" for unit in units), *("".join(pair) for pair in kept), START, END}
+    fresh(folder)
+    write_clip(folder, tokens, merges)
+    expected = [CLIPTokenizer.from_pretrained(folder)(text).input_ids for text in texts]
+    write_clip(folder, {token: i for token, i in tokens.items() if token in needed}, kept)
+    assert expected == [CLIPTokenizer.from_pretrained(folder)(text).input_ids for text in texts]
+    assert expected[0][:5] == [49406, 320, 1125, 539, 320], "a photo of a"
+
+
+def clip_words(text: str) -> Iterator[tuple[str, ...]]:
+    """The words of a text as CLIP merges them, a letter for each byte."""
+    for word in regex.findall(WORDS, unicodedata.normalize("NFC", text).lower()):
+        ((spelt, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)
+        yield *spelt[:-1], spelt[-1] + "</w>"
+
+
+def applied(word: tuple[str, ...], rank: dict[tuple[str, str], int]) -> Iterator[tuple[str, str]]:
+    """The merges that a word goes through, the first of the vocabulary first."""
+    while pairs := [pair for pair in itertools.pairwise(word) if pair in rank]:
+        yield (best := min(pairs, key=rank.get))
+        word = merged(word, best)
 
 
 def bytes_as_letters() -> list[str]:
@@ -110,7 +190,6 @@ def merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 def train_t5(folder: Path, texts: list[str], *, byte_fallback: bool):
     """A Unigram model with T5's special tokens and `<extra_id_i>`, saved by transformers."""
     from sentencepiece import SentencePieceTrainer
-    from transformers import T5Tokenizer
 
     fresh(folder)
     # In the folder, as the file keeps the paths that the trainer is given.
