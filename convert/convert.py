@@ -13,7 +13,7 @@ from chipmunk_jax.convert.rules import Match, fill, fill_leaf
 from chipmunk_jax.convert.source import Source, check_not_converted, open_source
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models import Network
+from chipmunk_jax.models import Component
 from chipmunk_jax.models.checkpoint import (
     PipelineDescription,
     describe,
@@ -170,13 +170,18 @@ def bar_of(size: int, progress: bool) -> tqdm:
 
 
 @usual_modes()
-def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> Network:
-    """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`."""
-    opened, dtype = open_source(source), parse_dtype(dtype)
+def read(source: str | Path, dtype: Any = "bfloat16", *, model: str | None = None, progress: bool = False) -> Component:
+    """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`.
+
+    Args:
+        model: of MODELS, to be taken out of a file that may hold others too: its VAE, for one. None: whatever it is, the
+            network where there are several.
+    """
+    opened, dtype = open_source(source, model), parse_dtype(dtype)
     return materialize(opened, opened.check(), dtype, progress)
 
 
-def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: bool) -> Network:
+def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: bool) -> Component:
     """The model with its weights, leaf by leaf on the default device."""
     model = abstract(source.layout.model, source.config, dtype)
     leaves = leaves_of(model)

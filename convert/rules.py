@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from chipmunk_jax.convert.prefix import NETWORK
 from chipmunk_jax.convert.safetensors import Tensor, Weights, repeated
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.finite import finite
@@ -47,13 +48,19 @@ class Layout:
     class_name: str  # in its config.json, as diffusers' or the original's _class_name or as transformers' architectures
     name: str
     marks: tuple[str, ...]  # tensors that tell it: a checkpoint is of the layout of which it has the most
-    rules: tuple[Rule, ...]
+    # Of a config, where the names of its tensors depend on its sizes.
+    rules: tuple[Rule, ...] | Callable[[Any], tuple[Rule, ...]]
     configure: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], Any]  # (shapes, config.json) -> config
     # config -> shapes of tensors that some files hold in other shapes, their numbers in the same order
     views: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
     # (other name, name) of tensors that files hold under either or, twice the same, under both
     aliases: tuple[tuple[str, str], ...] = ()
     beside: str = ""  # regular expression of the names of tensors that some files hold and the network does not have
+    parts: tuple[str, ...] = (NETWORK,)  # prefixes of its names in a file that holds other models too
+
+    def rules_of(self, config: Any) -> tuple[Rule, ...]:
+        """The rules for a checkpoint of these sizes."""
+        return self.rules(config) if callable(self.rules) else self.rules
 
 
 @dataclass(frozen=True)

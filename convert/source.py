@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.convert.files import STEM, read_json, read_weights
-from chipmunk_jax.convert.prefix import strip_prefix
+from chipmunk_jax.convert.prefix import NETWORK, strip_prefix
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import Weights
 from chipmunk_jax.convert.scales import attach_scales
 from chipmunk_jax.errors import InputError, listed
-from chipmunk_jax.models import MODELS, WanConfig
+from chipmunk_jax.models import MODELS, Network, WanConfig
 from chipmunk_jax.models.checkpoint import is_checkpoint
 from chipmunk_jax.models.leaves import abstract, leaves_of
 
@@ -38,7 +38,9 @@ class Source:
 
     def match(self) -> Match:
         """Where every tensor goes, and what does not fit."""
-        return match(self.layout.rules, self.weights, leaves_of(abstract(self.layout.model, self.config)))
+        return match(
+            self.layout.rules_of(self.config), self.weights, leaves_of(abstract(self.layout.model, self.config))
+        )
 
     def check(self) -> Match:
         """The match of a checkpoint that fits.
@@ -52,22 +54,24 @@ class Source:
         return found
 
 
-def layouts() -> Iterator[Layout]:
-    """The layouts of all networks: each network has its tables in the module of this package of the same name."""
-    for name in MODELS:
+def layouts(model: str | None = None) -> Iterator[Layout]:
+    """The layouts of a model, or of all: each has its tables in the module of this package of the same name."""
+    for name in MODELS if model is None else [model]:
         yield from TABLES[name] if name in TABLES else import_module(f"chipmunk_jax.convert.{name}").LAYOUTS
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, model: str | None = None) -> Source:
     """The checkpoint under `path`.
 
     Args:
         path: a .safetensors file, an index of shards, a .pt or .pth file, a folder with one of these, or the folder above
             one of FOLDERS.
+        model: of MODELS, to be taken out of a file that may hold others too: its VAE, for one. None: whatever it is, the
+            network where there are several.
 
     Raises:
         FileNotFoundError: there is no such path.
-        InputError: bad files, an unknown layout, or a config.json that does not fit the tensors.
+        InputError: bad files, an unknown layout, another model, or a config.json that does not fit the tensors.
     """
     path = Path(path)
     check_not_converted(path)
@@ -80,10 +84,10 @@ def open_source(path: str | Path) -> Source:
     below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
     if below and not list(path.glob(f"{STEM}*")):
         path = below
-    weights = read_named(path)
+    weights = read_named(path, model)
     stated, shapes = stated_by(path), {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
-        layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path))
+        layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path), model)
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -96,9 +100,10 @@ def check_not_converted(path: Path) -> None:
         raise InputError(f"{path}: already converted")
 
 
-def read_named(path: Path) -> Weights:
-    """The tensors under `path` by the names that a layout has, where they are of one."""
-    return strip_prefix(read_weights(path), lambda names: layout_of(names) is not None)
+def read_named(path: Path, model: str | None = None) -> Weights:
+    """The tensors under `path` by the names that a layout of the model, or of any, has, where they are of one."""
+    parts = tuple(dict.fromkeys(part for layout in layouts(model) for part in layout.parts)) if model else (NETWORK,)
+    return strip_prefix(read_weights(path), lambda names: layout_of(names, model) is not None, parts)
 
 
 def pair_of(path: Path) -> tuple[Path, Path] | None:
@@ -123,9 +128,9 @@ def boundary_of(path: Path, config: Any) -> float:
     return value
 
 
-def layout_of(names: Collection[str]) -> Layout | None:
-    """The layout that has the most marks among the names, the first of equals; None where no layout has any."""
-    found = max(layouts(), key=lambda layout: marks_in(names, layout))
+def layout_of(names: Collection[str], model: str | None = None) -> Layout | None:
+    """The layout of the model, or of any, that has the most marks among the names, the first of equals; None: none has any."""
+    found = max(layouts(model), key=lambda layout: marks_in(names, layout))
     return found if marks_in(names, found) else None
 
 
@@ -134,24 +139,32 @@ def marks_in(names: Collection[str], layout: Layout) -> int:
     return sum(mark in names for mark in layout.marks)
 
 
-def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any], index: Mapping[str, Any]) -> Layout:
-    """The layout of a checkpoint of one of our networks.
+def check_kind(
+    shapes: Mapping[str, tuple[int, ...]],
+    stated: Mapping[str, Any],
+    index: Mapping[str, Any],
+    model: str | None = None,
+) -> Layout:
+    """The layout of a checkpoint of one of our models.
 
     Args:
         shapes: of all tensors.
         stated, index: config.json and model_index.json of its folder.
+        model: of MODELS, that it is expected to be; None: any.
 
     Raises:
-        InputError: it is a checkpoint of something else; the message says of what, where that is known.
+        InputError: it is a checkpoint of something else, or of another model; the message says of what, where that is known.
     """
-    layout = layout_of(shapes)
+    layout = layout_of(shapes, model)
     if layout and layout.model in TABLES:  # registered from outside: its names may be those of a kind that is refused
         return layout
+    if layout and not issubclass(MODELS[layout.model], Network):
+        index = {}  # which tells of the network beside it
     found = recognise(RELATED, shapes, stated, index) or (None if layout else recognise(STRANGERS, shapes))
     if found:
         raise InputError(found)
     if layout is None:
-        known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
+        known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts(model))
         raise InputError(f"unknown layout, expected one of {known}; it holds {listed(sorted(shapes)) or 'nothing'}")
     return layout
 

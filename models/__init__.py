@@ -3,9 +3,11 @@
 from chipmunk_jax.models.blocks import Component, Network
 from chipmunk_jax.models.clip import ClipText, ClipTextConfig
 from chipmunk_jax.models.flux import Flux, FluxConfig
+from chipmunk_jax.models.flux_vae import FluxVae, FluxVaeConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideo, HunyuanVideoConfig
 from chipmunk_jax.models.t5 import UMT5_XXL, T5Config, T5Encoder
 from chipmunk_jax.models.wan import Wan, WanConfig
+from chipmunk_jax.models.wan_vae import WanVae, WanVaeConfig
 
 MODELS: dict[str, type[Component]] = {
     "flux": Flux,
@@ -13,6 +15,8 @@ MODELS: dict[str, type[Component]] = {
     "wan": Wan,
     "clip_text": ClipText,
     "t5": T5Encoder,
+    "flux_vae": FluxVae,
+    "wan_vae": WanVae,
 }
 
 __all__ = [
@@ -23,6 +27,8 @@ __all__ = [
     "Component",
     "Flux",
     "FluxConfig",
+    "FluxVae",
+    "FluxVaeConfig",
     "HunyuanVideo",
     "HunyuanVideoConfig",
     "Network",
@@ -30,4 +36,6 @@ __all__ = [
     "T5Encoder",
     "Wan",
     "WanConfig",
+    "WanVae",
+    "WanVaeConfig",
 ]
