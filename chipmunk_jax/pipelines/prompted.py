@@ -1,0 +1,158 @@
+"""What the pipelines of published models share: tokenizers and text encoders before the transformer, a VAE after it."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import ClassVar
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from chipmunk_jax.convert.folder import TOKENIZERS
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.finite import finite
+from chipmunk_jax.pipelines.base import Pipeline
+from chipmunk_jax.pipelines.request import Request, Side
+from chipmunk_jax.pipelines.text import Tokenizer, Tokens
+
+KEPT = 64  # prompts whose texts are kept: 0.5 GB of a T5-XXL
+
+
+class PromptedPipeline(Pipeline):
+    """A transformer of latents between text encoders and a VAE. Subclasses say what the encoders read, and how latents are packed."""
+
+    conditions: ClassVar[dict[str, str]]  # name of what a text encoder gives -> its role
+
+    def load_parts(self) -> None:
+        self._texts: OrderedDict[tuple[str, str, int], np.ndarray] = OrderedDict()
+        self._warned: set[str] = set()
+
+    @cached_property
+    def tokenizers(self) -> dict[str, Tokenizer]:
+        """Tokenizers by role of their text encoder, of those whose files are here.
+
+        Raises:
+            InputError: damaged files, or a tokenizer of another model.
+        """
+        found = {
+            role: Tokenizer.load(self.folder.tokenizers[name])
+            for role, name in TOKENIZERS.items()
+            if name in self.folder.tokenizers
+        }
+        for role, tokenizer in found.items():
+            if role in self.configs:
+                tokenizer.check_rows(self.configs[role].vocab_size)
+        return found
+
+    def check_request(self, request: Request) -> None:
+        for side, said in ((request.wanted, ""), (request.unwanted, "negative_")):
+            if side is not None and side.given:
+                self._check_given(side, said)
+            elif side is not None:
+                self._check_prompts(side, request)
+        if request.latents is not None:
+            expected = self.latents_shape(request)
+            if request.latents.shape != expected:
+                raise InputError(f"latents {request.latents.shape}: expected {expected}")
+
+    def check_decoder(self) -> None:
+        if "vae" not in self.folder.components:
+            raise InputError(f'{self.folder.path}: no vae, so only latents can be made: output_type="latent"')
+
+    def unwanted(self, request: Request) -> Side | None:
+        """The other side of guidance; an empty prompt where nothing is said of it."""
+        nothing = ("",) * request.batch
+        return request.unwanted or Side(prompts=nothing, prompts_2=nothing)
+
+    def latents_shape(self, request: Request) -> tuple[int, ...]:
+        """Of latents as the pipeline takes and gives them."""
+        raise NotImplementedError
+
+    def read(self, role: str, prompts: Sequence[str], request: Request) -> Tokens:
+        """What a text encoder takes of prompts."""
+        raise NotImplementedError
+
+    def text(self, role: str, prompts: Sequence[str], request: Request, encode: Callable[..., jax.Array]) -> np.ndarray:
+        """encode(encoder, ids, mask) [1, ..] of every prompt, joined, f32; prompts that were read before are remembered.
+
+        Raises:
+            InputError: what an encoder gives is not finite.
+        """
+        tokens = self.read(role, prompts, request)
+        rows = []
+        for prompt, ids, mask in zip(prompts, tokens.ids, tokens.mask, strict=True):
+            key = role, prompt, len(ids)
+            if key not in self._texts:
+                made = np.asarray(self.residents.run(role, encode, ids[None], mask[None]), np.float32)
+                if not finite(made):
+                    raise InputError(f"{self.folder.components[role]}: gives NaN or infinity for {prompt!r}")
+                self._texts[key] = made
+            self._texts.move_to_end(key)
+            rows.append(self._texts[key])
+        while len(self._texts) > KEPT:
+            self._texts.popitem(last=False)
+        return np.concatenate(rows)
+
+    def _check_prompts(self, side: Side, request: Request) -> None:
+        """Raises InputError where prompts cannot be read; says once what is cut from them."""
+        for role in self.conditions.values():
+            for part in (role, TOKENIZERS[role]):
+                if part not in {**self.folder.components, **self.folder.tokenizers}:
+                    raise InputError(
+                        f"{self.folder.path}: no {part}, so prompts cannot be read; give prompt_embeds in their place"
+                    )
+            warning = self.read(role, list(dict.fromkeys(self.prompts_of(role, side))), request).warning
+            if warning and warning not in self._warned:
+                self._warned.add(warning)
+                tqdm.write(f"{role}: {warning}")
+
+    def prompts_of(self, role: str, side: Side) -> Sequence[str]:
+        """What a text encoder reads."""
+        return side.prompts
+
+    def _check_given(self, side: Side, said: str) -> None:
+        """Raises InputError unless embeddings are all that prompts would make."""
+        names = {"text": f"{said}prompt_embeds", "pooled": f"{said.replace('prompt', '')}pooled_prompt_embeds"}
+        if side.given.keys() != self.conditions.keys():
+            wanted = " and ".join(names[name] for name in self.conditions)
+            raise InputError(f"embeddings of {', '.join(side.given)}: expected {wanted}")
+        samples = {len(array) for array in side.given.values()}
+        if len(samples) > 1 or any(array.ndim != (3 if name == "text" else 2) for name, array in side.given.items()):
+            shapes = ", ".join(f"{names[name]} {array.shape}" for name, array in side.given.items())
+            raise InputError(f"{shapes}: expected one row of samples each, [B, T, D] and [B, D]")
+
+
+def unit(pixels: np.ndarray) -> np.ndarray:
+    """Pixels from -1 to 1 as 0 to 1."""
+    return np.clip(pixels / 2 + 0.5, 0, 1)
+
+
+def pack(latents: np.ndarray, patch: Sequence[int], *, channels_first: bool) -> np.ndarray:
+    """Tokens [B, N, C] in raster order, of latents [B, .., c] with as many sides as a patch.
+
+    Args:
+        latents: channels last.
+        patch: latent pixels of a token, along each side.
+        channels_first: whether a token's values are (channel, row, column), else (.., row, column, channel).
+    """
+    axes = len(patch)
+    grid = [size // side for size, side in zip(latents.shape[1:-1], patch, strict=True)]
+    x = latents.reshape(len(latents), *(n for pair in zip(grid, patch, strict=True) for n in pair), latents.shape[-1])
+    outer, inner = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
+    last = [2 * axes + 1]
+    x = x.transpose(0, *outer, *(last + list(inner) if channels_first else list(inner) + last))
+    return x.reshape(len(latents), math.prod(grid), -1)
+
+
+def unpack(tokens: np.ndarray, grid: Sequence[int], patch: Sequence[int], *, channels_first: bool) -> np.ndarray:
+    """The inverse of pack()."""
+    axes, channels = len(patch), tokens.shape[-1] // math.prod(patch)
+    inside = (channels, *patch) if channels_first else (*patch, channels)
+    x = tokens.reshape(len(tokens), *grid, *inside)
+    if channels_first:
+        x = np.moveaxis(x, 1 + axes, -1)
+    pairs = [place for axis in range(axes) for place in (1 + axis, 1 + axes + axis)]
+    x = x.transpose(0, *pairs, 1 + 2 * axes)
+    return x.reshape(len(tokens), *(n * side for n, side in zip(grid, patch, strict=True)), channels)
