@@ -120,8 +120,9 @@ def check_target(found: Folder, target: Path, only: str | None, overwrite: bool)
         if before.network != found.network:
             raise InputError(f"{target}: holds a {before.network}, expected one of {found.network}, or a new folder")
         names = dict.fromkeys(before.components) | names
-        return PipelineDescription(found.network, tuple(names), before.boundary or found.boundary)
-    return PipelineDescription(found.network, tuple(names), found.boundary)
+        boundary, shift = before.boundary or found.boundary, before.shift or found.shift
+        return PipelineDescription(found.network, tuple(names), boundary, shift)
+    return PipelineDescription(found.network, tuple(names), found.boundary, found.shift)
 
 
 def is_there(folder: Path, source: Source, dtype: jax.numpy.dtype) -> bool:

@@ -11,10 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chipmunk_jax.convert.files import groups_of
+from chipmunk_jax.convert.files import groups_of, read_json
 from chipmunk_jax.convert.source import FOLDERS, boundary_of, layout_of, open_source, read_named
 from chipmunk_jax.errors import InputError, listed
-from chipmunk_jax.models.checkpoint import describe, describe_pipeline, is_checkpoint, is_converted, is_pipeline
+from chipmunk_jax.models.checkpoint import (
+    describe,
+    describe_pipeline,
+    is_checkpoint,
+    is_converted,
+    is_pipeline,
+    is_shift,
+)
 
 # What a pipeline of a network consists of: components in the order of their use, each with its name in MODELS.
 ROLES: dict[str, dict[str, str]] = {
@@ -41,6 +48,7 @@ class Folder:
     components: Mapping[str, Path]  # role -> what open_source() or describe() takes
     tokenizers: Mapping[str, Path] = field(default_factory=dict)  # name -> folder
     boundary: float | None = None  # time, 1 to 0, at which transformer_2 takes over
+    shift: float | None = None  # of the times of a sample, where the release says it
 
     @property
     def several(self) -> bool:
@@ -69,12 +77,13 @@ def open_folder(path: str | Path) -> Folder:
     if is_pipeline(path):
         index = describe_pipeline(path)
         found = {role: path / role for role in index.components if is_checkpoint(path / role)}
-        return Folder(path, index.network, found, find_tokenizers(path), index.boundary)
+        return Folder(path, index.network, found, find_tokenizers(path), index.boundary, index.shift)
     if is_converted(path):
         return Folder(path, describe(path).model, {"transformer": path})
     found = find_components(path)
     if found.keys() <= {"transformer"}:  # all that can be wrong is then told of one network
-        return Folder(path, open_source(path).layout.model, {"transformer": path}, find_tokenizers(path))
+        network = open_source(path).layout.model
+        return Folder(path, network, {"transformer": path}, find_tokenizers(path), shift=shift_of(path))
     if "transformer" not in found:
         raise InputError(f"{path}: holds {listed(sorted(found))}, and no transformer that they belong to")
     network = open_source(found["transformer"])
@@ -83,7 +92,7 @@ def open_folder(path: str | Path) -> Folder:
         if (model := model_of(place)) != roles.get(role):
             raise InputError(f"{place}: {model or 'unknown tensors'}, expected {roles.get(role, 'none')} as the {role}")
     boundary = boundary_of(path, network.config) if "transformer_2" in found else None
-    return Folder(path, network.layout.model, found, find_tokenizers(path), boundary)
+    return Folder(path, network.layout.model, found, find_tokenizers(path), boundary, shift_of(path))
 
 
 def find_components(path: Path) -> dict[str, Path]:
@@ -105,7 +114,7 @@ def find_components(path: Path) -> dict[str, Path]:
                 names = listed(sorted(file.name for file in files[model]))
                 raise InputError(f"{path}: holds {len(files[model])} files of weights ({names}); name the one to read")
             found[role] = files[model][0]
-    return {role: found[role] for role in COMPONENTS if role in found}
+    return {role: found[role] for role in (*roles, *COMPONENTS) if role in found}
 
 
 def find_tokenizers(path: Path) -> dict[str, Path]:
@@ -113,6 +122,22 @@ def find_tokenizers(path: Path) -> dict[str, Path]:
     holds = lambda folder: any((folder / file).is_file() for file in TOKENIZER_FILES)
     places = {name: [path / one for one in (name, *ALIASES.get(name, ()))] for name in TOKENIZERS.values()}
     return {name: place for name, folders in places.items() if (place := next(filter(holds, folders), None))}
+
+
+def shift_of(path: Path) -> float | None:
+    """The shift of times that the scheduler of a diffusers folder says; None where there is none, or it follows the size.
+
+    Raises:
+        InputError: it is no number.
+    """
+    file = path / "scheduler/scheduler_config.json"
+    if not file.is_file():
+        return None
+    stated = read_json(file)
+    value = None if stated.get("use_dynamic_shifting") else stated.get("flow_shift", stated.get("shift"))
+    if value is not None and not is_shift(value):
+        raise InputError(f"{file}: shift {value!r}, expected a positive number")
+    return value
 
 
 def model_of(path: Path) -> str | None:

@@ -47,7 +47,8 @@ class PipelineDescription:
 
     network: str  # of MODELS, that of the transformer
     components: tuple[str, ...]  # names of their folders, those of tokenizers among them
-    boundary: float | None  # time, 1 to 0, at which transformer_2 takes over
+    boundary: float | None = None  # time, 1 to 0, at which transformer_2 takes over
+    shift: float | None = None  # of the times of a sample; None: the model's usual one
 
 
 @usual_modes()
@@ -197,16 +198,22 @@ def describe_pipeline(folder: Path) -> PipelineDescription:
         InputError: its config.json has values that no pipeline has.
     """
     content = read_config(folder / CONFIG)
-    network, names, boundary = (content.get(name) for name in ("network", "components", "boundary"))
+    network, names, boundary, shift = (content.get(name) for name in ("network", "components", "boundary", "shift"))
     try:
         require(network in list(MODELS), "network", network, f"one of {', '.join(MODELS)}")
         named = isinstance(names, list) and all(isinstance(name, str) and name.isidentifier() for name in names)
         require(named, "components", names, "names of folders")
         between = boundary is None or (type(boundary) is float and 0 < boundary < 1)
         require(between, "boundary", boundary, "a number between 0 and 1, or null")
+        require(shift is None or is_shift(shift), "shift", shift, "a positive number, or null")
     except ValueError as error:
         raise InputError(f"{folder}: bad {CONFIG}: {error}") from error
-    return PipelineDescription(network, tuple(names), boundary)
+    return PipelineDescription(network, tuple(names), boundary, shift)
+
+
+def is_shift(value: Any) -> bool:
+    """Whether it is a number that times can be shifted by."""
+    return type(value) in (int, float) and 0 < value < 1000
 
 
 def network_in(folder: str | Path) -> Path:

@@ -57,7 +57,7 @@ def pair(release, tmp_path_factory):
 def test_both_networks_are_there(release, pair):
     names = ["transformer", "transformer_2"]
     assert sorted(path.name for path in pair.iterdir()) == ["config.json", *names]
-    index = {"network": "wan", "components": names, "boundary": 0.9}
+    index = {"network": "wan", "components": names, "boundary": 0.9, "shift": None}
     assert json.loads((pair / "config.json").read_text()) == index
     for expert in names:
         found, expected = load(pair / expert), read(release / expert, "float32")

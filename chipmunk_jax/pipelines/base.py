@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -103,6 +103,8 @@ class Pipeline:
             raise InputError(f"{folder}: no transformer, which samples are made with")
         configs = {role: _config_of(path) for role, path in found.components.items()}
         variant = variant_of(configs["transformer"], found.boundary)
+        if found.shift is not None and variant.shift is not None:  # else it follows the size
+            variant = replace(variant, shift=found.shift, small_shift=None)
         if variant.pipeline is None:
             raise InputError(
                 f"{folder}: a {variant.network} model, whose text encoders and VAE are not here yet; chipmunk_jax.sample takes "
@@ -284,8 +286,15 @@ class Pipeline:
 
     def layers(self, request: Request) -> int:
         """Layers of the network."""
-        _, noise, cond = self.variant.shapes(request.settings, 1, self.network.dtype)
+        _, noise, cond = self._shapes(request)
         return sum(stack.layers for stack in self.network.stacks(noise.shape[1], cond).values())
+
+    def text_rows(self, request: Request) -> int | None:
+        """Rows of text that the network gets; None: the usual number."""
+        return None
+
+    def _shapes(self, request: Request) -> tuple[Model, jax.ShapeDtypeStruct, Condition]:
+        return self.variant.shapes(request.settings, request.batch, self.network.dtype, self.text_rows(request))
 
     def check_decoder(self) -> None:
         """Raises InputError where pixels cannot be made."""
@@ -297,7 +306,7 @@ class Pipeline:
         switch = steps if boundary is None else int(np.sum(solver.times(request.timesteps) >= np.float32(boundary)))
         parts = [("transformer", 0, switch, settings["guidance"])]
         parts += [("transformer_2", switch, steps, settings["guidance_2"])] if boundary is not None else []
-        _, noise, cond = self.variant.shapes(settings, request.batch, self.network.dtype)
+        _, noise, cond = self._shapes(request)
         spans = []
         for role, first, stop, scale in parts:
             if first == stop:
@@ -326,7 +335,7 @@ class Pipeline:
     def _inputs(self, request: Request, *, guided: bool) -> tuple[jax.Array, Condition, Condition | None]:
         """Noise [B, N, C], and the conditions of both sides, each [B, ..]."""
         settings, batch = request.settings, request.batch
-        _, noise, _ = self.variant.shapes(settings, batch, self.network.dtype)
+        _, noise, _ = self._shapes(request)
         if request.latents is None:
             draw = lambda i: jax.random.normal(jax.random.key(request.seed + i), noise.shape[1:])
             drawn = jnp.stack([draw(i) for i in range(batch)])

@@ -31,7 +31,7 @@ class FluxPipeline(PromptedPipeline):
         "prompt_2", "negative_prompt_2", "true_cfg_scale", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds",
         "negative_pooled_prompt_embeds", "max_sequence_length",
     )  # fmt: skip
-    conditions = {"pooled": "text_encoder", "text": "text_encoder_2"}
+    conditions = (("pooled", "text_encoder"), ("text", "text_encoder_2"))
 
     def load_parts(self) -> None:
         super().load_parts()
@@ -49,7 +49,7 @@ class FluxPipeline(PromptedPipeline):
             return {"guidance": scale, "distilled": given.guidance_scale}
         if given.guidance_scale:
             raise InputError(
-                f"guidance_scale={given.guidance_scale}: expected 0 or none, as this FLUX was trained without; true_cfg_scale guides it"
+                f"guidance_scale={given.guidance_scale}: expected 0 or none, as this FLUX was trained without one"
             )
         return {"guidance": scale}
 
@@ -63,9 +63,8 @@ class FluxPipeline(PromptedPipeline):
 
     def encode(self, side: Side, request: Request) -> Condition:
         encode = {"pooled": pooled_of, "text": states_of}
-        roles = self.conditions.items()
         return dict(side.given) or {
-            name: self.text(role, self.prompts_of(role, side), request, encode[name]) for name, role in roles
+            name: self.text(role, self.prompts_of(role, side), request, encode[name]) for name, role in self.conditions
         }
 
     def latents_shape(self, request: Request) -> tuple[int, ...]:

@@ -21,9 +21,9 @@ KEPT = 64  # prompts whose texts are kept: 0.5 GB of a T5-XXL
 
 
 class PromptedPipeline(Pipeline):
-    """A transformer of latents between text encoders and a VAE. Subclasses say what the encoders read, and how latents are packed."""
+    """A transformer of latents between text encoders and a VAE. Subclasses say what encoders read, and how latents are packed."""
 
-    conditions: ClassVar[dict[str, str]]  # name of what a text encoder gives -> its role
+    conditions: ClassVar[tuple[tuple[str, str], ...]]  # what a text encoder gives, and the role of that encoder
 
     def load_parts(self) -> None:
         self._texts: OrderedDict[tuple[str, str, int], np.ndarray] = OrderedDict()
@@ -66,6 +66,10 @@ class PromptedPipeline(Pipeline):
         nothing = ("",) * request.batch
         return request.unwanted or Side(prompts=nothing, prompts_2=nothing)
 
+    def text_rows(self, request: Request) -> int | None:
+        given = request.wanted.given.get("text")
+        return request.length if given is None else given.shape[1]
+
     def latents_shape(self, request: Request) -> tuple[int, ...]:
         """Of latents as the pipeline takes and gives them."""
         raise NotImplementedError
@@ -97,7 +101,7 @@ class PromptedPipeline(Pipeline):
 
     def _check_prompts(self, side: Side, request: Request) -> None:
         """Raises InputError where prompts cannot be read; says once what is cut from them."""
-        for role in self.conditions.values():
+        for _, role in self.conditions:
             for part in (role, TOKENIZERS[role]):
                 if part not in {**self.folder.components, **self.folder.tokenizers}:
                     raise InputError(
@@ -115,8 +119,8 @@ class PromptedPipeline(Pipeline):
     def _check_given(self, side: Side, said: str) -> None:
         """Raises InputError unless embeddings are all that prompts would make."""
         names = {"text": f"{said}prompt_embeds", "pooled": f"{said.replace('prompt', '')}pooled_prompt_embeds"}
-        if side.given.keys() != self.conditions.keys():
-            wanted = " and ".join(names[name] for name in self.conditions)
+        if side.given.keys() != dict(self.conditions).keys():
+            wanted = " and ".join(names[name] for name, _ in self.conditions)
             raise InputError(f"embeddings of {', '.join(side.given)}: expected {wanted}")
         samples = {len(array) for array in side.given.values()}
         if len(samples) > 1 or any(array.ndim != (3 if name == "text" else 2) for name, array in side.given.items()):

@@ -164,18 +164,21 @@ class Variant:
             advice = f"the model's own preset, {self.preset}, fits" if own else "dense sampling does without"
             raise InputError(f"{error}; {advice}")
 
-    def shapes(self, settings: Settings, batch: int, dtype: Any) -> tuple[Model, jax.ShapeDtypeStruct, Condition]:
+    def shapes(
+        self, settings: Settings, batch: int, dtype: Any, text: int | None = None
+    ) -> tuple[Model, jax.ShapeDtypeStruct, Condition]:
         """The network, noise [B, N, C] and conditions [B, ..] of a sample, shapes in place of arrays.
 
         Args:
             settings: of complete().
             batch: B.
             dtype: of weights and tokens.
+            text: rows of text; None: text_rows.
         """
         network, tokens = _abstract(self.network, self.config, dtype), math.prod(self.grid(settings))
         array = lambda *shape, kind=jnp.float32: jax.ShapeDtypeStruct((batch, *shape), kind)
         kinds = {"mask": jnp.bool_}
-        rows = network.conditions(tokens, self.text_rows).items()
+        rows = network.conditions(tokens, text or self.text_rows).items()
         cond = {name: array(*shape, kind=kinds.get(name, jnp.float32)) for name, shape in rows}
         return network, array(tokens, network.channels), cond
 

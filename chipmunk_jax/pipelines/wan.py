@@ -27,7 +27,7 @@ class WanPipeline(PromptedPipeline):
     """Wan2.1 and Wan2.2-A14B from text to video."""
 
     takes = ("guidance_scale_2", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
-    conditions = {"text": "text_encoder"}
+    conditions = (("text", "text_encoder"),)
 
     def load_parts(self) -> None:
         super().load_parts()
@@ -49,13 +49,16 @@ class WanPipeline(PromptedPipeline):
             raise InputError(f"guidance_scale_2={given.guidance_scale_2}: expected none, as this Wan has one network")
 
     def read(self, role: str, prompts: Sequence[str], request: Request) -> Tokens:
-        return self.tokenizers[role]([clean(one) for one in prompts], request.length or self.variant.text_rows)
+        return self.tokenizers[role]([clean(one) for one in prompts], request.length or self.text_rows(request))
 
     def encode(self, side: Side, request: Request) -> Condition:
         text = side.given.get("text")
         text = self.text("text_encoder", side.prompts, request, states_of) if text is None else text
-        rows = self.variant.config.text_rows[1] or text.shape[1]
+        rows = self.text_rows(request)
         return {"text": np.pad(text, ((0, 0), (0, max(0, rows - text.shape[1])), (0, 0)))}
+
+    def text_rows(self, request: Request) -> int | None:
+        return self.variant.config.text_rows[1] or super().text_rows(request)
 
     def latents_shape(self, request: Request) -> tuple[int, ...]:
         sides = np.multiply(self.variant.grid(request.settings), self.variant.config.patch_size)
@@ -93,8 +96,8 @@ NEGATIVE_PROMPT = (
 )
 # The VAE takes four frames together, and halves the sides three times; the transformer's patch once more.
 _WAN = dict(
-    network="wan", pipeline=WanPipeline, patch=(4, 16, 16), lone_first=True, frames=81, fps=16, solver=UniPC(), shift=5.0, guidance=5.0,
-    negative_prompt=NEGATIVE_PROMPT,
+    network="wan", pipeline=WanPipeline, patch=(4, 16, 16), lone_first=True, frames=81, fps=16, solver=UniPC(), shift=5.0,
+    guidance=5.0, negative_prompt=NEGATIVE_PROMPT,
 )  # fmt: skip
 _14B = dict(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40)
 
