@@ -19,7 +19,7 @@ from chipmunk_jax.convert import Folder, open_folder, open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
-from chipmunk_jax.models import Component
+from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
 from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
@@ -102,6 +102,8 @@ class Pipeline:
         if "transformer" not in found.components:
             raise InputError(f"{folder}: no transformer, which samples are made with")
         configs = {role: _config_of(path) for role, path in found.components.items()}
+        if not issubclass(MODELS[found.network], Network):
+            raise InputError(f"{folder}: a {found.network} alone, expected a pipeline or its transformer")
         variant = variant_of(configs["transformer"], found.boundary)
         if found.shift is not None and variant.shift is not None:  # else it follows the size
             variant = replace(variant, shift=found.shift, small_shift=None)

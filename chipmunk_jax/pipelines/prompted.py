@@ -36,20 +36,21 @@ class PromptedPipeline(Pipeline):
         Raises:
             InputError: damaged files, or a tokenizer of another model.
         """
-        found = {
-            role: Tokenizer.load(self.folder.tokenizers[name])
-            for role, name in TOKENIZERS.items()
-            if name in self.folder.tokenizers
-        }
-        for role, tokenizer in found.items():
-            if role in self.configs:
-                tokenizer.check_rows(self.configs[role].vocab_size)
+        found = {}
+        for role, name in TOKENIZERS.items():
+            if folder := self.folder.tokenizers.get(name):
+                found[role] = Tokenizer.load(folder)
+                if role in self.configs:
+                    try:
+                        found[role].check_rows(self.configs[role].vocab_size)
+                    except InputError as error:
+                        raise InputError(f"{folder}: {error}") from error
         return found
 
     def check_request(self, request: Request) -> None:
         for side, said in ((request.wanted, ""), (request.unwanted, "negative_")):
             if side is not None and side.given:
-                self._check_given(side, said)
+                self._check_given(side, said, request)
             elif side is not None:
                 self._check_prompts(side, request)
         if request.latents is not None:
@@ -116,16 +117,16 @@ class PromptedPipeline(Pipeline):
         """What a text encoder reads."""
         return side.prompts
 
-    def _check_given(self, side: Side, said: str) -> None:
+    def _check_given(self, side: Side, said: str, request: Request) -> None:
         """Raises InputError unless embeddings are all that prompts would make."""
         names = {"text": f"{said}prompt_embeds", "pooled": f"{said.replace('prompt', '')}pooled_prompt_embeds"}
         if side.given.keys() != dict(self.conditions).keys():
             wanted = " and ".join(names[name] for name, _ in self.conditions)
             raise InputError(f"embeddings of {', '.join(side.given)}: expected {wanted}")
-        samples = {len(array) for array in side.given.values()}
-        if len(samples) > 1 or any(array.ndim != (3 if name == "text" else 2) for name, array in side.given.items()):
-            shapes = ", ".join(f"{names[name]} {array.shape}" for name, array in side.given.items())
-            raise InputError(f"{shapes}: expected one row of samples each, [B, T, D] and [B, D]")
+        shapes = {name: shape.shape[1:] for name, shape in self._shapes(request)[2].items() if name in side.given}
+        for name, array in side.given.items():
+            if array.shape != (request.batch, *shapes[name]):
+                raise InputError(f"{names[name]} {array.shape}: expected {(request.batch, *shapes[name])}")
 
 
 def unit(pixels: np.ndarray) -> np.ndarray:

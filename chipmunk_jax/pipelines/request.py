@@ -15,6 +15,7 @@ from chipmunk_jax.solvers import Euler, Solver, UniPC
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
 
 MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
+MOST_TOKENS = 512  # of a prompt: no published model was trained with more
 SOLVERS: dict[str, Solver] = {"euler": Euler(), "unipc": UniPC()}
 Auto = Literal["auto"]
 Prompts = str | Sequence[str]
@@ -119,7 +120,11 @@ def read_request(pipeline: Reader, given: Arguments) -> Request:
     if unwanted and _size(unwanted) != samples:
         raise InputError(f"{_size(unwanted)} negative prompts for {samples} prompts: expected one, or as many")
     settings, timesteps = _settings(variant, given, pipeline.scales(given))
-    check_guidance(settings["guidance"])
+    for name in ("guidance", "guidance_2", "distilled"):
+        check_guidance(settings.get(name))
+    length = given.max_sequence_length
+    if length is not None and (not is_whole(length) or not 1 <= length <= MOST_TOKENS):
+        raise InputError(f"max_sequence_length={length!r}: expected a whole number from 1 to {MOST_TOKENS}")
     check_seed(given.seed, samples * count)
     found = variant.preset if isinstance(given.sparsity, str) and given.sparsity == "auto" else given.sparsity
     found = None if found is None else load_sparsity(found)
@@ -131,7 +136,7 @@ def read_request(pipeline: Reader, given: Arguments) -> Request:
         settings=settings,
         timesteps=variant.timesteps(settings) if timesteps is None else timesteps,
         solver=_solver(variant, given.solver),
-        length=given.max_sequence_length,
+        length=length,
         seed=int(given.seed),
         latents=None if given.latents is None else numbers("latents", given.latents),
         sparsity=found,
