@@ -12,7 +12,7 @@ from chipmunk_jax.convert.prefix import strip_prefix
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import Weights
-from chipmunk_jax.convert.scales import attach_scales
+from chipmunk_jax.convert.scales import attach_scales, drop_marks
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, WanConfig
 from chipmunk_jax.models.checkpoint import is_checkpoint
@@ -97,7 +97,7 @@ def check_not_converted(path: Path) -> None:
 
 def read_named(path: Path) -> Weights:
     """The tensors under `path` by the names that a layout has, where they are of one."""
-    return strip_prefix(read_weights(path), lambda names: layout_of(names) is not None)
+    return strip_prefix(drop_marks(read_weights(path)), lambda names: layout_of(names) is not None)
 
 
 def pair_of(path: Path) -> tuple[Path, Path] | None:
