@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from chipmunk_jax.convert.folder import Folder, open_folder
 from chipmunk_jax.convert.rules import Match, fill, fill_leaf
-from chipmunk_jax.convert.source import Source, check_not_converted, open_source
+from chipmunk_jax.convert.source import Source, check_not_converted, check_pair, open_source
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Network
@@ -82,6 +82,8 @@ def convert_pipeline(
     found: Folder, target: Path, only: str | None, dtype: jax.numpy.dtype, progress: bool, overwrite: bool
 ) -> None:
     """Writes components of a pipeline, each a checkpoint of its own, those apart that are there."""
+    if only is None:
+        check_pair(found.path)
     index = check_target(found, target, only, overwrite)
     sources = {role: open_source(path) for role, path in found.components.items() if only in (None, role)}
     configs = [sources[role].config for role in ("transformer", "transformer_2") if role in sources]

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.convert.files import STEM, read_json, read_weights
+from chipmunk_jax.convert.files import STEM, groups_of, read_json, read_weights
 from chipmunk_jax.convert.prefix import strip_prefix
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
@@ -70,6 +70,7 @@ def open_source(path: str | Path) -> Source:
     """
     path = Path(path)
     check_not_converted(path)
+    check_pair(path)
     if pair := pair_of(path):
         first, second = pair
         raise InputError(
@@ -106,6 +107,25 @@ def pair_of(path: Path) -> tuple[Path, Path] | None:
     return next((pair for pair in pairs if all(folder.is_dir() for folder in pair)), None)
 
 
+def absent_of(path: Path) -> Path | None:
+    """The folder that a release of two networks lacks; None where both are there, or nothing says that there are two."""
+    index = index_of(path)
+    two = index.get("boundary_ratio") is not None or index.get("transformer_2") not in (None, [None, None])
+    for pair in PAIRS:
+        absent = [path / name for name in pair if not groups_of(path / name)]
+        if len(absent) == 1 and (two or absent[0].name != "transformer_2"):
+            return absent[0]
+    return None
+
+
+def check_pair(path: Path) -> None:
+    """Raises InputError for a release that lacks one of its two networks."""
+    if absent := absent_of(path):
+        raise InputError(
+            f"{path}: half of two networks, {absent.name} holds no weights: expected both, or the folder of the other one"
+        )
+
+
 def boundary_of(path: Path, config: Any) -> float:
     """The time at which the second network of a release takes over: that of model_index.json, or the usual one.
 
@@ -113,9 +133,7 @@ def boundary_of(path: Path, config: Any) -> float:
         InputError: the time is not between 1 and 0, or the networks are not those of Wan2.2.
     """
     if not isinstance(config, WanConfig):
-        raise InputError(
-            f"{path}: two networks, {' and '.join(f.name for f in pair_of(path))}, expected those of Wan2.2"
-        )
+        raise InputError(f"{path}: two networks, expected those of Wan2.2")
     value = index_of(path).get("boundary_ratio", BOUNDARIES[config.in_dim > config.out_dim])
     if type(value) is not float or not 0 < value < 1:
         raise InputError(f"{path}: boundary_ratio={value!r} in {INDEX}: expected a number between 0 and 1")
