@@ -11,6 +11,7 @@ from tqdm import tqdm
 from chipmunk_jax.convert.folder import Folder, open_folder
 from chipmunk_jax.convert.rules import Match, fill, fill_leaf
 from chipmunk_jax.convert.source import Source, check_not_converted, check_pair, open_source
+from chipmunk_jax.convert.word_table import word_table_beside
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Network
@@ -28,9 +29,6 @@ from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_ar
 from chipmunk_jax.models.weights import Leaf
 from chipmunk_jax.strictness import usual_modes
 from chipmunk_jax.whole import check_space, whole
-
-# The small trained models take prompts from a table of words instead of a text encoder.
-WORD_TABLE = ("words.json", "word_embeddings.safetensors")
 
 
 @usual_modes()
@@ -145,10 +143,10 @@ def is_there(folder: Path, source: Source, dtype: jax.numpy.dtype) -> bool:
 
 def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype, bar: tqdm) -> None:
     """Writes one component to an existing folder, leaf by leaf."""
-    model = abstract(source.layout.model, source.config, dtype)
+    model, table = abstract(source.layout.model, source.config, dtype), word_table_beside(source.weights.path)
     make = lambda path, leaf: Leaf(leaf.shape, leaf.dtype, lambda: fill_leaf(found, path, leaf, bar.update))
     leaves = {path: make(path, leaf) for path, leaf in leaves_of(model).items()}
-    write(model, leaves, folder, word_table(source.weights.path), source.layout.name, files_of(source))
+    write(model, leaves, folder, table, source.layout.name, files_of(source))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -190,10 +188,3 @@ def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: 
 def bytes_of(source: Source, dtype: jax.numpy.dtype) -> int:
     """Size of all weights after conversion."""
     return nbytes(leaves_of(abstract(source.layout.model, source.config, dtype)))
-
-
-def word_table(path: Path) -> list[Path]:
-    """The files of the word table beside the weights, where both are there."""
-    folder = path if path.is_dir() else path.parent
-    files = [folder / name for name in WORD_TABLE]
-    return files if all(file.is_file() for file in files) else []

@@ -215,11 +215,20 @@ def test_load_casts(source, target):
 
 
 def test_word_table_travels(source, target):
-    (source / "words.json").write_text("{}")
+    (source / "words.json").write_text('{"attributes": ["a"], "words": [["b", "c"]]}')
     write_safetensors(source / "word_embeddings.safetensors", {"embeddings": np.ones((2, 3), np.float32)})
     convert(source, target, progress=False)
     for name in ("words.json", "word_embeddings.safetensors"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [("{}", 1), ('{"attributes": ["a"], "words": [["b", 3]]}', 1), (None, np.nan), (None, 3e38)]
+)
+def test_a_bad_word_table_does_not_travel(source, target, words, value):
+    (source / "words.json").write_text(words or '{"attributes": ["a"], "words": [["b", "c"]]}')
+    write_safetensors(source / "word_embeddings.safetensors", {"embeddings": np.full((2, 3), value, np.float32)})
+    fails(source, target, str(source), "bad word table")
 
 
 def fails(source, target, *words):
