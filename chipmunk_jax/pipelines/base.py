@@ -25,7 +25,7 @@ from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback, Reporter
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
-from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.strictness import key_of, usual_modes
 from pallas_kernels import Implementation
 
 MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
@@ -252,7 +252,7 @@ class Pipeline:
         # Before the noise is drawn and prompts are encoded, which for an absurd size or batch have no room either.
         _, noise, cond = variant.shapes(settings, batch, self.model.dtype)
         memory.check_room(self.model, noise, cond, placed=True, steps=settings["steps"], **fixed)
-        draw = lambda i: jax.random.normal(jax.random.key(request.seed + i), noise.shape[1:])
+        draw = lambda i: jax.random.normal(key_of(request.seed + i), noise.shape[1:])
         against = request.negative_prompts if scale is not None else None
         arrays = jnp.stack([draw(i) for i in range(batch)]), self.encode(request.prompts)
         uncond = None if against is None else self.encode(against)
