@@ -128,8 +128,9 @@ def parse_json(text: str | bytes) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise InputError(f"key {next(name for name in names if names.count(name) > 1)} is given twice")
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise InputError(f"key {twice} is given twice")
     return tree
 
 
