@@ -1,13 +1,15 @@
 """What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
 
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.convert.files import STEM, groups_of, read_json, read_weights
+from chipmunk_jax.config_file import read_json
+from chipmunk_jax.convert.files import STEM, groups_of, read_weights
 from chipmunk_jax.convert.prefix import strip_prefix
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
@@ -81,9 +83,10 @@ def open_source(path: str | Path) -> Source:
     if below and not list(path.glob(f"{STEM}*")):
         path = below
     weights = read_named(path)
-    stated, shapes = stated_by(path), {name: tensor.shape for name, tensor in weights.tensors.items()}
+    stated, index = stated_by(path), index_of(path)
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
-        layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path))
+        layout = check_kind(shapes, stated if path.is_dir() else {}, index)
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -199,11 +202,11 @@ def config_of(path: Path, class_name: str, stated: Mapping[str, Any]) -> Mapping
 def stated_by(path: Path) -> dict[str, Any]:
     """config.json in a folder or beside a file; empty where there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if os.path.lexists(file) else {}
 
 
 def index_of(path: Path) -> dict[str, Any]:
     """model_index.json of the pipeline that a network is of, in its folder or the one above; empty where there is none."""
     folder = path if path.is_dir() else path.parent
     file = (folder.parent if folder.name in FOLDERS else folder) / INDEX
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if os.path.lexists(file) else {}

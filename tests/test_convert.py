@@ -1,6 +1,7 @@
 """Conversion: every tensor used once, every leaf filled once, one error naming all; a folder is whole or not there."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -413,11 +414,14 @@ def test_half_written_checkpoint_is_not_loaded(tmp_path, source, target):
         ("num_heads", 0, "num_heads"),
         ("num_heads", "2", "num_heads"),
         ("depth", [1], r"depth=.*: expected a whole number"),
-        ("depth", -1, "depth=-1: expected a finite number above 0"),
-        ("vec_in_dim", 0, "vec_in_dim=0: expected a finite number above 0"),
+        ("depth", -1, "depth=-1: expected a number above 0 and below 1,000,000"),
+        ("vec_in_dim", 0, "vec_in_dim=0: expected a number above 0 and below 1,000,000"),
         ("vec_in_dim", {"a": 1}, "vec_in_dim=.*: expected a whole number"),
         ("axes_dim", ["a", 2, 2], "axes_dim=.*: expected a list of whole numbers"),
-        ("mlp_ratio", float("nan"), "mlp_ratio=nan: expected a finite number above 0"),
+        ("mlp_ratio", 1e308, r"mlp_ratio=1e\+308: expected a number above 0 and below"),
+        ("theta", -5, "theta=-5: expected a number above 0"),
+        ("depth", True, "depth=True: expected a whole number"),
+        ("mlp_ratio", float("nan"), "mlp_ratio=nan: expected a number above 0 and below 1,000,000"),
         ("theta", None, "theta=None: expected a whole number"),
         ("guidance_embed", [], r"guidance_embed=.*: expected true or false"),
     ],
@@ -457,7 +461,7 @@ def test_damaged_weights_are_one_sentence(source, target):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[1]"])
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", "[" * 100_000, "a pipe"])
 def test_half_a_copy_is_damaged_and_prints_nothing(source, target, capfd, content):
     """A leaf is not there, or its header is none."""
     convert(source, target, progress=False)
@@ -465,6 +469,9 @@ def test_half_a_copy_is_damaged_and_prints_nothing(source, target, capfd, conten
     capfd.readouterr()
     if content is None:
         shutil.rmtree(header.parent)
+    elif content == "a pipe":
+        header.unlink()
+        os.mkfifo(header)
     else:
         header.write_text(content)
     with pytest.raises(ValueError, match="damaged weights: ") as error:
