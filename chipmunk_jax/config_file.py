@@ -15,6 +15,7 @@ from chipmunk_jax.errors import InputError
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MOST_BYTES = 100_000  # of a file; PyYAML takes two seconds for as much
+MOST_JSON = 100_000_000  # of a file that a program wrote, such as an index
 MOST_LEVELS = 20
 MOST_SCALAR = 1000  # characters of a value
 MOST_VALUES = 10_000  # of a file; those of an alias count at each of its places
@@ -88,12 +89,7 @@ def read_config(
         InputError: the file is neither, is endless, gives a key twice, or holds something other than keys and values.
         OSError: it cannot be read.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: {'a folder' if file.is_dir() else 'no regular file'}, expected a file")
-    with file.open("rb") as stream:
-        content = stream.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise InputError(f"{file}: expected settings in at most {MOST_BYTES:,} bytes")
+    content = _read(file, MOST_BYTES)
     try:
         # YAML 1.1 takes JSON's 1e-1 for a string.
         tree = (parse_json if PurePath(file.name).suffix == ".json" else _parse_yaml)(content.decode())
@@ -105,6 +101,36 @@ def read_config(
     if not isinstance(tree, dict):
         raise InputError(f"{file}: expected {holding}")
     return tree
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file that a program wrote: of any name, and as large as the index of a checkpoint may be.
+
+    Raises:
+        InputError: it is no regular file, holds something else than an object, or gives a key twice.
+        OSError: it cannot be read.
+    """
+    content = _read(file, MOST_JSON)
+    try:
+        tree = parse_json(content)
+        if not isinstance(tree, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a JSON object with every key once ({error})") from error
+    return tree
+
+
+def _read(file: Path | Traversable, most: int) -> bytes:
+    """The content of a regular file of at most so many bytes."""
+    if not file.is_file():
+        raise InputError(f"{file}: {'a folder' if file.is_dir() else 'no regular file'}, expected a file")
+    with file.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{file}: expected at most {most:,} bytes")
+    if content.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file}: a git-lfs pointer, not the file itself: run `git lfs pull`")
+    return content
 
 
 def _check_depth(tree: Any, levels: int = MOST_LEVELS) -> None:
@@ -128,8 +154,9 @@ def parse_json(text: str | bytes) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise InputError(f"key {next(name for name in names if names.count(name) > 1)} is given twice")
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise InputError(f"key {twice} is given twice")
     return tree
 
 

@@ -30,7 +30,7 @@ from chipmunk_jax.schedule import Step, by_kind, plan_steps
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from chipmunk_jax.step_cache import hidden_zeros, unless_skipped
-from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.strictness import key_of, usual_modes
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import COMPILER_OPTIONS
 
@@ -84,7 +84,7 @@ def plan(
     order = patch_order(grid, sparsity.patches if sparsity else ())
     step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
     return Table(
-        step=step.replace(key=jax.random.key(seed), implementation=implementation),
+        step=step.replace(key=key_of(seed), implementation=implementation),
         timesteps=timesteps,
         times=solver.times(timesteps),
         order=order,

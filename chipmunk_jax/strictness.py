@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 
 
 @contextmanager
@@ -12,9 +13,16 @@ def usual_modes() -> Iterator[None]:
 
     A caller sets them for its own lines, but JAX applies them to every library too. Here, a weight [D] is multiplied with tokens
     [B, N, D] on a hundred lines (jax_numpy_rank_promotion, jax_numpy_dtype_promotion); indices of kernels have 32 bits, and with 64
-    would take twice the registers (jax_enable_x64); seeds and zeros come from the host as scalars (jax_transfer_guard). So the
-    program is the same in all modes, to the bit. Large arrays are always moved explicitly: see sampling.run().
+    would take twice the registers (jax_enable_x64); seeds and zeros come from the host as scalars (jax_transfer_guard); and a seed
+    is one sample (jax_threefry_partitionable). So the program is the same in all modes, to the bit. Large arrays are always moved
+    explicitly: see sampling.run().
     """
     promotion = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
-    with promotion[0], promotion[1], jax.enable_x64(False), jax.transfer_guard("allow"):
+    bits = jax.enable_x64(False), jax.threefry_partitionable(True)
+    with promotion[0], promotion[1], bits[0], bits[1], jax.transfer_guard("allow"):
         yield
+
+
+def key_of(seed: int) -> jax.Array:
+    """jax.random.key(seed) as JAX makes it where jax_default_prng_impl and jax_random_seed_offset are not set."""
+    return jax.random.wrap_key_data(np.asarray([0, seed], np.uint32), impl="threefry2x32")

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from chipmunk_jax.convert.folder import Folder, open_folder
 from chipmunk_jax.convert.rules import Match, fill, fill_leaf
-from chipmunk_jax.convert.source import Source, check_not_converted, open_source
+from chipmunk_jax.convert.source import Source, check_not_converted, check_pair, open_source
+from chipmunk_jax.convert.word_table import word_table_beside
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Component
@@ -28,9 +29,6 @@ from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_ar
 from chipmunk_jax.models.weights import Leaf
 from chipmunk_jax.strictness import usual_modes
 from chipmunk_jax.whole import check_space, whole
-
-# The small trained models take prompts from a table of words instead of a text encoder.
-WORD_TABLE = ("words.json", "word_embeddings.safetensors")
 
 
 @usual_modes()
@@ -82,6 +80,8 @@ def convert_pipeline(
     found: Folder, target: Path, only: str | None, dtype: jax.numpy.dtype, progress: bool, overwrite: bool
 ) -> None:
     """Writes components of a pipeline, each a checkpoint of its own, those apart that are there."""
+    if only is None:
+        check_pair(found.path)
     index = check_target(found, target, only, overwrite)
     sources = {role: open_source(path) for role, path in found.components.items() if only in (None, role)}
     configs = [sources[role].config for role in ("transformer", "transformer_2") if role in sources]
@@ -144,10 +144,10 @@ def is_there(folder: Path, source: Source, dtype: jax.numpy.dtype) -> bool:
 
 def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype, bar: tqdm) -> None:
     """Writes one component to an existing folder, leaf by leaf."""
-    model = abstract(source.layout.model, source.config, dtype)
+    model, table = abstract(source.layout.model, source.config, dtype), word_table_beside(source.weights.path)
     make = lambda path, leaf: Leaf(leaf.shape, leaf.dtype, lambda: fill_leaf(found, path, leaf, bar.update))
     leaves = {path: make(path, leaf) for path, leaf in leaves_of(model).items()}
-    write(model, leaves, folder, word_table(source.weights.path), source.layout.name, files_of(source))
+    write(model, leaves, folder, table, source.layout.name, files_of(source))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -194,10 +194,3 @@ def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: 
 def bytes_of(source: Source, dtype: jax.numpy.dtype) -> int:
     """Size of all weights after conversion."""
     return nbytes(leaves_of(abstract(source.layout.model, source.config, dtype)))
-
-
-def word_table(path: Path) -> list[Path]:
-    """The files of the word table beside the weights, where both are there."""
-    folder = path if path.is_dir() else path.parent
-    files = [folder / name for name in WORD_TABLE]
-    return files if all(file.is_file() for file in files) else []

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from chipmunk_jax.config_file import parse_json
-from chipmunk_jax.convert.file_kind import HEADER_LENGTH, FileKind, file_kind
+from chipmunk_jax.config_file import read_json
+from chipmunk_jax.convert.file_kind import FileKind, file_kind
 from chipmunk_jax.convert.safetensors import Weights, gather, read_safetensors
 from chipmunk_jax.convert.torch_pickle import read_legacy, read_zip
 from chipmunk_jax.errors import SHOWN, InputError, listed, quoted
@@ -135,10 +135,7 @@ def read_shards(path: Path, index: Path) -> Weights:
 
 def read_index(file: Path) -> dict[str, str]:
     """Tensor name -> name of its shard, every one of which is in the same folder."""
-    try:
-        placed = read_json(file).get("weight_map")
-    except InputError as error:
-        raise InputError(f"{file.parent}: {error}") from error
+    placed = read_json(file).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise InputError(f"{file}: expected JSON with a weight_map from tensor names to files")
     names = sorted(set(placed.values()))
@@ -152,20 +149,3 @@ def read_index(file: Path) -> dict[str, str]:
         verb = "is" if len(absent) == 1 else "are"
         raise InputError(f"{file}: names {listed(absent)}, which {verb} not in its folder")
     return placed
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object of a JSON file. Unlike read_config(), it takes an index of any size that checkpoints have, and any suffix.
-
-    Raises:
-        InputError: something else than an object, or a key that is given twice.
-    """
-    try:
-        if file.stat().st_size > HEADER_LENGTH:
-            raise ValueError(f"more than {HEADER_LENGTH:,} bytes")
-        content = parse_json(file.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file.name} is not a JSON object with every key once ({error})") from error
-    return content

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chipmunk_jax.convert.files import groups_of, read_json
-from chipmunk_jax.convert.source import FOLDERS, boundary_of, layout_of, open_source, read_named
+from chipmunk_jax.config_file import read_json
+from chipmunk_jax.convert.files import groups_of
+from chipmunk_jax.convert.source import FOLDERS, absent_of, boundary_of, check_pair, layout_of, open_source, read_named
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models.checkpoint import (
     describe,
@@ -58,7 +59,8 @@ class Folder:
     @property
     def missing(self) -> list[str]:
         """Components that the pipeline of such a network has and the folder lacks."""
-        wanted = [role for role in ROLES.get(self.network, {}) if role != "transformer_2"]
+        two = self.boundary is not None
+        wanted = [role for role in ROLES.get(self.network, {}) if two or role != "transformer_2"]
         wanted += [name for role, name in TOKENIZERS.items() if role in wanted]
         return [role for role in wanted if role not in {**self.components, **self.tokenizers}]
 
@@ -80,18 +82,19 @@ def open_folder(path: str | Path) -> Folder:
         return Folder(path, index.network, found, find_tokenizers(path), index.boundary, index.shift)
     if is_converted(path):
         return Folder(path, describe(path).model, {"transformer": path})
-    found = find_components(path)
-    if found.keys() <= {"transformer"}:  # all that can be wrong is then told of one network
+    found, absent = find_components(path), absent_of(path)
+    if found.keys() <= {"transformer"} and not absent:  # all that can be wrong is then told of one network
         network = open_source(path).layout.model
         return Folder(path, network, {"transformer": path}, find_tokenizers(path), shift=shift_of(path))
     if "transformer" not in found:
+        check_pair(path)
         raise InputError(f"{path}: holds {listed(sorted(found))}, and no transformer that they belong to")
     network = open_source(found["transformer"])
     roles = ROLES.get(network.layout.model, {})
     for role, place in found.items():
         if (model := model_of(place)) != roles.get(role):
             raise InputError(f"{place}: {model or 'unknown tensors'}, expected {roles.get(role, 'none')} as the {role}")
-    boundary = boundary_of(path, network.config) if "transformer_2" in found else None
+    boundary = boundary_of(path, network.config) if absent or "transformer_2" in found else None
     return Folder(path, network.layout.model, found, find_tokenizers(path), boundary, shift_of(path))
 
 

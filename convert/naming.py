@@ -177,7 +177,7 @@ def stated_number(stated: Mapping[str, Any], name: str, default: float) -> float
         InputError: the value is no number, not above 1, or not finite.
     """
     value = stated.get(name, default)
-    if type(value) not in (int, float) or not 1 < value < LARGE**2:
+    if type(value) not in (int, float) or not 1 < value < LARGE:
         raise InputError(f"{name}={brief(value)} in config.json: expected a number above 1")
     return float(value)
 

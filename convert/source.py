@@ -1,6 +1,7 @@
 """What a checkpoint is: its tensors, layout and config, from headers and config.json alone."""
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -8,12 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chipmunk_jax.convert.files import STEM, read_json, read_weights
+from chipmunk_jax.config_file import read_json
+from chipmunk_jax.convert.files import STEM, groups_of, read_weights
 from chipmunk_jax.convert.prefix import NETWORK, strip_prefix
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import Weights
-from chipmunk_jax.convert.scales import attach_scales
+from chipmunk_jax.convert.scales import attach_scales, drop_marks
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network, WanConfig
 from chipmunk_jax.models.checkpoint import is_checkpoint
@@ -75,6 +77,7 @@ def open_source(path: str | Path, model: str | None = None) -> Source:
     """
     path = Path(path)
     check_not_converted(path)
+    check_pair(path)
     if pair := pair_of(path):
         first, second = pair
         raise InputError(
@@ -85,9 +88,10 @@ def open_source(path: str | Path, model: str | None = None) -> Source:
     if below and not list(path.glob(f"{STEM}*")):
         path = below
     weights = read_named(path, model)
-    stated, shapes = stated_by(path), {name: tensor.shape for name, tensor in weights.tensors.items()}
+    stated, index = stated_by(path), index_of(path)
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
-        layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path), model)
+        layout = check_kind(shapes, stated if path.is_dir() else {}, index, model)
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -103,13 +107,32 @@ def check_not_converted(path: Path) -> None:
 def read_named(path: Path, model: str | None = None) -> Weights:
     """The tensors under `path` by the names that a layout of the model, or of any, has, where they are of one."""
     parts = tuple(dict.fromkeys(part for layout in layouts(model) for part in layout.parts)) if model else (NETWORK,)
-    return strip_prefix(read_weights(path), lambda names: layout_of(names, model) is not None, parts)
+    return strip_prefix(drop_marks(read_weights(path)), lambda names: layout_of(names, model) is not None, parts)
 
 
 def pair_of(path: Path) -> tuple[Path, Path] | None:
     """The folders of the two networks of a release, for much noise and for little; None for a release of one."""
     pairs = ((path / first, path / second) for first, second in PAIRS)
     return next((pair for pair in pairs if all(folder.is_dir() for folder in pair)), None)
+
+
+def absent_of(path: Path) -> Path | None:
+    """The folder that a release of two networks lacks; None where both are there, or nothing says that there are two."""
+    index = index_of(path)
+    two = index.get("boundary_ratio") is not None or index.get("transformer_2") not in (None, [None, None])
+    for pair in PAIRS:
+        absent = [path / name for name in pair if not groups_of(path / name)]
+        if len(absent) == 1 and (two or absent[0].name != "transformer_2"):
+            return absent[0]
+    return None
+
+
+def check_pair(path: Path) -> None:
+    """Raises InputError for a release that lacks one of its two networks."""
+    if absent := absent_of(path):
+        raise InputError(
+            f"{path}: half of two networks, {absent.name} holds no weights: expected both, or the folder of the other one"
+        )
 
 
 def boundary_of(path: Path, config: Any) -> float:
@@ -119,9 +142,7 @@ def boundary_of(path: Path, config: Any) -> float:
         InputError: the time is not between 1 and 0, or the networks are not those of Wan2.2.
     """
     if not isinstance(config, WanConfig):
-        raise InputError(
-            f"{path}: two networks, {' and '.join(f.name for f in pair_of(path))}, expected those of Wan2.2"
-        )
+        raise InputError(f"{path}: two networks, expected those of Wan2.2")
     value = index_of(path).get("boundary_ratio", BOUNDARIES[config.in_dim > config.out_dim])
     if type(value) is not float or not 0 < value < 1:
         raise InputError(f"{path}: boundary_ratio={value!r} in {INDEX}: expected a number between 0 and 1")
@@ -220,11 +241,11 @@ def config_of(path: Path, class_name: str, stated: Mapping[str, Any]) -> Mapping
 def stated_by(path: Path) -> dict[str, Any]:
     """config.json in a folder or beside a file; empty where there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if os.path.lexists(file) else {}
 
 
 def index_of(path: Path) -> dict[str, Any]:
     """model_index.json of the pipeline that a network is of, in its folder or the one above; empty where there is none."""
     folder = path if path.is_dir() else path.parent
     file = (folder.parent if folder.name in FOLDERS else folder) / INDEX
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if os.path.lexists(file) else {}

@@ -1,6 +1,5 @@
 """The parts of textbook transformers and VAEs: base classes, embedders, modulation, norms, attention of pixels, positions, checks."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,6 +18,7 @@ from pallas_kernels.rotary_qkv import Projection
 
 Caches = dict[str, LayerCache | None]  # by stack
 QUERIES = 1024  # of pixels whose scores are held at once: 4 bytes a pair, 67 MB at 16,384 pixels, where all would take 1.07 GB
+LARGEST = 10**6  # more than any size in a network
 
 
 class Component(nnx.Module):
@@ -226,8 +226,8 @@ def check_sizes(config: Any, counts: tuple[str, ...]) -> None:
     check_types(config)
     for name, value in vars(config).items():
         numbers = value if isinstance(value, tuple) else () if value is None or isinstance(value, bool) else (value,)
-        fits = all(0 < n < math.inf or (n == 0 and name in counts) for n in numbers)
-        require(fits, name, value, "a finite number above 0")
+        fits = all(0 < n < LARGEST or (n == 0 and name in counts) for n in numbers)
+        require(fits, name, value, f"a number above 0 and below {LARGEST:,}")
 
 
 def check_conditions(cond: Condition, shapes: dict[str, tuple[int | str, ...]]) -> None:

@@ -1,7 +1,6 @@
 """The leaves of a network on disk, as Orbax writes them: a folder of Zarr each, with a header beside its bytes."""
 
 import gc
-import json
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from chipmunk_jax.config_file import nest
+from chipmunk_jax.config_file import nest, read_json
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models.leaves import flatten
 from chipmunk_jax.whole import NO_ROOM
@@ -46,7 +45,7 @@ def shapes_in(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """
     headers = {file.parent.name: file for file in weights_of(folder).glob("*/.zarray")}
     try:
-        return {path: tuple(json.loads(file.read_text())["shape"]) for path, file in headers.items()}
+        return {path: tuple(read_json(file)["shape"]) for path, file in headers.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: damaged weights: a header without a shape") from error
 

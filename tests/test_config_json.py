@@ -1,6 +1,7 @@
 """config.json against the tensors and the network: every field is used, compared, known not to matter, or refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -289,11 +290,30 @@ def test_a_patch_embedding_of_another_rank_is_misshapen(folder, shape, tmp_path)
         convert(source, tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "[[1, 2]]", "{", '{"a": ' * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "3", "[[1, 2]]", "{", '{"a": ' * 100_000])
 def test_a_config_that_is_no_object_is_refused(text, tmp_path):
     source = copy("wan_t2v", tmp_path / "bad")
     (source / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"config.json is not a JSON object"):
+    with pytest.raises(InputError, match=f"^{source}/config.json: not a JSON object"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json"])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (os.mkfifo, "no regular file, expected a file"),
+        (os.mkdir, "a folder, expected a file"),
+        (lambda path: path.symlink_to("nothing"), "no regular file"),
+        (lambda path: path.symlink_to(path), "no regular file"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "a git-lfs pointer"),
+    ],
+)
+def test_a_config_that_is_there_is_read_or_refused(name, make, expected, tmp_path):
+    source = copy("wan_t2v", tmp_path / "bad")
+    (source / name).unlink(missing_ok=True)
+    make(source / name)
+    with pytest.raises(InputError, match=f"^{source}/{name}: {expected}"):
         open_source(source)
 
 

@@ -1,6 +1,7 @@
 """Conversion: every tensor used once, every leaf filled once, one error naming all; a folder is whole or not there."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -215,11 +216,20 @@ def test_load_casts(source, target):
 
 
 def test_word_table_travels(source, target):
-    (source / "words.json").write_text("{}")
+    (source / "words.json").write_text('{"attributes": ["a"], "words": [["b", "c"]]}')
     write_safetensors(source / "word_embeddings.safetensors", {"embeddings": np.ones((2, 3), np.float32)})
     convert(source, target, progress=False)
     for name in ("words.json", "word_embeddings.safetensors"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [("{}", 1), ('{"attributes": ["a"], "words": [["b", 3]]}', 1), (None, np.nan), (None, 3e38)]
+)
+def test_a_bad_word_table_does_not_travel(source, target, words, value):
+    (source / "words.json").write_text(words or '{"attributes": ["a"], "words": [["b", "c"]]}')
+    write_safetensors(source / "word_embeddings.safetensors", {"embeddings": np.full((2, 3), value, np.float32)})
+    fails(source, target, str(source), "bad word table")
 
 
 def fails(source, target, *words):
@@ -404,11 +414,14 @@ def test_half_written_checkpoint_is_not_loaded(tmp_path, source, target):
         ("num_heads", 0, "num_heads"),
         ("num_heads", "2", "num_heads"),
         ("depth", [1], r"depth=.*: expected a whole number"),
-        ("depth", -1, "depth=-1: expected a finite number above 0"),
-        ("vec_in_dim", 0, "vec_in_dim=0: expected a finite number above 0"),
+        ("depth", -1, "depth=-1: expected a number above 0 and below 1,000,000"),
+        ("vec_in_dim", 0, "vec_in_dim=0: expected a number above 0 and below 1,000,000"),
         ("vec_in_dim", {"a": 1}, "vec_in_dim=.*: expected a whole number"),
         ("axes_dim", ["a", 2, 2], "axes_dim=.*: expected a list of whole numbers"),
-        ("mlp_ratio", float("nan"), "mlp_ratio=nan: expected a finite number above 0"),
+        ("mlp_ratio", 1e308, r"mlp_ratio=1e\+308: expected a number above 0 and below"),
+        ("theta", -5, "theta=-5: expected a number above 0"),
+        ("depth", True, "depth=True: expected a whole number"),
+        ("mlp_ratio", float("nan"), "mlp_ratio=nan: expected a number above 0 and below 1,000,000"),
         ("theta", None, "theta=None: expected a whole number"),
         ("guidance_embed", [], r"guidance_embed=.*: expected true or false"),
     ],
@@ -448,7 +461,7 @@ def test_damaged_weights_are_one_sentence(source, target):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[1]"])
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", "[" * 100_000, "a pipe"])
 def test_half_a_copy_is_damaged_and_prints_nothing(source, target, capfd, content):
     """A leaf is not there, or its header is none."""
     convert(source, target, progress=False)
@@ -456,6 +469,9 @@ def test_half_a_copy_is_damaged_and_prints_nothing(source, target, capfd, conten
     capfd.readouterr()
     if content is None:
         shutil.rmtree(header.parent)
+    elif content == "a pipe":
+        header.unlink()
+        os.mkfifo(header)
     else:
         header.write_text(content)
     with pytest.raises(ValueError, match="damaged weights: ") as error:

@@ -106,6 +106,29 @@ def test_a_pair_is_never_taken_for_one(release, pair, tmp_path, capsys):
     assert "transformer_2 samples from t = 0.9 down" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("names", [("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_half_of_a_pair_is_never_taken_for_a_model(release, names, kept, tmp_path):
+    source, absent = tmp_path / "source", names[1 - kept]
+    shutil.copytree(release / "transformer", source / names[kept])
+    (source / absent).mkdir()
+    shutil.copy(release / "model_index.json", source)
+    for use in (read, inspect, lambda path: convert(path, tmp_path / "out", progress=False)):
+        with pytest.raises(InputError, match=f"half of two networks, {absent} holds no weights"):
+            use(source)
+    assert inspect(source / names[kept]).whole  # on purpose
+    if kept == 0:
+        convert(source, tmp_path / "out", component="transformer", dtype="float32", progress=False)
+        assert "transformer_2" in inspect(tmp_path / "out").missing
+
+
+def test_a_release_of_one_network_may_say_that_there_is_no_second(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "transformer")
+    index = {"_class_name": "WanPipeline", "boundary_ratio": None, "transformer_2": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert inspect(tmp_path).whole
+
+
 def test_a_pair_that_is_there_is_kept_and_one_of_another_dtype_replaced_when_asked_for(release, pair, tmp_path, capsys):
     target = tmp_path / "pair"
     shutil.copytree(pair, target)

@@ -14,7 +14,7 @@ from test_torch_pickle import write_tensors
 
 from chipmunk_jax.convert.files import STEM, read_weights
 from chipmunk_jax.convert.prefix import PREFIXES, strip_prefix
-from chipmunk_jax.convert.scales import attach_scales
+from chipmunk_jax.convert.scales import attach_scales, drop_marks
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.errors import InputError
 
@@ -192,9 +192,15 @@ def test_of_an_all_in_one_file_the_network_is_read(tmp_path, flux):
     assert source.weights.left_out == ("first_stage_model", "text_encoders", "vae")
 
 
+MARKS = {
+    "a.scale_input": np.ones(1, np.float32),
+    "a.comfy_quant": np.zeros(3, np.int64),
+    "scaled_fp8": np.zeros(0, ml_dtypes.float8_e4m3fn),
+}
 FORMS = {
     "scalar": ("a.scale_weight", np.float32(2).reshape(())),
     "one": ("a.weight_scale", np.float32([2])),
+    "matrix": ("a.scale_weight", np.float32([[2]])),
     "rows": ("a.weight.scale_weight", np.float32([1, 2, 4])),
     "column": ("a.weight_scale", np.float32([[1], [2], [4]])),
     "bf16": ("a.scale_weight", np.asarray([0.5], ml_dtypes.bfloat16)),
@@ -205,15 +211,38 @@ FORMS = {
 @pytest.mark.parametrize("stored", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
 def test_scales_are_applied_on_reading(tmp_path, arrays, form, stored):
     name, scale = FORMS[form]
-    weight, plain = arrays["a.weight"].astype(stored), arrays["b.weight"].astype(stored)
-    marks = {"a.scale_input": scale, "a.comfy_quant": np.zeros(3, np.int64), "scaled_fp8": np.zeros(0, stored)}
-    write_safetensors(tmp_path / "x.safetensors", {"a.weight": weight, "b.weight": plain, name: scale} | marks)
-    found = attach_scales(read_weights(tmp_path)).tensors
-    assert list(found) == ["a.weight", "b.weight"]
+    weight, bias = arrays["a.weight"].astype(stored), arrays["b.weight"][0].astype(stored)
+    write_safetensors(tmp_path / "x.safetensors", {"a.weight": weight, "a.bias": bias, name: scale} | MARKS)
+    found = attach_scales(drop_marks(read_weights(tmp_path))).tensors
+    assert list(found) == ["a.weight", "a.bias"]
     expected = weight.astype(np.float32) * scale.astype(np.float32).reshape((-1, 1) if scale.size > 1 else ())
     assert found["a.weight"].read().dtype == np.float32
     np.testing.assert_array_equal(found["a.weight"].read(), expected)
-    assert found["b.weight"].read().dtype == stored
+    assert found["a.bias"].read().dtype == stored
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+def test_marks_without_scales_leave_float8_as_it_is(tmp_path, flux, prefix):
+    stored = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in flux.items()}
+    marks = {"scaled_fp8": MARKS["scaled_fp8"], f"{prefix}single_blocks.0.linear1.scale_input": np.ones(1, np.float32)}
+    write_safetensors(tmp_path / "x.safetensors", {prefix + name: array for name, array in stored.items()} | marks)
+    shutil.copy(ORIGINAL.parent / "config.json", tmp_path)
+    found = open_source(tmp_path)
+    assert found.check() and all(tensor.scale is None for tensor in found.weights.tensors.values())
+
+
+def test_a_float8_weight_that_lost_its_scale_is_named(tmp_path, arrays):
+    tensors = {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in arrays.items()}
+    scales = {f"{name}.scale_weight": np.ones(1, np.float32) for name in "abc"}
+    write_safetensors(tmp_path / "x.safetensors", tensors | scales)
+    fails(lambda: attach_scales(read_weights(tmp_path)), "1 float8 weights without a scale", "d.weight")
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
+def test_a_scale_is_a_positive_number(tmp_path, arrays, value):
+    weight = arrays["a.weight"].astype(ml_dtypes.float8_e4m3fn)
+    write_safetensors(tmp_path / "x.safetensors", {"a.weight": weight, "a.scale_weight": np.float32([1, value, 1])})
+    fails(lambda: attach_scales(read_weights(tmp_path)), "a.scale_weight", "expected finite numbers above 0")
 
 
 @pytest.mark.parametrize(

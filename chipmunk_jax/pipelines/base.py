@@ -29,7 +29,7 @@ from chipmunk_jax.progress import Callback, Reporter, phase
 from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.solvers import Solver
 from chipmunk_jax.sparsity import Sparsity
-from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.strictness import key_of, usual_modes
 from pallas_kernels import Implementation
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -339,7 +339,7 @@ class Pipeline:
         settings, batch = request.settings, request.batch
         _, noise, _ = self._shapes(request)
         if request.latents is None:
-            draw = lambda i: jax.random.normal(jax.random.key(request.seed + i), noise.shape[1:])
+            draw = lambda i: jax.random.normal(key_of(request.seed + i), noise.shape[1:])
             drawn = jnp.stack([draw(i) for i in range(batch)])
         else:
             drawn = self.to_tokens(request.latents, settings)

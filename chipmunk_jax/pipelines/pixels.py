@@ -8,8 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from chipmunk_jax.config_file import read_config
-from chipmunk_jax.convert.files import read_weights
+from chipmunk_jax.convert.word_table import TEXT_ROWS, read_word_table
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.model import Condition
 from chipmunk_jax.models.flux import FluxConfig
@@ -20,7 +19,6 @@ from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import UniPC
 
 COLOURS = 3  # channels of a pixel: a model that has as many makes pixels
-TEXT_ROWS = 16  # one for each attribute, then zeros
 GLUE = frozenset(("a", "an", "and", "at", "in", "of", "on", "the", "with"))  # words of a prompt that say nothing
 
 
@@ -39,24 +37,7 @@ class WordTable:
         Raises:
             FileNotFoundError, InputError: it has no word table, or a bad one.
         """
-        folder = Path(folder)
-        if not (folder / "words.json").is_file():
-            raise InputError(f"{folder}: no words.json; the prompts of a model in pixels need its table of words")
-        try:
-            content = read_config(folder / "words.json")
-            attributes, words = tuple(content["attributes"]), tuple(map(tuple, content["words"]))
-            embeddings = read_weights(folder / "word_embeddings.safetensors").tensors["embeddings"].read()
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder}: bad word table: {error}") from error
-        if not np.isfinite(embeddings.astype(np.float32)).all():
-            raise InputError(f"{folder}: bad word table: embeddings that are NaN or infinite")
-        total = sum(map(len, words))
-        if not len(attributes) == len(words) <= TEXT_ROWS or embeddings.shape[:-1] != (total,):
-            raise InputError(
-                f"{folder}: bad word table: {len(attributes)} attributes, {len(words)} lists of {total} words, embeddings "
-                f"{embeddings.shape}; expected a list an attribute, {TEXT_ROWS} at most, and an embedding a word"
-            )
-        return cls(attributes, words, np.array(embeddings, np.float32))
+        return cls(*read_word_table(folder))
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """{"text": [B, 16, C], "pooled": [B, C]}, f32, of sentences with one word of each attribute.

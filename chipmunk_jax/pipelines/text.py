@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from chipmunk_jax.config_file import read_json
 from chipmunk_jax.convert.file_kind import HEAD, mistaken
-from chipmunk_jax.convert.files import read_json
 from chipmunk_jax.errors import TEXT, InputError, listed, shortened
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # of CLIP
