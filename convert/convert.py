@@ -2,13 +2,14 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from chipmunk_jax.convert.folder import Folder, open_folder
+from chipmunk_jax.convert.folder import ROLES, TOKENIZERS, Folder, open_folder
 from chipmunk_jax.convert.rules import Match, fill, fill_leaf
 from chipmunk_jax.convert.source import Source, check_not_converted, check_pair, open_source
 from chipmunk_jax.convert.word_table import word_table_beside
@@ -112,17 +113,18 @@ def check_target(found: Folder, target: Path, only: str | None, overwrite: bool)
     known = (*found.components, *found.tokenizers)
     if only is not None and only not in known:
         raise InputError(f"--component {only}: expected one of {', '.join(known)}, which {found.path} holds")
-    names = {name: None for name in known if only in (None, name)}
+    names = {name for name in known if only in (None, name)}
     if target.is_dir() and any(target.iterdir()) and not is_pipeline(target):
         raise InputError(f"{target}: not empty and no pipeline of this library; expected a new folder")
     if is_pipeline(target):
         before = describe_pipeline(target)
         if before.network != found.network:
             raise InputError(f"{target}: holds a {before.network}, expected one of {found.network}, or a new folder")
-        names = dict.fromkeys(before.components) | names
-        boundary, shift = before.boundary or found.boundary, before.shift or found.shift
-        return PipelineDescription(found.network, tuple(names), boundary, shift)
-    return PipelineDescription(found.network, tuple(names), found.boundary, found.shift)
+        names |= set(before.components)
+        found = replace(found, boundary=before.boundary or found.boundary, shift=before.shift or found.shift)
+    order = (*ROLES.get(found.network, {}), *TOKENIZERS.values(), *sorted(names))
+    names = tuple(dict.fromkeys(name for name in order if name in names))
+    return PipelineDescription(found.network, names, found.boundary, found.shift)
 
 
 def is_there(folder: Path, source: Source, dtype: jax.numpy.dtype) -> bool:

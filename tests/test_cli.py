@@ -179,7 +179,7 @@ def make_file(checkpoint):
 
 
 def make_latent(checkpoint):
-    """As FLUX.1 itself, whose prompts no word table knows."""
+    """As the config of FLUX.1 itself."""
     content = json.loads((checkpoint / "config.json").read_text())
     content["config"]["in_channels"] = 64
     (checkpoint / "config.json").write_text(json.dumps(content))
@@ -197,7 +197,7 @@ DAMAGES = [
     (remove_config, "half-written"),
     (make_source, "unknown layout"),
     (make_file, "an empty file: fetch it again"),
-    (make_latent, "a flux model, whose text encoders and VAE are not here yet"),
+    (make_latent, "the weights do not fit config.json"),
     (remove_words, "no words.json"),
     (break_words, "bad word table"),
     (cut_weights, "damaged weights"),

@@ -12,7 +12,8 @@ from chipmunk_jax.models import MODELS
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideoConfig
 from chipmunk_jax.models.wan import WanConfig
-from chipmunk_jax.pipelines import VARIANTS, Variant, register, variant_of
+from chipmunk_jax.pipelines import VARIANTS, Pipeline, Variant, register, variant_of
+from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.pipelines.wan import NEGATIVE_PROMPT
 from chipmunk_jax.sparsity import PRESETS, load_sparsity
 
@@ -85,8 +86,9 @@ def test_a_config_of_none_is_sampled_as_the_nearest(config, name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_model_that_makes_pixels_has_a_pipeline_of_pixels(name):
-    assert usual(variant_of(SMALL[name])) == usual(VARIANTS[name]) and VARIANTS[name].pipeline is not None
-    assert all(variant.pipeline is None for variant in PUBLISHED.values())
+    assert usual(variant_of(SMALL[name])) == usual(VARIANTS[name])
+    assert issubclass(VARIANTS[name].pipeline, PixelPipeline)
+    assert not any(issubclass(variant.pipeline or Pipeline, PixelPipeline) for variant in PUBLISHED.values())
     wider = dataclasses.replace(
         SMALL[name], **({"in_channels": 48} if name == "mini-flux" else {"patch_size": (2, 8, 8)})
     )

@@ -99,8 +99,8 @@ class Pipeline:
             raise InputError(f"folder={folder!r}: expected the path of a checkpoint")
         dtype = dtype if dtype is None else parse_dtype(dtype).name
         found = open_folder(folder)
-        if "transformer" not in found.components:
-            raise InputError(f"{folder}: no transformer, which samples are made with")
+        if networks := [name for name in found.missing if name.startswith("transformer")]:
+            raise InputError(f"{folder}: no {networks[0]}, which samples are made with")
         configs = {role: _config_of(path) for role, path in found.components.items()}
         if not issubclass(MODELS[found.network], Network):
             raise InputError(f"{folder}: a {found.network} alone, expected a pipeline or its transformer")
