@@ -176,7 +176,7 @@ def test_a_conversion_that_was_cut_off_goes_on_where_it_was(folders, tmp_path, c
     assert (target / "vae/config.json").stat().st_mtime_ns == made
     assert (found.boundary, json.loads((target / "config.json").read_text())["shift"]) == (0.875, 3.0)
     with pytest.raises(
-        InputError, match="vae: already converted from other files or to another dtype; add --overwrite"
+        InputError, match="text_encoder: already converted from other files or to another dtype; add --overwrite"
     ):
         convert(folders["wan22_pipeline"], target, dtype="float32", progress=False)
     with pytest.raises(InputError, match="holds a wan, expected one of flux"):
