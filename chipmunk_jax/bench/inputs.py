@@ -12,7 +12,7 @@ from chipmunk_jax.bench.record import Record, times
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.memory import check_room
 from chipmunk_jax.model import Condition, Model, Stack
-from chipmunk_jax.models import MODELS
+from chipmunk_jax.models import MODELS, Component
 from chipmunk_jax.pipelines import Variant
 from chipmunk_jax.pipelines.room import PlannedSample
 from chipmunk_jax.pipelines.variant import Settings
@@ -78,15 +78,24 @@ def shortened(variant: Variant, layers: int | None) -> Variant:
 
 
 def random_model(variant: Variant, dtype: jnp.dtype) -> Model:
-    """A network whose every parameter is drawn, leaf by leaf on the device: never more than one beside the network.
-
-    All with standard deviation D ** -0.5 (0.018 for FLUX.1-dev), so that every layer moves the tokens and a wrong one shows.
-    """
+    """A network whose every parameter is drawn, see random_weights()."""
     network, noise, cond = variant.shapes(variant.complete(), 1, dtype)
     width = next(iter(network.stacks(noise.shape[1], cond).values())).width
-    graph, state = nnx.split(network)
+    return random_weights(network, width**-0.5)
+
+
+def random_weights(component: Component, deviation: float = 0.02) -> Component:
+    """A component whose every parameter is drawn, leaf by leaf on the device: never more than one beside the component.
+
+    All with one standard deviation (D ** -0.5 is 0.018 for FLUX.1-dev), so that every layer moves the tokens and a wrong one shows.
+
+    Args:
+        component: shapes in place of weights.
+        deviation: of all parameters.
+    """
+    graph, state = nnx.split(component)
     leaves, tree = jax.tree.flatten(state)
-    draw = jax.jit(lambda key, shape, dtype: width**-0.5 * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
+    draw = jax.jit(lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return nnx.merge(graph, tree.unflatten(draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)))
 

@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 
 from chipmunk_jax.bench.inputs import Workload, shortened
 from chipmunk_jax.bench.kernels import CANDIDATES, SIZES, bench_kernels
+from chipmunk_jax.bench.pipelines import bench_pipeline
 from chipmunk_jax.bench.record import Record
 from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.schedule import by_schedule
@@ -19,11 +20,12 @@ from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import check_output, check_writable
 from chipmunk_jax.pipelines import VARIANTS
+from chipmunk_jax.pipelines.residents import Offload
 from chipmunk_jax.report import records
 from chipmunk_jax.report.compare import compare
 from chipmunk_jax.report.plot import PLOTTED, check_plotting, plot
 from chipmunk_jax.report.quality import Samples, judge_configurations, quality_table, read_configurations
-from chipmunk_jax.report.tables import kernel_table, record_table
+from chipmunk_jax.report.tables import kernel_table, record_table, stages_text
 
 DESCRIPTION = """\
 Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
@@ -40,6 +42,7 @@ examples:
   chipmunk bench step --model wan-14b --only dense                       of a model whose caches have no room here
   chipmunk bench step --model hunyuan-video --layers 6 --frames 33       of a video
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
+  chipmunk bench pipeline --model flux-dev --height 1024 --width 1024    from a prompt to pixels, stage by stage
   chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample of those steps would take
   chipmunk bench quality mini-wan variants.yaml                          PSNR of several configurations of a trained model
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
@@ -49,6 +52,10 @@ STEP = """\
 Time one step of each kind of a published model: dense; full, which fills the caches; select, which chooses keys; select
 neurons; delta, which computes the chosen columns alone; skipped, which runs no block."""
 SAMPLE = "Time whole samples of a published model, dense and sparse, once both are compiled."
+PIPELINE = """\
+Time whole pipelines of published models at full size, from prompts to pixels: seconds and memory of text encoders, transformer and
+decoder, of a first prompt, which reads weights and compiles, and of later ones. Weights are drawn on the device, in place of
+being read from a disk."""
 SCHEDULE = "Say what whole samples would take by the steps that `chipmunk bench step` timed, under any schedule; nothing is run."
 QUALITY = """\
 Sample the same prompts and seeds dense and by each configuration of a YAML file; print the PSNR between them. A file:
@@ -111,6 +118,20 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser)
     parser.add_argument("--steps", type=int, help="of the sampler (default: the model's usual: 50 for FLUX.1-dev)")
     _add_common(parser, repeats=3)
+    add_sparsity_flags(parser)
+
+
+def _pipeline_flags(parser: argparse.ArgumentParser) -> None:
+    _add_model_flags(parser)
+    parser.add_argument("--steps", type=int, help="of the sampler (default: the model's usual)")
+    parser.add_argument(
+        "--offload",
+        choices=get_args(Offload),
+        default="auto",
+        help="what leaves the device between stages (default: auto)",
+    )
+    parser.add_argument("--dense", action="store_true", help="dense samples alone")
+    _add_common(parser, repeats=2)
     add_sparsity_flags(parser)
 
 
@@ -194,6 +215,18 @@ def run_sample(args: argparse.Namespace) -> int:
     _check(args, "steps", "batch", "repeats")
     work = _workload(args, steps=args.steps)
     return _report(args, lambda: [bench_sample(work, repeats=args.repeats)])
+
+
+def run_pipeline(args: argparse.Namespace) -> int:
+    """Exit status of `chipmunk bench pipeline`."""
+    _check(args, "steps", "batch", "repeats")
+    work = _workload(args, steps=args.steps)
+    names = dict(num_frames="frames", num_inference_steps="steps", height="height", width="width")
+    settings = {theirs: work.settings[ours] for theirs, ours in names.items() if ours in work.settings}
+    settings["num_images_per_prompt"] = args.batch
+    options = dict(dtype=args.dtype, offload=args.offload, repeats=args.repeats)
+    options["sparsity"] = None if args.dense else work.sparsity
+    return _report(args, lambda: bench_pipeline(work.variant, settings, **options))
 
 
 def run_schedule(args: argparse.Namespace) -> int:
@@ -284,6 +317,8 @@ def _report(args: argparse.Namespace, measure) -> int:
         entries += new
     print(record_table(entries))
     for entry in entries:
+        if "stages" in entry:
+            print(f"{entry['variant']}: {stages_text(entry['stages'])}")
         if "kernels" in entry:
             print(f"\n{entry['benchmark']}, {entry['variant']}\n{kernel_table(entry['kernels'])}")
     if getattr(args, "plot", None):
@@ -298,6 +333,9 @@ COMMANDS = {
     "kernels": Command("", "each kernel against its dense baseline", KERNELS, _kernels_flags, run_kernels),
     "step": Command("", "one step of each kind: dense, full, selecting, delta", STEP, _step_flags, run_step),
     "sample": Command("", "whole samples, dense and sparse", SAMPLE, _sample_flags, run_sample),
+    "pipeline": Command(
+        "", "whole pipelines, from prompts to pixels, stage by stage", PIPELINE, _pipeline_flags, run_pipeline
+    ),
     "schedule": Command(
         "RECORDS ", "a whole sample from the steps that were timed", SCHEDULE, _schedule_flags, run_schedule
     ),

@@ -77,8 +77,8 @@ class Pipeline:
     ):
         self.folder, self.variant, self.dtype = folder, variant, dtype
         self.configs = {"transformer": variant.config} | dict(configs or {})
-        shapes = {role: abstract(*self._kind(role)) for role in folder.components}
-        self.residents = Residents(self._load, shapes, offload)
+        shapes = {role: abstract(*self.kind(role)) for role in folder.components}
+        self.residents = Residents(self.load, shapes, offload)
         self.load_parts()
 
     @classmethod
@@ -270,11 +270,11 @@ class Pipeline:
             self.check_decoder()
         stages: dict[str, Stage] = {}
         spans = self._spans(request, implementation)
-        with _timed(stages, "text"), phase("text", progress):
+        with self._timed(stages, "text"), phase("text", progress):
             noise, cond, uncond = self._inputs(request, guided=any(span.guidance is not None for span in spans))
-        with _timed(stages, "transformer"):
+        with self._timed(stages, "transformer"):
             tokens = self._denoise(request, spans, noise, cond, uncond, progress, callback_on_step_end, implementation)
-        with _timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
+        with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings = request.settings
             made = self.to_latents(tokens, settings) if output_type == "latent" else self.decode(tokens, settings)
         tables = [span.table for span in spans]
@@ -371,7 +371,7 @@ class Pipeline:
                 del model, arrays  # which the next one may need the room of
         return np.asarray(state.x)
 
-    def _kind(self, role: str) -> tuple[str, Any, str]:
+    def kind(self, role: str) -> tuple[str, Any, str]:
         """Name in MODELS, config and dtype of a component."""
         path = self.folder.components[role]
         found = describe(path) if is_checkpoint(path) else None
@@ -379,10 +379,19 @@ class Pipeline:
         usual = "float32" if jax.default_backend() == "cpu" else found.dtype if found else "bfloat16"
         return name, self.configs[role], self.dtype or usual
 
-    def _load(self, role: str) -> Component:
+    def load(self, role: str) -> Component:
         """The component with its weights, on the default device."""
-        path, dtype = self.folder.components[role], self._kind(role)[2]
+        path, dtype = self.folder.components[role], self.kind(role)[2]
         return load(path, dtype) if is_checkpoint(path) else read(path, dtype)
+
+    @contextmanager
+    def _timed(self, stages: dict[str, Stage], name: str) -> Iterator[None]:
+        """Adds what happens within as a stage."""
+        start, before, self.residents.peak = time.perf_counter(), _peak(), 0
+        yield
+        # A device tells the most that it had in use ever, which is the stage's where it grew.
+        peak = _peak() if _peak() != before else self.residents.peak or None
+        stages[name] = Stage(seconds=time.perf_counter() - start, peak_bytes=peak)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,13 +439,9 @@ def to_pil(pixels: np.ndarray) -> list[Any]:
     return [to_pil(one) if one.ndim == 4 else Image.fromarray(to_bytes(one)) for one in pixels]
 
 
-@contextmanager
-def _timed(stages: dict[str, Stage], name: str) -> Iterator[None]:
-    """Adds what happens within as a stage."""
-    start = time.perf_counter()
-    yield
-    stats = jax.devices()[0].memory_stats()
-    stages[name] = Stage(seconds=time.perf_counter() - start, peak_bytes=stats and stats.get("peak_bytes_in_use"))
+def _peak() -> int | None:
+    """The most bytes that the device had in use in this process; None where it does not tell."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _config_of(path: Path) -> Any:

@@ -31,6 +31,7 @@ class Residents:
             raise InputError(f"offload={offload!r}: expected one of {', '.join(get_args(Offload))}")
         self.offload, self.shapes = offload, shapes
         self._load = load
+        self.peak = 0  # most bytes that programs had in use here since it was set to 0, where the device tells
         self._placed: dict[str, Component] = {}  # the one used last at the end
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
@@ -71,6 +72,8 @@ class Residents:
             self._programs[key] = compiled(jax.jit(function).lower(self.shapes[role], *shapes))
         program = self._programs[key]
         model = self.place(role, beside=scratch(program))
+        used = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+        self.peak = max(self.peak, used + scratch(program)) if used else self.peak
         return executed(program, model, *jax.device_put(args))
 
     def _make_room(self, need: int) -> None:

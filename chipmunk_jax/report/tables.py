@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
+from typing import Any
 
 from chipmunk_jax.report.records import Entry
 
@@ -72,6 +73,12 @@ NUMBERS = {
 def record_table(entries: Sequence[Entry]) -> str:
     """A line a record; an error stands where its numbers would be."""
     return table(entries, WORDS | NUMBERS, lambda entry: entry["error"] and f"no time: {entry['error']}")
+
+
+def stages_text(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Seconds and peak memory of the stages of a pipeline, in one line."""
+    peak = lambda stage: f" ({stage['peak_bytes'] / 1e9:.1f} GB)" if stage["peak_bytes"] else ""
+    return ", ".join(f"{name} {stage['seconds']:.2f} s{peak(stage)}" for name, stage in stages.items())
 
 
 SHOWN = 24  # kernels of a table; the rest is one line
