@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from chipmunk_jax.bench.record import Record, times
@@ -17,6 +18,9 @@ from chipmunk_jax.pipelines import Variant
 from chipmunk_jax.pipelines.room import PlannedSample
 from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.sparsity import Sparsity, to_dict
+
+
+FEW = 2**23  # parameters of a leaf that the host draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ def random_model(variant: Variant, dtype: jnp.dtype) -> Model:
 
 
 def random_weights(component: Component, deviation: float = 0.02) -> Component:
-    """A component whose every parameter is drawn, leaf by leaf on the device: never more than one beside the component.
+    """A component whose every parameter is drawn, leaf by leaf: never more than one beside the component.
 
     All with one standard deviation (D ** -0.5 is 0.018 for FLUX.1-dev), so that every layer moves the tokens and a wrong one shows.
 
@@ -95,9 +99,16 @@ def random_weights(component: Component, deviation: float = 0.02) -> Component:
     """
     graph, state = nnx.split(component)
     leaves, tree = jax.tree.flatten(state)
+    few = deviation * np.random.default_rng(0).standard_normal(
+        FEW, np.float32
+    )  # a program for each of many shapes takes longer
     draw = jax.jit(lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return nnx.merge(graph, tree.unflatten(draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)))
+    drawn = (
+        jax.device_put(np.resize(few, a.shape).astype(a.dtype)) if a.size <= FEW else draw(key, a.shape, a.dtype)
+        for key, a in zip(keys, leaves, strict=True)
+    )
+    return nnx.merge(graph, tree.unflatten(drawn))
 
 
 def random_inputs(variant: Variant, settings: Settings, batch: int, seed: int = 1) -> tuple[jax.Array, Condition]:
