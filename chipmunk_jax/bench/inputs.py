@@ -19,7 +19,6 @@ from chipmunk_jax.pipelines.room import PlannedSample
 from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.sparsity import Sparsity, to_dict
 
-
 FEW = 2**23  # parameters of a leaf that the host draws
 
 
