@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 from tqdm import tqdm
@@ -11,7 +11,7 @@ from chipmunk_jax.convert.rules import Match, fill
 from chipmunk_jax.convert.source import Source, boundary_of, open_source, pair_of
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models import Network
+from chipmunk_jax.models import Component, Network
 from chipmunk_jax.models.checkpoint import (
     EXPERTS,
     abstract,
@@ -78,14 +78,27 @@ def write_one(source: Source, found: Match, folder: Path, dtype: jax.numpy.dtype
     write(model, folder, word_table(source.weights.path), source.layout.name)
 
 
+@overload
+def read(source: str | Path, dtype: Any = "bfloat16", *, model: None = None, progress: bool = False) -> Network: ...
+
+
+@overload
+def read(source: str | Path, dtype: Any = "bfloat16", *, model: str, progress: bool = False) -> Component: ...
+
+
 @usual_modes()
-def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> Network:
-    """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`."""
-    opened, dtype = open_source(source), parse_dtype(dtype)
+def read(source: str | Path, dtype: Any = "bfloat16", *, model: str | None = None, progress: bool = False) -> Component:
+    """The model of a PyTorch checkpoint on the default device; other arguments and errors as of `convert`.
+
+    Args:
+        model: of MODELS, to be taken out of a file that may hold others too: its VAE, for one. None: the network where there
+            are several, else whatever it is.
+    """
+    opened, dtype = open_source(source, model), parse_dtype(dtype)
     return materialize(opened, opened.check(), dtype, progress)
 
 
-def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: bool) -> Network:
+def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: bool) -> Component:
     """The model with its weights, leaf by leaf on the default device."""
     model = abstract(source.layout.model, source.config, dtype)
     leaves = leaves_of(model)

@@ -1,4 +1,4 @@
-"""What the tables of the models share: rules of a linear layer and an MLP, sizes read off the shapes of tensors, and config.json.
+"""What the tables of the models share: rules of layers, sizes read off the shapes of tensors, and config.json.
 
 A config is read off the tensors; config.json tells what no tensor does, and is then compared with the config, field by field.
 """
@@ -7,8 +7,11 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import mode
 from typing import Any
+
+import numpy as np
 
 from chipmunk_jax.convert.rules import Rule
 from chipmunk_jax.errors import InputError, listed
@@ -30,6 +33,38 @@ def linear(sources: str | tuple[str, ...], target: str) -> list[Rule]:
         Rule(tuple(f"{source}.weight" for source in sources), (f"{target}.kernel.T",)),
         Rule(tuple(f"{source}.bias" for source in sources), (f"{target}.bias",)),
     ]
+
+
+def convolution(source: str, target: str) -> list[Rule]:
+    """A convolution with bias, whose kernel is [*window, in, out] here."""
+    return [
+        Rule((f"{source}.weight",), (f"{target}.kernel",), transform=channels_last),
+        Rule((f"{source}.bias",), (f"{target}.bias",)),
+    ]
+
+
+def pointwise(sources: str | tuple[str, ...], target: str) -> list[Rule]:
+    """A convolution of one pixel, or several beside one another, as a linear layer; theirs may be one already."""
+    weights, biases = linear(sources, target)
+    return [replace(weights, transform=matrix), biases]
+
+
+def norm(source: str, target: str) -> list[Rule]:
+    """A norm with weight and bias."""
+    return [
+        Rule((f"{source}.weight",), (f"{target}.scale",)),
+        Rule((f"{source}.bias",), (f"{target}.bias",)),
+    ]
+
+
+def channels_last(weight: np.ndarray) -> np.ndarray:
+    """[out, in, *window] as [*window, in, out]."""
+    return weight.transpose(*range(2, weight.ndim), 1, 0)
+
+
+def matrix(weight: np.ndarray) -> np.ndarray:
+    """[out, in, 1, ..] as [out, in]."""
+    return weight.reshape(weight.shape[:2])
 
 
 def mlp(fc1: str, fc2: str, target: str) -> list[Rule]:
@@ -132,6 +167,23 @@ def stated_number(stated: Mapping[str, Any], name: str, default: float) -> float
     if type(value) not in (int, float) or not 1 < value < LARGE**2:
         raise InputError(f"{name}={brief(value)} in config.json: expected a number above 1")
     return float(value)
+
+
+def stated_numbers(stated: Mapping[str, Any], name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """A list of numbers that config.json has; `default` where it has none.
+
+    Raises:
+        InputError: it is no list of numbers, or of none that are finite.
+    """
+    values = stated.get(name, default)
+    if not isinstance(values, list | tuple) or not all(map(is_number, values)):
+        raise InputError(f"{name}={brief(values)} in config.json: expected a list of numbers")
+    return tuple(map(float, values))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of a size that networks have."""
+    return type(value) in (int, float) and -LARGE < value < LARGE
 
 
 def check_stated(stated: Mapping[str, Any], tensors: Mapping[str, Any], network: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from chipmunk_jax.convert.prefix import NETWORK
 from chipmunk_jax.convert.safetensors import Tensor, Weights, repeated
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.finite import finite
@@ -47,10 +48,16 @@ class Layout:
     class_name: str  # in its config.json
     name: str
     marks: tuple[str, ...]  # tensors that tell it: a checkpoint is of the layout of which it has the most
-    rules: tuple[Rule, ...]
+    # Of a config, where the names of its tensors depend on its sizes.
+    rules: tuple[Rule, ...] | Callable[[Any], tuple[Rule, ...]]
     configure: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], Any]  # (shapes, config.json) -> config
     # config -> shapes of tensors that some files hold in other shapes, their numbers in the same order
     views: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    parts: tuple[str, ...] = (NETWORK,)  # prefixes of its names in a file that holds other models too
+
+    def rules_of(self, config: Any) -> tuple[Rule, ...]:
+        """The rules for a checkpoint of these sizes."""
+        return self.rules(config) if callable(self.rules) else self.rules
 
 
 @dataclass(frozen=True)

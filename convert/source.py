@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.convert.files import STEM, read_json, read_weights
-from chipmunk_jax.convert.prefix import strip_prefix
+from chipmunk_jax.convert.prefix import NETWORK, strip_prefix
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS, recognise
 from chipmunk_jax.convert.rules import Layout, Match, match
 from chipmunk_jax.convert.safetensors import Weights
 from chipmunk_jax.convert.scales import attach_scales
 from chipmunk_jax.errors import InputError, listed
-from chipmunk_jax.models import MODELS, WanConfig
+from chipmunk_jax.models import MODELS, Network, WanConfig
 from chipmunk_jax.models.checkpoint import abstract, is_checkpoint, leaves_of
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
@@ -38,7 +38,9 @@ class Source:
 
     def match(self) -> Match:
         """Where every tensor goes, and what does not fit."""
-        return match(self.layout.rules, self.weights, leaves_of(abstract(self.layout.model, self.config)))
+        return match(
+            self.layout.rules_of(self.config), self.weights, leaves_of(abstract(self.layout.model, self.config))
+        )
 
     def check(self) -> Match:
         """The match of a checkpoint that fits.
@@ -52,22 +54,24 @@ class Source:
         return found
 
 
-def layouts() -> Iterator[Layout]:
-    """Those of all networks: a module of this package has the tables of the network of its name."""
-    for name in MODELS:
+def layouts(model: str | None = None) -> Iterator[Layout]:
+    """Those of a model, or of all: a module of this package has the tables of the model of its name."""
+    for name in MODELS if model is None else [model]:
         yield from TABLES[name] if name in TABLES else import_module(f"chipmunk_jax.convert.{name}").LAYOUTS
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, model: str | None = None) -> Source:
     """The checkpoint under `path`.
 
     Args:
         path: a .safetensors file, an index of shards, a .pt or .pth file, a folder with one of these, or the folder above
             one of FOLDERS.
+        model: of MODELS, to be taken out of a file that may hold others too: its VAE, for one. None: whatever it is, the
+            network where there are several.
 
     Raises:
         FileNotFoundError: there is no such path.
-        InputError: bad files, an unknown layout, or a config.json that does not fit the tensors.
+        InputError: bad files, an unknown layout, another model, or a config.json that does not fit the tensors.
     """
     path = Path(path)
     if is_checkpoint(path):
@@ -81,10 +85,11 @@ def open_source(path: str | Path) -> Source:
     below = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
     if below and not list(path.glob(f"{STEM}*")):
         path = below
-    weights = strip_prefix(read_weights(path), lambda names: layout_of(names) is not None)
+    parts = tuple(dict.fromkeys(part for layout in layouts(model) for part in layout.parts)) if model else (NETWORK,)
+    weights = strip_prefix(read_weights(path), lambda names: layout_of(names, model) is not None, parts)
     stated, shapes = stated_by(path), {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
-        layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path))
+        layout = check_kind(shapes, stated if path.is_dir() else {}, index_of(path), model)
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -113,9 +118,9 @@ def boundary_of(path: Path, config: Any) -> float:
     return value
 
 
-def layout_of(names: Collection[str]) -> Layout | None:
-    """The layout that has the most marks among the names, the first of several; None: none has any."""
-    found = max(layouts(), key=lambda layout: marks_in(names, layout))
+def layout_of(names: Collection[str], model: str | None = None) -> Layout | None:
+    """The layout, of this model or of any, that has the most marks among the names, the first of several; None: none has any."""
+    found = max(layouts(model), key=lambda layout: marks_in(names, layout))
     return found if marks_in(names, found) else None
 
 
@@ -124,24 +129,32 @@ def marks_in(names: Collection[str], layout: Layout) -> int:
     return sum(mark in names for mark in layout.marks)
 
 
-def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any], index: Mapping[str, Any]) -> Layout:
+def check_kind(
+    shapes: Mapping[str, tuple[int, ...]],
+    stated: Mapping[str, Any],
+    index: Mapping[str, Any],
+    model: str | None = None,
+) -> Layout:
     """The layout of a checkpoint of ours.
 
     Args:
         shapes: of all tensors.
         stated, index: config.json and model_index.json of its folder.
+        model: of MODELS, that it is expected to be; None: any.
 
     Raises:
-        InputError: it is of none of our networks; what it is, where that is known.
+        InputError: it is of none of our models, or of another; what it is, where that is known.
     """
-    layout = layout_of(shapes)
+    layout = layout_of(shapes, model)
     if layout and layout.model in TABLES:  # registered from outside: its names are its own affair
         return layout
-    found = recognise(RELATED, shapes, stated, index) or (None if layout else recognise(STRANGERS, shapes))
+    if layout and not issubclass(MODELS[layout.model], Network):
+        index = {}  # which tells of the network beside it
+    found = recognise(RELATED, shapes, stated, index) or (None if layout or model else recognise(STRANGERS, shapes))
     if found:
         raise InputError(found)
     if layout is None:
-        known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts())
+        known = ", ".join(f"{layout.model} ({layout.name})" for layout in layouts(model))
         raise InputError(f"unknown layout, expected one of {known}; it holds {listed(sorted(shapes)) or 'nothing'}")
     return layout
 

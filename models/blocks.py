@@ -1,4 +1,4 @@
-"""The parts of textbook transformers: base classes, embedders, modulation, norms, positions, checks of inputs."""
+"""The parts of textbook transformers and VAEs: base classes, embedders, modulation, norms, positions, checks of inputs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from chipmunk_jax.schedule import Step
 from pallas_kernels.rotary_qkv import Projection
 
 Caches = dict[str, LayerCache | None]  # by stack
+QUERIES = 1024  # of pixels whose scores are held at once: 4 bytes a pair, 67 MB at 16,384 pixels, where all would take 1.07 GB
 
 
 class Component(nnx.Module):
@@ -111,6 +112,46 @@ class Qkv(nnx.Module):
     def __call__(self, x: jax.Array) -> Projection:
         linear = self.linear
         return Projection(product(x, linear.kernel[...]), linear.bias[...], self.query_norm[...], self.key_norm[...])
+
+
+class GroupNorm(nnx.Module):
+    """scale GroupNorm(x) + bias, computed in and as float32, for x [B, .., C]; each entry of B and group of channels on its own."""
+
+    def __init__(self, channels: int, groups: int):
+        self.groups = groups
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        y = y - self.mean(y)
+        y = y * jax.lax.rsqrt(self.mean(y * y) + 1e-6)
+        return (self.scale[...] * y + self.bias[...]).reshape(x.shape)
+
+    def mean(self, y: jax.Array) -> jax.Array:
+        """[B, 1, C], over all pixels and a group's channels, of y [B, pixels, C]: pixels first, as a GPU sums contiguous rows."""
+        channels = y.mean(1)
+        groups = channels.reshape(len(y), self.groups, -1).mean(-1)
+        return jnp.repeat(groups, channels.shape[1] // self.groups, axis=1)[:, None]
+
+
+def attend_pixels(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(C)) v, in the dtype of q [B, N, C]: one head, which in VAEs is wider than cuDNN's attention takes (256).
+
+    The scores, float32, take 4 N QUERIES bytes, whatever B is.
+    """
+
+    def attend(image):
+        q, k, v = image
+
+        def attend_one(q):
+            scores = jnp.einsum("c,nc->n", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+            weights = jax.nn.softmax(scores).astype(v.dtype)
+            return jnp.einsum("n,nc->c", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+        return jax.lax.map(attend_one, q, batch_size=QUERIES)
+
+    return jax.lax.map(attend, (q, k, v))
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

@@ -378,8 +378,10 @@ def leaves_of(model: Component) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": x}} as {"a.b": x}."""
-    return {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """{"a": {"b": x}} as {"a.b": x}; an entry of a list has a number for a name."""
+    return {
+        ".".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def with_arrays(model: Network, tree: dict[str, Any]) -> Network:

@@ -7,7 +7,7 @@ from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, inspect
 from chipmunk_jax.errors import InputError, listed
-from chipmunk_jax.models import MODELS
+from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.pipelines import Variant, variant_of
 
 DESCRIPTION = """\
@@ -61,8 +61,9 @@ def describe(found: Inspection) -> str:
         "parameters": f"{found.parameters / 1e6:,.2f} M",
         "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
         **{name: str(value) for name, value in found.config.items()},
-        "usual sample": usual(variant_of(MODELS[found.model].config_class(**found.config))),
     }
+    if issubclass(MODELS[found.model], Network):
+        rows["usual sample"] = usual(variant_of(MODELS[found.model].config_class(**found.config)))
     for kind in ("missing", "unknown", "doubled", "misshapen"):
         if names := getattr(found, kind):
             rows[kind] = f"{len(names)}: {listed(names)}"
