@@ -154,6 +154,21 @@ RELATED = (
         classes=("HunyuanVideoTransformer3DModelPacked", "HunyuanVideoFramepackTransformer3DModel"),
     ),
     Kind(
+        "the VAE of Wan2.2-TI2V-5B, of 48 channels",
+        f"{NOT_YET}; expected that of Wan2.1, which Wan2.2-A14B has too",
+        names=r"^(encoder\.downsamples|decoder\.upsamples)\.\d+\.(down|up)samples\.|"
+        r"^encoder\.down_blocks\.\d+\.resnets\.\d+\.norm1\.gamma$",
+        sizes=({"conv2.weight": (0, 48), "decoder.conv1.weight": (1, 48)}, {"post_quant_conv.weight": (0, 48)}),
+    ),
+    Kind(
+        "the VAE of a Stable Diffusion, of 4 channels",
+        f"{NOT_YET}; expected that of FLUX.1",
+        sizes=tuple(
+            {"decoder.conv_in.weight": (1, 4), norm: (0, 512)}
+            for norm in ("decoder.mid.attn_1.norm.weight", "decoder.mid_block.attentions.0.group_norm.weight")
+        ),
+    ),
+    Kind(
         "HunyuanImage or HunyuanVideo 1.5",
         NOT_YET,
         names=r"^(byt5_in|vision_in|cond_type_embedding|context_embedder_2)\.",
@@ -176,8 +191,13 @@ STRANGERS = (
         names=r"^model\.diffusion_model\.",
     ),
     Kind(
-        "a VAE alone",
-        f"it cannot be had by itself; {INSTEAD}",
+        "HunyuanVideo's VAE",
+        NOT_YET,
+        names=r"^(vae\.)?(encoder|decoder)\.conv_in\.conv\.",
+    ),
+    Kind(
+        "a VAE that is none of those known",
+        f"{NOT_YET}; expected that of FLUX.1 or Wan2.1",
         names=r"^(vae\.|first_stage_model\.)?(encoder|decoder)\."
         r"(conv_in|conv1|mid|mid_block|middle|down|up|down_blocks|up_blocks|downsamples|upsamples)\.",
     ),

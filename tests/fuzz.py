@@ -9,6 +9,7 @@ counts apart.
 import argparse
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -34,8 +35,11 @@ from chipmunk_jax.models.checkpoint import abstract, leaves_of
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = [
     GOLDEN / name
-    for name in ("flux_schnell/transformer", "hunyuan_video/transformer", "wan_t2v/transformer", "wan_i2v/transformer")
-]
+    for name in (
+        "flux_schnell/transformer", "hunyuan_video/transformer", "wan_t2v/transformer", "wan_i2v/transformer",
+        "flux_vae/vae", "wan_vae/vae",
+    )
+]  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model"
 SECONDS = 5.0  # after which a case hangs
 LONGEST = 1200  # characters of a message
@@ -104,9 +108,10 @@ def tensors(folder: Path, rng: Random) -> None:
     name = rng.choice(list(arrays))
     match rng.randrange(7):
         case 0:
-            stack = rng.choice([key.split(".")[0] for key in arrays if "blocks" in key.split(".")[0]])
-            last = max(int(key.split(".")[1]) for key in arrays if key.startswith(f"{stack}."))
-            arrays = {key: array for key, array in arrays.items() if not key.startswith(f"{stack}.{last}.")}
+            layers = [found for key in arrays if (found := re.match(r"(.*?blocks\.)(\d+)\.", key))]
+            stack = rng.choice(layers)[1]
+            last = max(int(layer[2]) for layer in layers if layer[1] == stack)
+            arrays = {key: array for key, array in arrays.items() if not key.startswith(f"{stack}{last}.")}
         case 1:
             del arrays[name]
         case 2:
