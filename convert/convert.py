@@ -4,7 +4,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 from tqdm import tqdm
@@ -172,13 +172,21 @@ def bar_of(size: int, progress: bool) -> tqdm:
     return tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=not progress)
 
 
+@overload
+def read(source: str | Path, dtype: Any = "bfloat16", *, model: None = None, progress: bool = False) -> Network: ...
+
+
+@overload
+def read(source: str | Path, dtype: Any = "bfloat16", *, model: str, progress: bool = False) -> Component: ...
+
+
 @usual_modes()
 def read(source: str | Path, dtype: Any = "bfloat16", *, model: str | None = None, progress: bool = False) -> Component:
-    """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`.
+    """The model of a PyTorch checkpoint on the default device; other arguments and errors as of `convert`.
 
     Args:
-        model: of MODELS, to be taken out of a file that may hold others too: its VAE, for one. None: whatever it is, the
-            network where there are several.
+        model: of MODELS, to be taken out of a file that may hold others too: its VAE, for one. None: the network where there
+            are several, else whatever it is.
     """
     opened, dtype = open_source(source, model), parse_dtype(dtype)
     return materialize(opened, opened.check(), dtype, progress)

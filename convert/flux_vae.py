@@ -1,8 +1,8 @@
 """FLUX.1's VAE: the tables of its two layouts, and its config from shapes.
 
-"original" is Black Forest Labs' ae.safetensors, also beside other models in one file; "diffusers" the vae/ folder of the Hugging Face
-repository. Stable Diffusion 3 has a VAE of the same tensors and another scale, which its config.json tells and no tensor does. Sources:
-black-forest-labs/flux autoencoder.py; diffusers loaders/single_file_utils.py.
+"original" is Black Forest Labs' ae.safetensors, also beside other models in one file; "diffusers" the vae/ folder of the Hugging
+Face repository. The VAE of Stable Diffusion 3 has the same tensors and another scale: its config.json tells, and no tensor does.
+Sources: black-forest-labs/flux autoencoder.py; diffusers loaders/single_file_utils.py.
 """
 
 from collections.abc import Mapping

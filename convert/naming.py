@@ -1,4 +1,4 @@
-"""What the tables of the models share: rules for linear layers and convolutions, sizes from the shapes of tensors, config.json.
+"""What the tables of the models share: rules of layers, sizes read off the shapes of tensors, and config.json.
 
 A config is read from the tensors; config.json gives what no tensor tells, and is then compared with the config, field by field.
 """

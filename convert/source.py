@@ -181,7 +181,7 @@ def check_kind(
         return layout
     if layout and not issubclass(MODELS[layout.model], Network):
         index = {}  # which tells of the network beside it
-    found = recognise(RELATED, shapes, stated, index) or (None if layout else recognise(STRANGERS, shapes))
+    found = recognise(RELATED, shapes, stated, index) or (None if layout or model else recognise(STRANGERS, shapes))
     if found:
         raise InputError(found)
     if layout is None:

@@ -1,4 +1,4 @@
-"""The parts of textbook transformers and VAEs: base classes, embedders, modulation, norms, attention of pixels, positions, checks."""
+"""The parts of textbook transformers and VAEs: base classes, embedders, modulation, norms, positions, checks of inputs."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,7 @@
 """Convolutions that look back in time and never ahead; and how a video goes through a network of them in chunks and in tiles.
 
-A video [B, T, H, W, C] may go through in one pass or in chunks of frames: each convolution keeps the last frames that it saw (Past),
-so the result is the same. Tiles of rows and columns are computed each without the others, and blended: not the same, but less memory.
+A video [B, T, H, W, C] goes through in one pass or in chunks of frames: each convolution keeps the last frames that it saw (Past),
+so the result is the same. Tiles of rows and columns are computed apart and blended: the result is nearly the same, in less memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,15 +29,18 @@ class Past:
         """x [B, T, ..] behind so many frames of the past, [B, frames + T, ..]."""
         shape = (x.shape[0], frames, *x.shape[2:])
         before = jnp.zeros(shape, x.dtype) if self.first else next(self._before)
-        x = jnp.concatenate([before, x], axis=1)
-        self.after.append(x[:, x.shape[1] - frames :])
-        return x
+        last = jnp.concatenate([before, x[:, -frames:]], axis=1)[:, -frames:]
+        # Else XLA takes the last frames when the chunk is done, and keeps the inputs of all convolutions until then: of Wan2.1's
+        # decoder with 8 frames of 720 x 1280 at once 24.8 GB, where 15.4 are enough (compiled for an H100).
+        x, last = lax.optimization_barrier((x, last))
+        self.after.append(last)
+        return jnp.concatenate([before, x], axis=1)
 
 
 class CausalConv(nnx.Module):
-    """A convolution over time and space, [B, T, H, W, C] to [B, T, H, W, O]: zeros around each frame, the past in front of the first.
+    """A convolution over time and space, [B, T, H, W, C] to [B, T, H, W, O], with zeros around each frame and the past before them.
 
-    With a stride, one frame for so many.
+    With a stride it gives one frame for so many.
     """
 
     def __init__(

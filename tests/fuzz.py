@@ -38,6 +38,7 @@ FOLDERS = [
     for name in (
         "flux_schnell/transformer", "hunyuan_video/transformer", "wan_t2v/transformer", "wan_i2v/transformer",
         "clip_text/text_encoder", "t5/text_encoder", "umt5/text_encoder",
+        "flux_vae/vae", "wan_vae/vae",
     )
 ]  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model"

@@ -19,7 +19,11 @@ from chipmunk_jax.models import FluxConfig, HunyuanVideoConfig, WanConfig
 from chipmunk_jax.models.leaves import leaves_of
 
 GOLDEN = Path(__file__).parent / "golden"
-FOLDERS = ("flux_dev", "flux_schnell", "hunyuan_video", "wan_t2v", "wan_i2v")
+FOLDERS = (
+    *(f"{name}/transformer" for name in ("flux_dev", "flux_schnell", "hunyuan_video", "wan_t2v", "wan_i2v")),
+    "flux_vae/vae",
+    "wan_vae/vae",
+)
 WAN_14B = dict(dim=5120, ffn_dim=13_824, num_heads=40, num_layers=40)
 
 # As published. The first word of a name is the network, the last the layout.
@@ -154,7 +158,7 @@ def test_published_configs_fit_their_networks(name):
 @pytest.fixture(scope="module", params=FOLDERS)
 def golden(request):
     """(layout, shapes, config.json) of a golden checkpoint."""
-    folder = GOLDEN / request.param / "transformer"
+    folder = GOLDEN / request.param
     weights = read_weights(folder)
     layout = layout_of(weights.tensors)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
@@ -185,7 +189,22 @@ WRONG = (
 )
 WRONG = (*WRONG, float("nan"), float("inf"), "x" * 1000)
 # What means the same, or what no tensor tells and is used.
+NUMBERS = (0, -1, 1, 3, 1e-5, 2.0, 512)
+TRIPLES = ([1, 2, 3], [4, 6, 8])
 FITS = {
+    "flux_vae": {
+        "norm_num_groups": [1],
+        "scaling_factor": [number for number in NUMBERS if number > 0],
+        "shift_factor": [None, *NUMBERS],
+        "sample_size": WRONG,
+        "force_upcast": WRONG,
+    },
+    "wan_vae": {
+        "dropout": WRONG,
+        "latents_mean": TRIPLES,
+        "latents_std": TRIPLES,
+        "patch_size": [1],
+    },
     "flux": {"out_channels": [None]},
     "hunyuan_video": {"out_channels": [None], "rope_theta": [3, 2.0, 512]},
     "wan": {"qk_norm": [True], "rope_max_seq_len": WRONG},
@@ -193,7 +212,7 @@ FITS = {
 
 
 def test_a_wrong_value_of_any_field_is_refused(golden):
-    """1,700 of them over the five checkpoints."""
+    """3,000 of them over the seven checkpoints."""
     layout, shapes, good = golden
     layout.configure(shapes, good)
     for name in (*good, "stranger", "theta"):
@@ -209,13 +228,15 @@ def test_a_wrong_value_of_any_field_is_refused(golden):
             assert "\n" not in str(error.value) and len(str(error.value)) < 300, name
 
 
+COUNTED = {"flux_vae": ("latent_channels", "layers_per_block"), "wan_vae": ("base_dim", "num_res_blocks")}
+
+
 def test_all_that_is_wrong_is_one_sentence(golden):
     layout, shapes, good = golden
+    first, second = COUNTED.get(layout.model, ("attention_head_dim", "num_layers"))
     with pytest.raises(InputError) as error:
-        layout.configure(shapes, good | {"num_layers": 7, "attention_head_dim": "16", "stranger": 1})
-    said = (
-        f"attention_head_dim='16' where the tensors have 16, num_layers=7 where the tensors have {good['num_layers']}"
-    )
+        layout.configure(shapes, good | {second: 7, first: "16", "stranger": 1})
+    said = f"{first}='16' where the tensors have {good[first]}, {second}=7 where the tensors have {good[second]}"
     assert all(part in str(error.value) for part in (*said.split(", "), "stranger, which is unknown"))
 
 

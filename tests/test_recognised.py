@@ -2,18 +2,23 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.convert.recognised import RELATED, STRANGERS
 from chipmunk_jax.convert.source import layouts, open_source
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.models import MODELS
 
+GOLDEN = Path(__file__).parent / "golden"
 FLUX = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight")
 WAN = ("time_projection.1.weight", "blocks.0.self_attn.q.weight")
+WAN_VAE, FLUX_VAE = "decoder.middle.0.residual.0.gamma", "decoder.mid.attn_1.norm.weight"
 HUNYUAN = ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)
 
 NAMED = {
@@ -61,9 +66,13 @@ NAMED = {
         ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "conv_in.weight"],
     ],
     "a file of several networks": [["model.diffusion_model.new.weight", "first_stage_model.decoder.conv_in.weight"]],
-    "a VAE alone": [
-        ["encoder.conv_in.weight", "decoder.conv_in.weight"],  # FLUX's ae.safetensors, diffusers', HunyuanVideo's
-        ["decoder.middle.0.residual.0.gamma", "conv1.weight"],  # Wan's
+    "the VAE of Wan2.2-TI2V-5B": [
+        [WAN_VAE, "encoder.downsamples.0.downsamples.0.residual.0.gamma"],
+        ["decoder.mid_block.resnets.0.norm1.gamma", "encoder.down_blocks.0.resnets.0.norm1.gamma"],
+    ],
+    "HunyuanVideo's VAE": [["vae.decoder.conv_in.conv.weight"], ["encoder.conv_in.conv.bias", "quant_conv.weight"]],
+    "a VAE that is none of those known": [
+        ["encoder.conv_in.weight", "decoder.conv_in.weight"],
         ["first_stage_model.decoder.mid.block_1.conv1.weight"],
     ],
     "a CLIP image encoder": [
@@ -113,6 +122,11 @@ def test_a_file_is_named_for_what_it_is(what, names, tmp_path):
         ("a Wan Fun-Control", {"patch_embedding.weight": (2, 48, 1, 2, 2), "head.head.weight": (64, 2), WAN[0]: (2,)}),
         ("a HunyuanVideo from image to video", {"img_in.proj.weight": (2, 33, 1, 2, 2), HUNYUAN[0]: (2,)}),
         ("a HunyuanVideo from image to video", {"x_embedder.proj.weight": (2, 33, 1, 2, 2)}),
+        ("the VAE of a Stable Diffusion", {"decoder.conv_in.weight": (512, 4, 3, 3), FLUX_VAE: (512,)}),
+        ("the VAE of a Stable Diffusion", {f"first_stage_model.{name}": shape for name, shape in {
+            "decoder.conv_in.weight": (512, 4, 3, 3), FLUX_VAE: (512,)}.items()}),
+        ("the VAE of Wan2.2-TI2V-5B", {WAN_VAE: (1024, 1, 1, 1), "conv2.weight": (48, 48), "decoder.conv1.weight": (1, 48)}),
+        ("the VAE of Wan2.2-TI2V-5B", {WAN_VAE: (1024, 1, 1, 1), "post_quant_conv.weight": (48, 48, 1, 1, 1)}),
     ],
 )  # fmt: skip
 def test_models_that_take_more_channels_are_named(what, shapes, tmp_path):
@@ -151,9 +165,20 @@ def test_inspect_and_convert_say_the_same_sentence(tmp_path, capsys):
     )
 
 
+def test_a_vae_is_not_taken_for_the_pipeline_that_it_is_of(tmp_path):
+    """That of FLUX.1-Kontext's is FLUX.1's."""
+    tensors = load_file(GOLDEN / "flux_vae/original/ae.safetensors")
+    save_file(tensors, tmp_path / "ae.safetensors")
+    shutil.copy(GOLDEN / "flux_vae/original/config.json", tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}))
+    assert open_source(tmp_path / "ae.safetensors").layout.model == "flux_vae"
+
+
 def test_no_name_of_our_own_checkpoints_is_taken_for_another():
-    """Of all layouts, whatever their sizes."""
+    """Of all layouts, with the sizes of published models."""
     for layout in layouts():
-        names = [source.replace("*", "12") for rule in layout.rules for source in rule.sources]
-        for kind in (*RELATED, *(STRANGERS if layout.model != "wan" else ())):
+        rules = layout.rules_of(MODELS[layout.model].config_class())
+        names = [source.replace("*", "12") for rule in rules for source in rule.sources]
+        # Strangers are asked for where no layout fits, and one of them is any other VAE.
+        for kind in (*RELATED, *(STRANGERS if layout.model not in ("wan", "flux_vae", "wan_vae") else ())):
             assert not kind.names or not [name for name in names if re.search(kind.names, name)], (layout, kind)
