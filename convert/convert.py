@@ -15,7 +15,7 @@ from chipmunk_jax.convert.source import Source, check_not_converted, check_pair,
 from chipmunk_jax.convert.word_table import word_table_beside
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models import Component
+from chipmunk_jax.models import Component, Network
 from chipmunk_jax.models.checkpoint import (
     PipelineDescription,
     describe,
