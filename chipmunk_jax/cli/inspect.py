@@ -15,13 +15,15 @@ DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
 Only headers are read, so this takes a second for any size. The exit status is 1 where something does not fit.
 
-With --plan, say what a sample takes of a device's memory instead, and what would make it fit."""
+With --plan, say instead what each stage of a sample takes of a device's memory, from prompts to pixels, what that makes
+where stages leave the device in turn and where all stay, and what would make it fit."""
 
 EXAMPLES = """\
 examples:
   chipmunk inspect flux1-dev.safetensors      a single file
   chipmunk inspect FLUX.1-dev/                a diffusers folder, or its transformer/
   chipmunk inspect flux-dev                   a folder written by chipmunk convert
+  chipmunk inspect --plan FLUX.1-dev/ --device 40
   chipmunk inspect --plan flux-dev --height 1024 --width 1024 --batch 4
   chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200"""
 
