@@ -99,15 +99,24 @@ def open_folder(path: str | Path) -> Folder:
 
 
 def find_components(path: Path) -> dict[str, Path]:
-    """Role -> folder or file, of a release, in the order of ROLES; of a path without components that are known, nothing."""
+    """Role -> folder or file, of a release, in the order of ROLES; of a path without components that are known, nothing.
+
+    Raises:
+        InputError: two files of one component, or a damaged one where a component is missing.
+    """
     if not path.is_dir():
         return {}
     places = {role: [path / name for name in (role, *ALIASES.get(role, ()))] for role in COMPONENTS}
     found = {role: place for role, folders in places.items() if (place := next(filter(groups_of, folders), None))}
     files: dict[str, list[Path]] = {}
+    damaged: list[InputError] = []
     for file in groups_of(path):
-        if model := model_of(file):
-            files.setdefault(model, []).append(file)
+        try:
+            model = model_of(file)
+        except InputError as error:
+            damaged.append(error)
+        else:
+            files.setdefault(model or "", []).append(file)
     holder = found.get("transformer") or next((files[model][0] for model in files if model in ROLES), None)
     roles = ROLES.get(holder and model_of(holder), {}) if holder else {}
     for role, model in roles.items():
@@ -117,6 +126,10 @@ def find_components(path: Path) -> dict[str, Path]:
                 names = listed(sorted(file.name for file in files[model]))
                 raise InputError(f"{path}: holds {len(files[model])} files of weights ({names}); name the one to read")
             found[role] = files[model][0]
+    release = found.keys() - {"transformer"} or find_tokenizers(path)  # else it is a folder of one network
+    wanted = [role for role in roles or COMPONENTS if role != "transformer_2"]
+    if damaged and release and any(role not in found for role in wanted):  # this file may be the one that is missing
+        raise damaged[0]
     return {role: found[role] for role in (*roles, *COMPONENTS) if role in found}
 
 
@@ -144,9 +157,10 @@ def shift_of(path: Path) -> float | None:
 
 
 def model_of(path: Path) -> str | None:
-    """The name in MODELS of what a file or folder of weights holds, by the names of its tensors; None: it is of none."""
-    try:
-        layout = layout_of(read_named(path).tensors)
-    except InputError:
-        return None
+    """The name in MODELS of what a file or folder of weights holds, by the names of its tensors; None: it is of none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    layout = layout_of(read_named(path).tensors)
     return layout and layout.model

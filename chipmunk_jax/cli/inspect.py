@@ -15,21 +15,23 @@ DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
 Only headers are read, so this takes a second for any size. The exit status is 1 where something does not fit.
 
-With --plan, say what a sample takes of a device's memory instead, and what would make it fit."""
+With --plan, say instead what each stage of a sample takes of a device's memory, from prompts to pixels, what that makes
+where stages leave the device in turn and where all stay, and what would make it fit."""
 
 EXAMPLES = """\
 examples:
   chipmunk inspect flux1-dev.safetensors      a single file
   chipmunk inspect FLUX.1-dev/                a diffusers folder, or its transformer/
   chipmunk inspect flux-dev                   a folder written by chipmunk convert
+  chipmunk inspect --plan FLUX.1-dev/ --device 40
   chipmunk inspect --plan flux-dev --height 1024 --width 1024 --batch 4
   chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200"""
 
 
 # What a component that is missing forbids.
 FORBIDS = {
-    "text_encoder": "no prompts; prompt_embeds can be given in their place",
-    "tokenizer": "no prompts; prompt_embeds can be given in their place",
+    "text_encoder": "no prompts; embeddings can be given in their place, prompt_embeds for one",
+    "tokenizer": "no prompts; embeddings can be given in their place, prompt_embeds for one",
     "transformer": "no samples",
     "vae": 'no pixels; latents are made with output_type="latent"',
 }
@@ -88,12 +90,13 @@ def describe_pipeline(found: PipelineInspection) -> str:
         rows[role] = "; ".join(
             [f"{one.model} ({one.layout}), {size}", *(f"{kind} {names}" for kind, names in faults(one).items())]
         )
-    rows |= {name: "" for name in found.tokenizers}
+    rows |= {name: str(folder.relative_to(found.path)) for name, folder in found.tokenizers.items()}
     if found.boundary is not None:
         rows["boundary"] = f"transformer_2 samples from t = {found.boundary:g} down"
     transformer = found.components.get("transformer")
     if transformer is not None:
-        rows["usual sample"] = usual(variant_of(MODELS[transformer.model].config_class(**transformer.config)))
+        config = MODELS[transformer.model].config_class(**transformer.config)
+        rows["usual sample"] = usual(variant_of(config, found.boundary))
     rows |= {f"missing: {name}": FORBIDS[name.removesuffix("_2")] for name in found.missing}
     return aligned(found.path, rows)
 
@@ -116,6 +119,6 @@ def aligned(title: Path, rows: dict[str, str]) -> str:
 def usual(found: Variant) -> str:
     """What a sample is made with where nobody says otherwise, in one line."""
     sizes = ", ".join(f"{name} {getattr(found, name)}" for name in found.axes)
-    kinds = {"guidance": found.guidance, "distilled guidance": found.distilled}
+    kinds = {"guidance": found.guidance, "guidance_2": found.guidance_2, "distilled guidance": found.distilled}
     scales = "".join(f", {kind} {scale:g}" for kind, scale in kinds.items() if scale is not None)
     return f"{sizes}, {found.steps} steps of {type(found.solver).__name__}{scales}, preset {found.preset}"

@@ -66,6 +66,8 @@ class Pipeline:
 
     # Arguments that only some pipelines take, of Arguments.
     takes: ClassVar[tuple[str, ...]] = ()
+    # Configs of the text encoders and the VAE that the published models have, by role.
+    published: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,

@@ -5,17 +5,17 @@ The variants are sampled as Black Forest Labs does (black-forest-labs/flux); the
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.model import Condition
-from chipmunk_jax.models.clip import ClipText
+from chipmunk_jax.models.clip import ClipText, ClipTextConfig
 from chipmunk_jax.models.flux import FluxConfig
-from chipmunk_jax.models.flux_vae import FluxVae
-from chipmunk_jax.models.t5 import T5Encoder
+from chipmunk_jax.models.flux_vae import FluxVae, FluxVaeConfig
+from chipmunk_jax.models.t5 import T5Config, T5Encoder
 from chipmunk_jax.pipelines.prompted import PromptedPipeline, unit, unpack
 from chipmunk_jax.pipelines.request import Arguments, Request, Side
 from chipmunk_jax.pipelines.text import Tokens
@@ -32,6 +32,7 @@ class FluxPipeline(PromptedPipeline):
         "negative_pooled_prompt_embeds", "max_sequence_length",
     )  # fmt: skip
     conditions = (("pooled", "text_encoder"), ("text", "text_encoder_2"))
+    published: ClassVar = {"text_encoder": ClipTextConfig(), "text_encoder_2": T5Config(), "vae": FluxVaeConfig()}
 
     def load_parts(self) -> None:
         super().load_parts()

@@ -1,12 +1,20 @@
 """What a sample takes of a device's memory, before anything is compiled, and what would make it fit."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from chipmunk_jax import memory
+from chipmunk_jax.convert.folder import ROLES, open_folder
+from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pipelines.variant import Settings, Variant
+from chipmunk_jax.models import MODELS, Network
+from chipmunk_jax.models.checkpoint import describe, is_checkpoint
+from chipmunk_jax.models.leaves import abstract
+from chipmunk_jax.pipelines.stages import working_set
+from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.sparsity import Sparsity
 
 RESERVE = "reserve, a fortieth of these"  # what XLA or a GPU had in use was up to 2.3 % more (tests/test_memory.py)
@@ -22,9 +30,24 @@ class PlannedSample:
     batch: int  # images or videos at once
     dtype: str
     sparsity: Sparsity | None
+    beside: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # role -> config, of the text encoders and the VAE that are planned too
+
+    def stages(self) -> dict[str, memory.Parts]:
+        """Role -> bytes by name, with a reserve, of each component while it works, in the order of their use."""
+        network, found = self.parts(), {}
+        for role, name in ROLES.get(self.variant.network, {"transformer": self.variant.network}).items():
+            if role == "transformer" or (role == "transformer_2" and self.variant.boundary is not None):
+                found[role] = network
+            elif role in self.beside:
+                model = abstract(name, self.beside[role], self.dtype)
+                working = working_set(model, self.settings, self.variant.text_rows)
+                found[role] = _reserved({"weights": memory.nbytes(model), f"working set of the {role}": working})
+        return found
 
     def parts(self) -> memory.Parts:
-        """Bytes by name, with a reserve."""
+        """Bytes by name, with a reserve, of the network."""
         shapes = self.variant.shapes(self.settings, self.batch, self.dtype)
         guidance, solver = self.variant.guidance, self.variant.solver
         fixed = dict(steps=self.settings["steps"], sparsity=self.sparsity, guidance=guidance, solver=solver)
@@ -32,11 +55,17 @@ class PlannedSample:
             parts = memory.plan(*shapes, **fixed, implementation="pallas")
         except NotImplementedError:  # the kernels cannot take it: a GPU, too, runs the reference
             parts = memory.plan(*shapes, **fixed, implementation="reference")
-        return parts | {RESERVE: sum(parts.values()) // 40}
+        return _reserved(parts)
 
     def size(self) -> int:
-        """Bytes in all."""
-        return sum(self.parts().values())
+        """Bytes of the largest stage, which is all that the device must hold at once."""
+        return max(sum(parts.values()) for parts in self.stages().values())
+
+    def size_together(self) -> int:
+        """Bytes where no component leaves the device: all weights, and the rest of the stage that has most beside them."""
+        stages = self.stages().values()
+        weights = [parts["weights"] for parts in stages]
+        return sum(weights) + max(sum(parts.values()) - size for parts, size in zip(stages, weights, strict=True))
 
     def fits_its_model(self) -> bool:
         """Whether sizes, steps and sparsity fit."""
@@ -67,11 +96,50 @@ class PlannedSample:
         return {name: self.settings[name] * eighths // 8 // pixels * pixels for name in ("height", "width")}
 
 
+def _reserved(parts: memory.Parts) -> memory.Parts:
+    return parts | {RESERVE: sum(parts.values()) // 40}
+
+
 def _flags(settings: dict[str, int]) -> str:
     return " ".join(f"--{name} {value}" for name, value in settings.items())
 
 
 Change = Callable[[int], tuple[str, PlannedSample]]  # a number to flags, and the sample that they make
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What of a checkpoint, or of a row of VARIANTS, a plan depends on."""
+
+    variant: Variant
+    beside: Mapping[str, Any]  # role -> config
+    dtype: str
+
+
+def published(variant: Variant) -> Planned:
+    """A published model with all that stands around it."""
+    return Planned(variant, variant.pipeline.published if variant.pipeline else {}, "bfloat16")
+
+
+def planned(path: str | Path) -> Planned:
+    """The components that are under a path, whatever is missing beside them; from configs and headers.
+
+    Raises:
+        FileNotFoundError, InputError: no such checkpoint, half a one, or one without a network.
+    """
+    found = open_folder(path)
+    if networks := [name for name in found.missing if name.startswith("transformer")]:
+        raise InputError(f"{path}: no {networks[0]}, which samples are made with")
+    if not issubclass(MODELS[found.network], Network):
+        raise InputError(f"{path}: a {found.network} alone, expected a pipeline or its transformer")
+    ours = {role: describe(place) for role, place in found.components.items() if is_checkpoint(place)}
+    configs = {
+        role: ours[role].config if role in ours else open_source(place).config
+        for role, place in found.components.items()
+    }
+    dtype = ours["transformer"].dtype if "transformer" in ours else "bfloat16"
+    beside = {role: config for role, config in configs.items() if not role.startswith("transformer")}
+    return Planned(variant_of(configs["transformer"], found.boundary), beside, dtype)
 
 
 def remedies(sample: PlannedSample, room: int, total: int) -> list[str]:

@@ -29,6 +29,7 @@ from chipmunk_jax.sparsity import PRESETS, Sparsity
 
 MOST_SIDE = 2**20  # pixels or frames: a mistyped number must not be taken for work
 SIZES = ("frames", "height", "width")  # of a video; the last two of an image
+TEXT_ROWS = 512  # where a network takes any number: as many as those of the published models
 Settings = dict[str, Any]  # of a sample: frames (of a video alone), height, width, steps, guidance
 
 
@@ -80,7 +81,7 @@ class Variant:
     @property
     def text_rows(self) -> int:
         """Rows of text of a sample."""
-        return self.text or self.config.text_rows[1]
+        return self.text or self.config.text_rows[1] or TEXT_ROWS
 
     def of(self, config: Any) -> "Variant":
         """This row for a network of other sizes."""

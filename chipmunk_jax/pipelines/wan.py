@@ -5,7 +5,7 @@ The variants are sampled as their team does (Wan-Video/Wan2.1 and Wan2.2 generat
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ import numpy as np
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.model import Condition
-from chipmunk_jax.models.t5 import T5Encoder
+from chipmunk_jax.models.t5 import UMT5_XXL, T5Encoder
 from chipmunk_jax.models.wan import WanConfig
-from chipmunk_jax.models.wan_vae import WanVae
+from chipmunk_jax.models.wan_vae import WanVae, WanVaeConfig
 from chipmunk_jax.pipelines.prompted import PromptedPipeline, pack, unit, unpack
 from chipmunk_jax.pipelines.request import Arguments, Request, Side
 from chipmunk_jax.pipelines.text import Tokens, clean
@@ -28,6 +28,7 @@ class WanPipeline(PromptedPipeline):
 
     takes = ("guidance_scale_2", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
     conditions = (("text", "text_encoder"),)
+    published: ClassVar = {"text_encoder": UMT5_XXL, "vae": WanVaeConfig()}
 
     def load_parts(self) -> None:
         super().load_parts()
@@ -57,8 +58,8 @@ class WanPipeline(PromptedPipeline):
         rows = self.text_rows(request)
         return {"text": np.pad(text, ((0, 0), (0, max(0, rows - text.shape[1])), (0, 0)))}
 
-    def text_rows(self, request: Request) -> int | None:
-        return self.variant.config.text_rows[1] or super().text_rows(request)
+    def text_rows(self, request: Request) -> int:
+        return self.variant.config.text_rows[1] or super().text_rows(request) or self.variant.text_rows
 
     def latents_shape(self, request: Request) -> tuple[int, ...]:
         sides = np.multiply(self.variant.grid(request.settings), self.variant.config.patch_size)
