@@ -17,7 +17,7 @@ from chipmunk_jax.models.t5 import T5Encoder
 from chipmunk_jax.models.wan import WanConfig
 from chipmunk_jax.models.wan_vae import WanVae
 from chipmunk_jax.pipelines.prompted import PromptedPipeline, pack, unit, unpack
-from chipmunk_jax.pipelines.request import Arguments, Request, Side
+from chipmunk_jax.pipelines.request import MOST_TOKENS, Arguments, Request, Side
 from chipmunk_jax.pipelines.text import Tokens, clean
 from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import UniPC
@@ -58,7 +58,7 @@ class WanPipeline(PromptedPipeline):
         return {"text": np.pad(text, ((0, 0), (0, max(0, rows - text.shape[1])), (0, 0)))}
 
     def text_rows(self, request: Request) -> int | None:
-        return self.variant.config.text_rows[1] or super().text_rows(request)
+        return self.variant.config.text_rows[1] or super().text_rows(request) or MOST_TOKENS
 
     def latents_shape(self, request: Request) -> tuple[int, ...]:
         sides = np.multiply(self.variant.grid(request.settings), self.variant.config.patch_size)
