@@ -330,7 +330,8 @@ def run(
     given = jax.device_put((model, state.cache, state.replace(cache=None), cond, table))
     with jax.disable_jit(False):
         given = *given, jax.device_put(reporter.run)
-        state = finished(_run.lower(*given, report=reporter.kind), *given)
+        reporter.pause("compiling")
+        state = finished(_run.lower(*given, report=reporter.kind), *given, started=reporter.resume)
     check_finite(np.asarray(state.broken), table, model.dtype, first=reporter.first)
     return state.replace(cache=None, hidden=None)
 

@@ -49,7 +49,8 @@ def convert(
     already, whole and of the same files, are kept, so a conversion that was cut off goes on where it was.
 
     Args:
-        source: a .safetensors file, an index of shards, a folder of these, or of a release (see convert.folder).
+        source: a .safetensors file, an index of shards, a folder of these, or of a release (see convert.folder); or
+            "hf:owner/name", a repository of Hugging Face.
         target: folder to write; its parent exists.
         component: the only one to convert: "vae", for one.
         dtype: of the weights: "bfloat16", "float16" or "float32". What a model keeps in float32 stays so.
@@ -62,8 +63,8 @@ def convert(
     """
     dtype, found = parse_dtype(dtype), open_folder(source)
     if component is None and not found.several:
-        check_not_converted(Path(source))
-        convert_one(open_source(source), Path(target), dtype, progress, overwrite)
+        check_not_converted(found.path)
+        convert_one(open_source(found.path), Path(target), dtype, progress, overwrite)
     else:
         convert_pipeline(found, Path(target), component, dtype, progress, overwrite)
 
@@ -97,11 +98,14 @@ def convert_pipeline(
     for name, folder in found.tokenizers.items():
         if only in (None, name):
             copy_tokenizer(folder, target / name)
-    with bar_of(size, progress) as bar:
+    if progress and (kept := [role for role in sources if role not in due]):
+        print(f"kept, as converted before from the same files: {listed(kept)}", file=sys.stderr)
+    with bar_of(size, progress and bool(due)) as bar:
         for role, source in due.items():
             bar.set_description(f"converting {role}")
             with replacing(target / role, overwrite=True, need=bytes_of(source, dtype)) as partial:
                 write_one(source, matches[role], partial, dtype, bar)
+        bar.set_description("converted")
 
 
 def check_target(found: Folder, target: Path, only: str | None, overwrite: bool) -> PipelineDescription:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from chipmunk_jax.config_file import read_json
 from chipmunk_jax.convert.files import groups_of
+from chipmunk_jax.convert.hub import local_path, name_of
 from chipmunk_jax.convert.source import FOLDERS, absent_of, boundary_of, check_pair, layout_of, open_source, read_named
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models.checkpoint import (
@@ -52,6 +53,11 @@ class Folder:
     shift: float | None = None  # of the times of a sample, where the release says it
 
     @property
+    def name(self) -> str:
+        """What a sample says that it was made with."""
+        return name_of(self.path)
+
+    @property
     def several(self) -> bool:
         """Whether it has components beside its transformer."""
         return len(self.components) > 1
@@ -69,13 +75,14 @@ def open_folder(path: str | Path) -> Folder:
     """What a checkpoint consists of, from names, headers and configs.
 
     Args:
-        path: a file or folder as `open_source` takes it, a release of several components, or a folder written by `convert`.
+        path: a file or folder as `open_source` takes it, a release of several components, or a folder written by `convert`; or
+            "hf:owner/name", a repository of Hugging Face, which is downloaded to its cache.
 
     Raises:
         FileNotFoundError: there is no such path.
-        InputError: bad files, an unknown layout, or components that do not belong together.
+        InputError: bad files, an unknown layout, or components that do not belong together; no such repository.
     """
-    path = Path(path)
+    path = local_path(path, COMPONENTS)
     if is_pipeline(path):
         index = describe_pipeline(path)
         found = {role: path / role for role in index.components if is_checkpoint(path / role)}

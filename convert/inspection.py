@@ -56,14 +56,14 @@ def inspect(path: str | Path) -> Inspection | PipelineInspection:
     """What `path` holds.
 
     Args:
-        path: a converted folder, or a source as `convert` takes it.
+        path: a converted folder, or a source as `convert` takes it, "hf:owner/name" among them.
 
     Raises:
         FileNotFoundError: there is no such path.
         InputError: half-written or bad files, an unknown layout, or a config.json that does not fit.
     """
-    path = Path(path)
     found = open_folder(path)
+    path = found.path
     if not found.several and not is_pipeline(path):
         return inspect_one(path)
     return PipelineInspection(

@@ -295,7 +295,8 @@ def test_a_bad_source_is_one_sentence(command, checkpoint, tmp_path, folder, cap
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["sample"], ["CKPT", "--prompt"]),
+        (["sample"], ["CKPT"]),
+        (["sample", "mini"], ["--prompt or --prompts"]),
         (["sample", "mini", "--prompt", PROMPT, "--steps", "few"], ["--steps", "few"]),
         (["sample", "mini", "--prompt", PROMPT, "--sparsity.attention.keys", "1"], ["--sparsity.attention.keys"]),
         (["verify", "mini", "--dtype", "int8"], ["--dtype", "bfloat16"]),
@@ -351,7 +352,7 @@ def test_a_sample_that_is_not_finite_is_one_sentence_exit_1_and_no_file(
     checkpoint, folder, capsys, monkeypatch, command
 ):
     state = sampling.SampleState(x=None, solver=None, cache=None, hidden=None, broken=np.array([2]))
-    monkeypatch.setattr(sampling, "finished", lambda *_: state)
+    monkeypatch.setattr(sampling, "finished", lambda *_, **__: state)
     assert run(command, checkpoint, "-o", "out.png") == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("chipmunk: the sample: not finite from step 2 of 0 to 2 on, t = 0."), err

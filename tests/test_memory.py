@@ -136,7 +136,7 @@ def test_sample_refuses_what_the_plan_says_and_no_less(monkeypatch):
     need = sum(size for part, size in plan.items() if part not in memory.PLACED)
     options = dict(timesteps=variant.timesteps(settings), grid=variant.grid(settings), sparsity=sparsity)
 
-    def compiled(*_):
+    def compiled(*_, **__):
         raise InterruptedError
 
     monkeypatch.setattr(sampling, "finished", compiled)

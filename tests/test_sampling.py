@@ -439,11 +439,11 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
     texts, caches_in, finished = [], set(), sampling.finished
     names = dict(int32="s32", float32="f32", bfloat16="bf16", float8_e4m3fn="f8e4m3fn")
 
-    def spy(program, model, cache, *args):
+    def spy(program, model, cache, *args, **options):
         stacked = [leaf for leaf in jax.tree.leaves(cache) if leaf.ndim > 3]
         caches_in.update(f"{names[a.dtype.name]}[{','.join(map(str, a.shape))}]" for a in stacked)
         texts.append(program.compile().as_text())
-        return finished(program, model, cache, *args)
+        return finished(program, model, cache, *args, **options)
 
     monkeypatch.setattr(sampling, "finished", spy)
     draw(half(depth=2, depth_single_blocks=3), *inputs(), sparsity=sparsity)

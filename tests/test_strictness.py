@@ -76,7 +76,7 @@ def programs(monkeypatch):
     """The text of the programs that samples would run, which do not run."""
     found = []
 
-    def keep(program, *_):
+    def keep(program, *_, **__):
         found.append(
             re.sub(r" {tf.aliasing_output = \d+ : i32}", "", program.as_text())
         )  # jax_debug_nans donates nothing

@@ -14,9 +14,13 @@ Sample diffusion transformers in JAX, faster and without training, by recomputin
 MLP neurons that matter (Chipmunk, arXiv 2506.03275)."""
 
 EXAMPLES = """\
-from a PyTorch checkpoint to pictures and videos:
-  chipmunk inspect examples/mini-flux                       what is it?
-  chipmunk convert examples/mini-flux mini                  read it without PyTorch
+from published weights to pictures and videos:
+  chipmunk inspect FLUX.1-dev/                              what is it, and is it whole?
+  chipmunk convert FLUX.1-dev/ flux-dev                     read it without PyTorch
+  chipmunk sample flux-dev --prompt "a chipmunk in a scarf, autumn leaves" -o chipmunk.png
+
+the same with small models, whose weights are here:
+  chipmunk convert examples/mini-flux mini
   chipmunk sample mini --prompt "red striped heart on meadow" -o heart.png
   chipmunk convert examples/mini-wan mini-wan
   chipmunk sample mini-wan --prompt "red striped heart on meadow" -o heart.webp

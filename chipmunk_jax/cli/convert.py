@@ -7,30 +7,39 @@ from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.convert import PipelineInspection, convert, inspect
 
 DESCRIPTION = """\
-Write a PyTorch checkpoint as a folder that `chipmunk sample` and `chipmunk_jax.convert.load` read, without PyTorch.
+Write a PyTorch checkpoint as a folder that `chipmunk sample` and `Pipeline.from_pretrained` read, without PyTorch.
 
 SOURCE is one of
+  a whole release      FLUX.1-dev/ or Wan2.1-T2V-1.3B-Diffusers/, as diffusers saves them, or the original team's folder:
+                       each component, text encoders, transformer, VAE, becomes a folder of TARGET, beside the tokenizers
+  hf:owner/name        such a release on Hugging Face, or hf:owner/name@revision: what conversion needs of it is downloaded
+                       to Hugging Face's cache (needs pip install 'huggingface_hub>=1.0'; honours HF_HUB_OFFLINE)
+  a folder             of one network, one file or shards: Wan2.1's, or diffusers' transformer/;
+                       of two networks (Wan2.2-A14B) TARGET holds both, in transformer/ and transformer_2/
   a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.; or .pt and .pth, of
                        which only tensors are read: a file that would run anything is refused
-  a folder             of one file or of shards: Wan2.1's, or diffusers' transformer/, or the folder above it;
-                       of two networks (Wan2.2-A14B) TARGET holds both, high_noise and low_noise
-Layout and sizes are found from the file itself. All names and shapes are checked before any data are read, and TARGET
-appears only when it is whole. fp8 weights of a .safetensors are cast to the dtype asked for; those of a .pt have their
-scales in another file and are refused."""
+A conversion that was cut off goes on where it was: the same command again keeps the components that are whole. With
+--component NAME that one alone is converted, into the same TARGET.
+
+Layout and sizes are found from the files themselves. All names and shapes are checked before any data are read, and a
+component appears only when it is whole. fp8 weights of a .safetensors are cast to the dtype asked for; those of a .pt
+have their scales in another file and are refused."""
 
 EXAMPLES = """\
 examples:
-  chipmunk convert flux1-dev.safetensors flux-dev
-  chipmunk convert FLUX.1-schnell/ flux-schnell
+  chipmunk convert FLUX.1-dev/ flux-dev                               text encoders, transformer, VAE, tokenizers
+  chipmunk convert hf:black-forest-labs/FLUX.1-schnell flux-schnell   downloaded first
+  chipmunk convert Wan2.1-T2V-1.3B/ wan-1.3b                          the original team's folder
+  chipmunk convert FLUX.1-dev/ flux-dev --component vae               the VAE alone, or one that was missing
+  chipmunk convert flux1-dev.safetensors flux-transformer --dtype float32 --overwrite
   chipmunk convert hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt hunyuan-video
-  chipmunk convert Wan2.1-T2V-1.3B/ wan-1.3b
-  chipmunk convert flux1-dev.safetensors flux-dev --dtype float32 --overwrite"""
+  chipmunk convert examples/mini-flux mini                            a small model, whose weights are here"""
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of `chipmunk convert`."""
     parser = Parser("chipmunk convert", "SOURCE TARGET [options]", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("source", metavar="SOURCE", help="file or folder to read")
+    parser.add_argument("source", metavar="SOURCE", help="file or folder to read, or hf:owner/name")
     parser.add_argument("target", metavar="TARGET", help="folder to write; the folder above it must exist")
     parser.add_argument(
         "--dtype",
@@ -38,8 +47,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         choices=("bfloat16", "float16", "float32"),
         help="of all weights (default: bfloat16)",
     )
-    parser.add_argument("--component", metavar="NAME", help="the only one of a pipeline to convert, such as vae")
-    parser.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint in TARGET")
+    parser.add_argument(
+        "--component", metavar="NAME", help="the only one to convert: transformer, vae, text_encoder, .."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what was converted to TARGET before")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     return parser.parse_args(words)
 

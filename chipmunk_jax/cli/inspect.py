@@ -7,23 +7,28 @@ from pathlib import Path
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, PipelineInspection, inspect
+from chipmunk_jax.convert.folder import TOKENIZER_FILES
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.pipelines import Variant, variant_of
 
 DESCRIPTION = """\
-Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
-Only headers are read, so this takes a second for any size. The exit status is 1 where something does not fit.
+Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown; of a
+whole release each component, and what cannot be done without those that are missing. Only headers are read, so this takes
+seconds for any size; hf:owner/name is downloaded first. The exit status is 1 where something is missing or does not fit.
 
 With --plan, say instead what each stage of a sample takes of a device's memory, from prompts to pixels, what that makes
 where stages leave the device in turn and where all stay, and what would make it fit."""
 
 EXAMPLES = """\
 examples:
+  chipmunk inspect FLUX.1-dev/                a whole release, component by component, or its transformer/ alone
+  chipmunk inspect flux-dev                   a folder written by chipmunk convert, whole or cut off
   chipmunk inspect flux1-dev.safetensors      a single file
   chipmunk inspect FLUX.1-dev/                a diffusers folder, or its transformer/
   chipmunk inspect flux-dev                   a folder written by chipmunk convert
   chipmunk inspect --plan FLUX.1-dev/ --device 40
+  chipmunk inspect hf:Wan-AI/Wan2.1-T2V-1.3B-Diffusers
   chipmunk inspect --plan flux-dev --height 1024 --width 1024 --batch 4
   chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200"""
 
@@ -45,7 +50,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """
     usage = "PATH\n       chipmunk inspect --plan (PATH | --model MODEL) [options]"
     parser = Parser("chipmunk inspect", usage, description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("path", metavar="PATH", nargs="?", help="file or folder")
+    parser.add_argument("path", metavar="PATH", nargs="?", help="file or folder, or hf:owner/name")
     add_plan_flags(parser)
     args = parser.parse_args(words)
     if not args.plan:
@@ -90,7 +95,8 @@ def describe_pipeline(found: PipelineInspection) -> str:
         rows[role] = "; ".join(
             [f"{one.model} ({one.layout}), {size}", *(f"{kind} {names}" for kind, names in faults(one).items())]
         )
-    rows |= {name: str(folder.relative_to(found.path)) for name, folder in found.tokenizers.items()}
+    read = lambda folder: next(file for file in TOKENIZER_FILES if (folder / file).is_file())
+    rows |= {name: str(folder.relative_to(found.path) / read(folder)) for name, folder in found.tokenizers.items()}
     if found.boundary is not None:
         rows["boundary"] = f"transformer_2 samples from t = {found.boundary:g} down"
     transformer = found.components.get("transformer")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.cli.parser import Parser
-from chipmunk_jax.cli.sample import add_sampling_flags, read_settings
+from chipmunk_jax.cli.sample import add_checkpoint, add_sampling_flags, read_settings
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import check_fps, check_output, check_writable
 from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.report.verify import check_verify, verify
 from chipmunk_jax.whole import whole
 
@@ -24,20 +25,21 @@ frames of each. The exit status is 1 where the median PSNR is below --min-psnr."
 
 EXAMPLES = """\
 examples:
+  chipmunk verify flux-dev --prompt "a lighthouse in a storm" -o compare.png
   chipmunk verify mini -o compare.png
   chipmunk verify mini --sparsity flux -o compare.png
   chipmunk verify mini --sparsity.attention.top-keys 0.3 --min-psnr 30 --json report.json
   chipmunk verify mini-wan --prompt "red striped heart on meadow" -o heart.webp -o heart.png"""
 
+# Of the small models, and of those that read any sentence.
 PROMPTS = ("red striped heart on meadow", "blue plain ring on night", "yellow checkered disc on sky")
+EVERYDAY = ("a cat asleep on a kitchen chair", "a street with bicycles after rain", "a bowl of fruit by a window")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of `chipmunk verify`."""
     parser = Parser("chipmunk verify", "CKPT [-o COMPARE] [options]", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument(
-        "checkpoint", metavar="CKPT", help="folder written by chipmunk convert, or a PyTorch checkpoint"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--prompt", action="append", help=f"may be given several times (default: {len(PROMPTS)} of ours)"
     )
@@ -55,7 +57,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk verify`."""
-    pipeline, prompts = Pipeline.from_pretrained(args.checkpoint, dtype=args.dtype), args.prompt or PROMPTS
+    pipeline = Pipeline.from_pretrained(args.checkpoint, dtype=args.dtype, offload=args.offload)
+    prompts = args.prompt or (PROMPTS if isinstance(pipeline, PixelPipeline) else EVERYDAY)
     variant = pipeline.variant
     outputs = args.output or ["compare.webp" if variant.video else "compare.png"]
     outputs = [check_output(path, video=variant.video) for path in outputs]

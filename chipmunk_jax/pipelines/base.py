@@ -89,7 +89,7 @@ class Pipeline:
 
         Args:
             folder: written by `chipmunk convert`, or a PyTorch checkpoint as convert takes it, which is read as it is: a diffusers
-                folder, the original team's, or a file.
+                folder, the original team's, a file, or "hf:owner/name", a repository of Hugging Face.
             dtype: "bfloat16" or "float32"; None: float32 on a CPU, which is faster there, else as saved, bfloat16 from PyTorch.
             offload: when a component leaves the device: "auto", where another one needs its room; "model", once another one is
                 used; "none", never.
@@ -165,7 +165,7 @@ class Pipeline:
         """What else a sample depends on than on its settings, by name, for the file that holds it."""
         return {
             "model": self.variant.name,
-            "checkpoint": self.folder.path.resolve().name,
+            "checkpoint": self.folder.name,
             "solver": type(self.variant.solver).__name__,
             "dtype": jnp.dtype(self.network.dtype).name,
             "version": version("chipmunk-jax"),
@@ -359,6 +359,7 @@ class Pipeline:
         title = "sparse" if request.sparsity else "dense"
         with Reporter(request.settings["steps"], title, progress, callback) as reporter:
             for span in spans:
+                reporter.pause("loading")
                 model = self.residents.place(span.role, span.need)
                 arrays = placed(model, noise, cond, uncond if span.guidance is not None else None)
                 fixed = dict(guidance=span.guidance, solver=request.solver, implementation=implementation, seed=0)

@@ -1,6 +1,7 @@
 """What the pipelines of published models share: tokenizers and text encoders before the transformer, a VAE after it."""
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -111,7 +112,7 @@ class PromptedPipeline(Pipeline):
             warning = self.read(role, list(dict.fromkeys(self.prompts_of(role, side))), request).warning
             if warning and warning not in self._warned:
                 self._warned.add(warning)
-                tqdm.write(f"{role}: {warning}")
+                tqdm.write(f"{role}: {warning}", file=sys.stderr)
 
     def prompts_of(self, role: str, side: Side) -> Sequence[str]:
         """What a text encoder reads."""

@@ -1,0 +1,76 @@
+"""What `chipmunk sample` tells of its samples: in each file, as a summary, and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from chipmunk_jax.pipelines import Pipeline, PipelineOutput
+from chipmunk_jax.pipelines.base import guides
+from chipmunk_jax.pipelines.request import Request
+from chipmunk_jax.sparsity import to_dict
+
+# What is said of each file, and the list of all of these in the JSON.
+LISTS = {
+    "path": "paths",
+    "prompt": "prompts",
+    "prompt_2": "prompts_2",
+    "negative_prompt": "negative_prompts",
+    "seed": "seeds",
+}
+
+
+def how(pipeline: Pipeline, request: Request) -> dict[str, Any]:
+    """What a sample depends on beside its prompts and seed, by name."""
+    made = pipeline.origin | request.settings | {"solver": type(request.solver).__name__}
+    length = {} if request.length is None else {"max_sequence_length": request.length}
+    return made | length | {"sparsity": request.sparsity and to_dict(request.sparsity)}
+
+
+def said(pipeline: Pipeline, request: Request, i: int) -> dict[str, str]:
+    """The prompts of sample i by name: those that it was made with."""
+    prompt, second = request.wanted.prompts[i], request.wanted.prompts_2[i]
+    found = {"prompt": prompt} | ({} if second == prompt else {"prompt_2": second})
+    guided = any(guides(request.settings.get(name)) for name in ("guidance", "guidance_2"))
+    other = pipeline.unwanted(request) if guided else None
+    return found | ({} if other is None else {"negative_prompt": other.prompts[i]})
+
+
+def total(outs: Sequence[PipelineOutput]) -> PipelineOutput:
+    """The first of several results with the seconds of all and the highest peaks."""
+    stages = {}
+    for name in outs[0].stages:
+        parts = [out.stages[name] for out in outs]
+        peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+        stages[name] = replace(
+            parts[0], seconds=sum(part.seconds for part in parts), peak_bytes=max(peaks, default=None)
+        )
+    return replace(outs[0], seconds=sum(out.seconds for out in outs), stages=stages)
+
+
+def numbers(out: PipelineOutput, files: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """What --json prints: lists have an entry for each file, null where it has none of that."""
+    return {
+        **{name: [file.get(key) for file in files] for key, name in LISTS.items()},
+        "settings": settings,
+        "seconds": out.seconds,
+        "stages": {name: asdict(stage) for name, stage in out.stages.items()},
+        "density": out.density,
+        "full_steps": out.full_steps,
+        "skipped_steps": out.skipped_steps,
+    }
+
+
+def summary(out: PipelineOutput, count: int, kind: str, *, dense: bool) -> str:
+    """Seconds, shares computed, and which steps were full or skipped."""
+    stages = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in out.stages.items())
+    first = f"{count} {kind}{'s' * (count > 1)} in {out.seconds:.1f} s, compilation included, "
+    if dense:
+        return f"{first}dense\n{stages}"
+    steps = out.settings["steps"]
+    shares = f"{100 * out.density['attention']:.1f} % of the keys, {100 * out.density['mlp']:.1f} % of the neurons"
+    skipped = f", skipped {_listed(out.skipped_steps)}" if out.skipped_steps else ""
+    return f"{first}sparse: {shares}\nof {steps} steps (0 to {steps - 1}) full {_listed(out.full_steps)}{skipped}\n{stages}"
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))
