@@ -177,7 +177,8 @@ def _checked(pixels: np.ndarray, shape: str) -> np.ndarray:
 def _write_png(path: Path, pixels: np.ndarray, text: Mapping[str, object]) -> None:
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        words = value if isinstance(value, str) else json.dumps(value)
+        info.add_itxt(key, words.encode(errors="backslashreplace").decode())  # a shell may give bytes that are no UTF-8
     with whole(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG", pnginfo=info)
 

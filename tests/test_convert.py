@@ -392,6 +392,14 @@ def test_a_checkpoint_between_the_old_and_the_new_one_is_read(source, target):
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
+def test_a_path_that_is_no_utf8_is_told(tmp_path, source, target):
+    convert(source, target, progress=False)
+    odd = target.rename(target.with_name(os.fsdecode(b"\xff")))
+    with pytest.raises(InputError, match="a path that is no UTF-8"):
+        load(odd)
+    fails(source, tmp_path / os.fsdecode(b"\xfe"), "a path that is no UTF-8")
+
+
 def test_half_written_checkpoint_is_not_loaded(tmp_path, source, target):
     convert(source, target, progress=False)
     (target / "config.json").unlink()
