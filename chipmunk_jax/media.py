@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.whole import locked, whole
+from chipmunk_jax.whole import is_stream, locked, whole
 
 IMAGES = (".png",)
 VIDEOS = (".mp4", ".webp", ".png")
@@ -69,6 +69,13 @@ def save_video(
                     f"{sides}: expected even sides in an .mp4, as a colour is kept for four pixels together"
                 )
             _write_mp4(path, pixels, fps, text)
+
+
+def check_outputs(paths: Sequence[str | Path]) -> None:
+    """Raises InputError where two files that are to be written are one; called before long work."""
+    places = [os.path.realpath(path) for path in paths]
+    if twice := [str(path) for i, path in enumerate(paths) if places[i] in places[:i] and not is_stream(path)]:
+        raise InputError(f"{twice[0]}: written twice, expected a file for each")
 
 
 def check_output(path: str | Path, *, video: bool) -> Path:

@@ -101,6 +101,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """
     name = beside(path, "lock")
     try:
+        with suppress(FileNotFoundError):
+            beside(path, "replaced").lstat()  # the longest of the names: one that is too long is an error at once
         file = _open_locked(name, wait)
     except BlockingIOError as error:
         raise InputError(f"{path}: another process is writing it") from error

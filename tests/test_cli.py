@@ -124,6 +124,9 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     [
         ("sample", ["--batch", 0], ["--batch 0", "at least 1"]),
         ("sample", ["--batch", 2**31], [f"={2**31}", "at most 1048576"]),
+        ("sample", ["--batch", 2, "-o", f"{'a' * 240}.png"], ["File name too long"]),
+        ("verify", ["-o", "a.png", "--json", "./a.png"], ["./a.png: written twice"]),
+        ("verify", ["-o", "a.png", "-o", "a.png"], ["a.png: written twice"]),
         ("verify", ["--json", "none/a.json"], ["none/a.json", "no folder none"]),
         ("verify", ["--json", "."], ["cannot be written"]),
         ("verify", ["--steps", 1], ["steps=1", "at least 2"]),
@@ -705,6 +708,13 @@ def test_pictures_without_room_on_the_disk_are_refused_before_a_model_is_loaded(
     assert run("sample", checkpoint, "--batch", 2) == 2
     assert_one_sentence(capsys, "out.png: 0.0 MB needed and 0.0 MB free")
     assert not list(folder.iterdir())
+
+
+def test_a_folder_in_the_place_of_one_of_several_pictures_is_found_first(checkpoint, folder, no_model, capsys):
+    (folder / "out-1.png").mkdir()
+    assert run("sample", checkpoint, "--batch", 2) == 2
+    assert_one_sentence(capsys, "out-1.png: a folder")
+    assert [file.name for file in folder.iterdir()] == ["out-1.png"]
 
 
 def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):

@@ -85,22 +85,25 @@ def run(args: argparse.Namespace) -> int:
         negative_prompt=args.negative_prompt, num_images_per_prompt=args.batch, sparsity=sparsity
     )
     request = pipeline.check(args.prompt, **settings)
-    check_space(output, len(request.prompts) * most_bytes(output, **variant.sizes(request.settings)))
+    count = len(request.prompts)
+    paths = [output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+    check_output(paths[-1], video=variant.video)  # the longest name
+    if folders := [path for path in paths if path.is_dir()]:
+        raise InputError(f"{folders[0]}: a folder, expected the name of a file")
+    check_space(output, count * most_bytes(output, **variant.sizes(request.settings)))
     keep_compilations()
     out = pipeline(args.prompt, **settings)
     samples = out.frames if variant.video else out.images
     made = pipeline.origin | out.settings | {"sparsity": sparsity and to_dict(sparsity)}
-    paths = []
-    for i, pixels in enumerate(samples):
-        paths.append(output if len(samples) == 1 else output.with_stem(f"{output.stem}-{i + 1}"))
+    for i, (path, pixels) in enumerate(zip(paths, samples, strict=True)):
         seed = args.seed + i
         text = {"prompt": args.prompt[i // args.batch], "seed": seed, "settings": made | {"seed": seed}}
         if variant.video:
-            save_video(paths[-1], pixels, fps, text)
+            save_video(path, pixels, fps, text)
         else:
-            save_image(paths[-1], pixels, text)
+            save_image(path, pixels, text)
     print(*paths, sep="\n")
-    print(summary(out, len(samples), "video" if variant.video else "image", dense=sparsity is None))
+    print(summary(out, count, "video" if variant.video else "image", dense=sparsity is None))
     return 0
 
 

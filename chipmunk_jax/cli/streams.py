@@ -1,4 +1,4 @@
-"""A stdout that nobody reads is no error, as a reader that has read enough, such as `head -1`, has lost nothing; nor is any stderr."""
+"""Streams that nobody reads are no error: a reader that has read enough, such as `head -1`, has lost nothing."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ class Unbroken:
         self.stream, self.error = stream, error
 
     def write(self, text: str) -> int:
-        encoding = self.stream.encoding or "utf-8"
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with self._unbroken():
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
