@@ -143,8 +143,8 @@ def _refuse(folder: Path) -> NoReturn:
     """Raises the error of a folder that is no checkpoint."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
-        raise InputError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
+    if is_converted(folder):
+        raise InputError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again, with --overwrite")
     made = f"{folder.resolve().stem if folder.is_file() else folder.resolve().name}-converted"
     command = shlex.join(("chipmunk", "convert", str(folder), made))
     raise InputError(f"{folder}: not a converted checkpoint; make one with `{command}`")
@@ -266,17 +266,17 @@ def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
-    """Raises InputError for a file, a folder that holds something else than a checkpoint, or a checkpoint without `overwrite`."""
+    """Raises InputError for what is no checkpoint, nor half a one, and for one without `overwrite`."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, expected a folder to write")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not is_checkpoint(folder):
+    complete = is_checkpoint(folder)
+    if not complete and next(folder.glob(f"{WEIGHTS}/*/.zarray"), None) is None:
         raise InputError(f"{folder}: not empty and no checkpoint of this library; expected a new folder")
     if not overwrite:
-        raise InputError(
-            f"{folder}: already a checkpoint; add --overwrite (in Python overwrite=True), or name a new folder"
-        )
+        state = "already a checkpoint" if complete else "half a checkpoint"
+        raise InputError(f"{folder}: {state}; add --overwrite (in Python overwrite=True), or name a new folder")
 
 
 def write(

@@ -402,10 +402,18 @@ def test_a_path_that_is_no_utf8_is_told(tmp_path, source, target):
 
 def test_half_written_checkpoint_is_not_loaded(tmp_path, source, target):
     convert(source, target, progress=False)
+    (target / "config.json").write_text("")
+    for function in (load, inspect):
+        with pytest.raises(ValueError, match=r"half-written.*--overwrite"):
+            function(target)
+    fails(source, target, "half a checkpoint; add --overwrite")
+    convert(source, target, progress=False, overwrite=True)  # as advised
     (target / "config.json").unlink()
     for function in (load, inspect):
         with pytest.raises(ValueError, match="half-written"):
             function(target)
+    convert(source, target, progress=False, overwrite=True)
+    assert inspect(target).whole
     with pytest.raises(ValueError, match="not a converted checkpoint"):
         load(source)
     with pytest.raises(FileNotFoundError, match="no such folder"):
