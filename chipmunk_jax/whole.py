@@ -170,7 +170,13 @@ def flush(*paths: Path) -> None:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """The name beside `path` of what is half-written ("partial"), was "replaced", or is the "lock"; nothing else is called so."""
+    """The name beside `path` of what is half-written ("partial"), was "replaced", or is the "lock"; nothing else is called so.
+
+    Raises:
+        InputError: `path` is the root of the file system.
+    """
+    if not path.name:
+        raise InputError(f"{path}: expected a file or a folder to write, with a name")
     return path.with_name(f"{path.name}.chipmunk-{kind}")
 
 

@@ -171,6 +171,11 @@ def test_what_cannot_be_removed_is_told_before_anything_is_written(kind, place, 
     assert os.listdir(place) == ["old"]
 
 
+def test_the_root_is_no_place():
+    with pytest.raises(InputError, match="/: expected a file or a folder to write, with a name"), whole("/"):
+        pass
+
+
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"a.png: cannot be written: No space left on device$"), whole("a.png"):
         raise OSError(errno.ENOSPC, "whatever a library says")
