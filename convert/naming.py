@@ -45,13 +45,13 @@ def mlp(fc1: str, fc2: str, target: str) -> list[Rule]:
 def measure(shapes: Mapping[str, tuple[int, ...]], places: tuple[tuple[str, int], ...]) -> int | None:
     """The most frequent size at these (tensor, axis), so that one bad tensor does not decide; None where there is none.
 
-    A * in the name of a tensor stands for any number.
+    A * in the name of a tensor stands for any number. An empty axis tells nothing: the match will name the tensor.
     """
     found = []
     for pattern, axis in places:
         fits = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
         names = filter(fits, shapes) if "*" in pattern else {pattern} & shapes.keys()
-        found += [shapes[name][axis] for name in names if len(shapes[name]) > axis]
+        found += [size for name in names for size in shapes[name][axis : axis + 1] if size]
     return mode(found) if found else None
 
 
@@ -83,16 +83,16 @@ def patches_of(
         stated: pixels of a token along each axis, used for a matrix, whose shape does not tell them.
 
     Raises:
-        InputError: the weight has another rank, or is a matrix that does not fit these pixels.
+        InputError: the weight has another rank or an empty axis, or is a matrix that does not fit these pixels.
     """
     match shapes.get(name):
         case None:
             return None, stated
-        case (_, channels, frames, rows, columns):
+        case (_, channels, frames, rows, columns) if channels * frames * rows * columns:
             return channels, (frames, rows, columns)
-        case (_, channels, rows, columns):
+        case (_, channels, rows, columns) if channels * rows * columns:
             return channels, (1, rows, columns)
-        case (_, columns) if columns % math.prod(stated) == 0:
+        case (_, columns) if columns and columns % math.prod(stated) == 0:
             return columns // math.prod(stated), stated
         case shape:
             expected = f"[D, C, frames, rows, columns], or [D, C x {math.prod(stated)}]"
