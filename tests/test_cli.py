@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,7 @@ def assert_one_sentence(capsys, *words):
 BAD = [
     (["--height", 21], ["height=21", "multiple of 2"]),
     (["--width", 7], ["width=7", "multiple of 2"]),
+    (["--prompt", "a\x1b[31m"], ["'a\\x1b[31m'"]),
     (["--height", 0], ["height=0", "positive multiple of 2"]),
     (["--height", -2], ["height=-2", "positive multiple of 2"]),
     (["--frames", 4], ["frames=4", "expected none, as this model makes images"]),
@@ -499,6 +501,29 @@ def test_what_the_user_did_is_one_sentence(told, monkeypatch, capsys):
     raising(monkeypatch, told)
     assert main(["sample"]) == 2
     assert capsys.readouterr().err == "chipmunk: a=1: expected 2\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS=cuda: expected a device of this machine"),
+        ("JAX_ENABLE_X64", "banana", "'banana' for environment 'JAX_ENABLE_X64'"),
+    ],
+)
+def test_a_setting_that_jax_does_not_take_is_one_sentence(variable, value, words, checkpoint):
+    if value == "cuda" and jax.default_backend() == "gpu":
+        pytest.skip("needs a machine without a GPU")
+    command = [sys.executable, "-m", "chipmunk_jax.cli.main", "sample", str(checkpoint), "--prompt", PROMPT, "--dense"]
+    env = os.environ | {variable: value}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("chipmunk: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_what_cannot_be_printed_is_escaped(monkeypatch, capsys):
+    raising(monkeypatch, InputError("key a\x1b[31m\udcff\u202e of sch\xf6n: \n\t expected none"))
+    assert main(["sample"]) == 2
+    assert capsys.readouterr().err == "chipmunk: key a\\x1b[31m\\udcff\\u202e of sch\xf6n: expected none\n"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])

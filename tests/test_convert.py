@@ -282,7 +282,7 @@ def test_a_value_beyond_float16_is_named_and_bfloat16_holds_it(tmp_path, target)
 
 def test_long_lists_are_cut(tmp_path, target, diffusers):
     kept = {name: array for name, array in diffusers.items() if not name.startswith("single_transformer_blocks.1.")}
-    fails(write_source(tmp_path / "source", kept), target, "14 missing", "and 8 more")
+    fails(write_source(tmp_path / "source", kept), target, "14 missing", "and 9 more")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
         (dict(negative_prompt="red"), ["'red'", "shape"]),
         (dict(negative_prompt=PROMPTS[:2]), ["2 negative prompts for 3 prompts"]),
         (dict(num_images_per_prompt=0), ["num_images_per_prompt=0", "at least 1"]),
+        (dict(height="16"), ["height='16'", "a whole number"]),
         (dict(height=20.5), ["height=20.5", "a whole number"]),
         (dict(num_frames=4), ["frames=4", "expected none"]),
         (dict(num_inference_steps=2.5), ["steps=2.5", "a whole number"]),

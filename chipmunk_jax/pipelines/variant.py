@@ -105,7 +105,9 @@ class Variant:
             unit = "" if name == "frames" else " pixels"
             expected = f"a positive multiple of {side}{unit}" if side > 1 else "at least 1"
             expected = f"a multiple of {side}, and one" if lone else expected
-            raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}")
+            raise InputError(
+                f"{name}={pixels}: expected {expected}" if whole else f"{name}={pixels!r}: expected a whole number"
+            )
         if pixels > MOST_SIDE:
             raise InputError(f"{name}={pixels}: expected at most {MOST_SIDE}")
         return lone + (pixels - lone) // side
