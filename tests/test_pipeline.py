@@ -204,6 +204,7 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
     [
         (dict(prompt=[]), ["no prompts"]),
         (dict(prompt=["red"]), ["'red'", "shape"]),
+        (dict(prompt=["red", "blue"], negative_prompt="sky"), ["prompt 'red'", "prompt 'blue'", "prompt 'sky'"]),
         (dict(prompt=[3]), ["prompt 3", "a sentence"]),
         (dict(prompt=3), ["prompt 3", "a sentence"]),
         (dict(prompt=None), ["prompt None", "a sentence"]),

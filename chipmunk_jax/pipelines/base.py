@@ -173,9 +173,7 @@ class Pipeline:
         for one in (*given, *(against or ())):
             if not isinstance(one, str):
                 raise InputError(f"prompt {one!r}: expected a sentence")
-        self.encode(list(dict.fromkeys(given)))
-        if against is not None:
-            self.encode(list(dict.fromkeys(against)))
+        self.encode(list(dict.fromkeys([*given, *(against or ())])))  # together: all that is wrong is then told at once
         sizes = dict(frames=num_frames, height=height, width=width)
         settings = self.variant.complete(**sizes, steps=num_inference_steps, guidance=guidance_scale)
         check_guidance(settings["guidance"])
