@@ -330,13 +330,14 @@ def test_help_lists_all_commands(capsys):
 
 
 def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, capsys):
-    assert run("sample", checkpoint, "-o", "a.png", "--seed", 7, "--sparsity", "flux") == 0
+    other = "blue plain ring on night"
+    assert run("sample", checkpoint, "-o", "a.png", "--seed", 7, "--sparsity", "flux", "--negative-prompt", other) == 0
     assert [file.name for file in folder.iterdir()] == ["a.png"]
     assert "a.png\n" in capsys.readouterr().out
     with Image.open(folder / "a.png") as image:
         assert image.size == (12, 20) and image.mode == "RGB"
         text, pixels = image.text, np.asarray(image)
-    assert text["prompt"] == PROMPT and text["seed"] == "7"
+    assert (text["prompt"], text["negative_prompt"], text["seed"]) == (PROMPT, other, "7")
     settings = json.loads(text["settings"])
     expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7, "sparsity": to_dict(Sparsity())}
     made = {
@@ -346,8 +347,8 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
         "dtype": "float32",
     }  # of other sizes than mini-flux
     assert settings == expected | made | {"version": version("chipmunk-jax")}
-    size = dict(height=20, width=12, num_inference_steps=3)
-    (image,) = Pipeline.from_pretrained(checkpoint)(PROMPT, **size, seed=7, sparsity="flux").images
+    same = dict(negative_prompt=other, height=20, width=12, num_inference_steps=3, seed=7, sparsity="flux")
+    (image,) = Pipeline.from_pretrained(checkpoint)(PROMPT, **same).images
     np.testing.assert_array_equal(pixels, np.asarray(image))
 
 

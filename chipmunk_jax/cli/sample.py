@@ -22,7 +22,7 @@ verify`). Prompts of the small models are sentences with one word each of
   texture     plain striped checkered marbled
   background  sky night desert meadow
 Images are .png; videos .mp4 (needs PyAV: pip install 'av>=14'), animated .webp, or a .png of all frames in rows. Each file
-holds its prompt, seed and settings, and which checkpoint, solver, dtype and version made it."""
+holds its prompts, seed and settings, and which checkpoint, solver, dtype and version made it."""
 
 EXAMPLES = """\
 examples:
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     made = pipeline.origin | out.settings | {"sparsity": sparsity and to_dict(sparsity)}
     for i, (path, pixels) in enumerate(zip(paths, samples, strict=True)):
         seed = args.seed + i
-        text = {"prompt": args.prompt[i // args.batch], "seed": seed, "settings": made | {"seed": seed}}
+        against = {} if request.negative_prompts is None else {"negative_prompt": request.negative_prompts[i]}
+        text = {"prompt": request.prompts[i], **against, "seed": seed, "settings": made | {"seed": seed}}
         if variant.video:
             save_video(path, pixels, fps, text)
         else:

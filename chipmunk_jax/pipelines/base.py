@@ -38,7 +38,7 @@ class Request:
     """A sample that fits its pipeline."""
 
     prompts: list[str]  # B, each as often as it is sampled
-    negative_prompts: list[str] | None  # B; None: no prompt on the other side
+    negative_prompts: list[str] | None  # B; None: no prompt on the other side, or no guidance
     settings: Settings
     seed: int
     sparsity: Sparsity | None
@@ -184,7 +184,7 @@ class Pipeline:
         every = lambda prompts: [one for one in prompts for _ in range(count)]
         return Request(
             prompts=every(given),
-            negative_prompts=None if against is None else every(against),
+            negative_prompts=None if against is None or settings["guidance"] in (None, 1) else every(against),
             settings=settings,
             seed=int(seed),
             sparsity=found,
