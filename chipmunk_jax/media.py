@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.paths import as_path
 from chipmunk_jax.whole import is_stream, locked, whole
 
 IMAGES = (".png",)
@@ -102,7 +103,7 @@ def check_writable(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
     Raises:
         InputError: another suffix, no such folder, or one that cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     if suffixes and path.suffix.lower() not in suffixes:
         raise InputError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
     if not path.parent.is_dir():

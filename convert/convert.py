@@ -27,7 +27,8 @@ from chipmunk_jax.models.checkpoint import (
 )
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import Leaf
-from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.paths import as_path
+from chipmunk_jax.strictness import check_untraced, usual_modes
 from chipmunk_jax.whole import check_space, whole
 
 
@@ -59,12 +60,12 @@ def convert(
         FileNotFoundError: there is no `source`.
         InputError: a bad source, one that does not fit its model, or a target that cannot be written.
     """
-    dtype, found = parse_dtype(dtype), open_folder(source)
+    dtype, found, target = parse_dtype(dtype), open_folder(source), as_path(target)
     if component is None and not found.several:
         check_not_converted(Path(source))
-        convert_one(open_source(source), Path(target), dtype, progress, overwrite)
+        convert_one(open_source(source), target, dtype, progress, overwrite)
     else:
-        convert_pipeline(found, Path(target), component, dtype, progress, overwrite)
+        convert_pipeline(found, target, component, dtype, progress, overwrite)
 
 
 def convert_one(source: Source, target: Path, dtype: jax.numpy.dtype, progress: bool, overwrite: bool) -> None:
@@ -172,6 +173,7 @@ def bar_of(size: int, progress: bool) -> tqdm:
 @usual_modes()
 def read(source: str | Path, dtype: Any = "bfloat16", *, progress: bool = False) -> Network:
     """The model of a PyTorch checkpoint on the default device; arguments and errors as of `convert`."""
+    check_untraced("read()")
     opened, dtype = open_source(source), parse_dtype(dtype)
     return materialize(opened, opened.check(), dtype, progress)
 

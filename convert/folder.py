@@ -15,6 +15,7 @@ from chipmunk_jax.convert.files import groups_of
 from chipmunk_jax.convert.source import FOLDERS, absent_of, boundary_of, check_pair, layout_of, open_source, read_named
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models.checkpoint import describe, describe_pipeline, is_checkpoint, is_converted, is_pipeline
+from chipmunk_jax.paths import as_path
 
 # What a pipeline of a network consists of: components in the order of their use, each with its name in MODELS.
 ROLES: dict[str, dict[str, str]] = {
@@ -66,7 +67,7 @@ def open_folder(path: str | Path) -> Folder:
         FileNotFoundError: there is no such path.
         InputError: bad files, an unknown layout, or components that do not belong together.
     """
-    path = Path(path)
+    path = as_path(path)
     if is_pipeline(path):
         index = describe_pipeline(path)
         found = {role: path / role for role in index.components if is_checkpoint(path / role)}

@@ -10,6 +10,7 @@ from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models.checkpoint import compare, describe, is_converted, is_pipeline
 from chipmunk_jax.models.leaves import abstract, leaves_of
+from chipmunk_jax.paths import as_path
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def inspect(path: str | Path) -> Inspection | PipelineInspection:
         FileNotFoundError: there is no such path.
         InputError: half-written or bad files, an unknown layout, or a config.json that does not fit.
     """
-    path = Path(path)
+    path = as_path(path)
     found = open_folder(path)
     if not found.several and not is_pipeline(path):
         return inspect_one(path)

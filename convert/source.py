@@ -19,6 +19,7 @@ from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, WanConfig
 from chipmunk_jax.models.checkpoint import is_checkpoint
 from chipmunk_jax.models.leaves import abstract, leaves_of
+from chipmunk_jax.paths import as_path
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
 INDEX = "model_index.json"  # of a whole pipeline, above the folders of its networks
@@ -70,7 +71,7 @@ def open_source(path: str | Path) -> Source:
         FileNotFoundError: there is no such path.
         InputError: bad files, an unknown layout, or a config.json that does not fit the tensors.
     """
-    path = Path(path)
+    path = as_path(path)
     check_not_converted(path)
     check_pair(path)
     if pair := pair_of(path):

@@ -23,7 +23,8 @@ from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import WEIGHTS, Leaf, read_leaves, shapes_in, stored_bytes, write_leaves
 from chipmunk_jax.options import require
-from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.paths import as_path
+from chipmunk_jax.strictness import check_untraced, usual_modes
 from chipmunk_jax.whole import check_space, restore, whole
 
 CONFIG = "config.json"
@@ -88,6 +89,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
         FileNotFoundError: there is no such folder.
         InputError: the folder is not a checkpoint, is half-written or damaged, or its weights do not fit its config.
     """
+    check_untraced("load()")
     folder = network_in(folder)
     model = check_weights(folder, dtype)
     sharding = jax.device_put(np.float32(0)).sharding  # of the default device
@@ -215,7 +217,7 @@ def network_in(folder: str | Path) -> Path:
     Raises:
         InputError: a pipeline with two of them.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not is_pipeline(folder):
         return folder
     first, second = (folder / name for name in ("transformer", "transformer_2"))
@@ -254,7 +256,7 @@ def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator
     Raises:
         InputError: at once, where `folder` cannot be written, must not be replaced, or has no room on its disk.
     """
-    folder = Path(folder).absolute()
+    folder = as_path(folder).absolute()
     with whole(folder, wait=False) as partial:
         check_replaceable(folder, overwrite=overwrite)
         check_space(folder, need)

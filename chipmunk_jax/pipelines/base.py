@@ -21,6 +21,7 @@ from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, is_converted, load
 from chipmunk_jax.models.leaves import parse_dtype
+from chipmunk_jax.paths import as_path
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback, Reporter
 from chipmunk_jax.schedule import density, full_steps
@@ -79,10 +80,9 @@ class Pipeline:
         Raises:
             FileNotFoundError, InputError: no such checkpoint, half a one, or one of a model that has no pipeline yet.
         """
-        if not isinstance(folder, (str, Path)):
-            raise InputError(f"folder={folder!r}: expected the path of a checkpoint")
+        folder = as_path(folder)
         dtype = dtype if dtype is None else parse_dtype(dtype).name
-        converted = is_converted(Path(folder))
+        converted = is_converted(folder)
         found = describe(folder) if converted else open_source(folder)
         variant = variant_of(found.config)
         network = variant.network
