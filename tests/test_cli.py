@@ -1,6 +1,7 @@
 """The `chipmunk` command: bad input is one sentence, at once and without traces; good input is files that say what they are."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -21,7 +23,7 @@ from chipmunk_jax.cli import commands, sample, verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines import VARIANTS, Pipeline
 from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
 
 PROMPT = "red striped heart on meadow"
@@ -398,6 +400,16 @@ def test_inspect_says_how_a_checkpoint_is_usually_sampled(checkpoint, video_chec
     out = capsys.readouterr().out
     assert "  height 64, width 64, 28 steps of Euler, guidance 2, preset mini-flux\n" in out
     assert "  frames 16, height 64, width 64, 30 steps of UniPC, guidance 3, preset mini-wan\n" in out
+
+
+def test_inspect_and_convert_say_that_blocks_of_a_published_model_are_not_there(folder, monkeypatch, capsys):
+    source, row = str(Path(__file__).parents[1] / "examples/mini-flux"), VARIANTS["mini-flux"]
+    deeper = dataclasses.replace(row.config, depth=row.config.depth + 1)
+    monkeypatch.setitem(VARIANTS, "mini-flux", dataclasses.replace(row, config=deeper))
+    assert main(["inspect", source]) == main(["convert", source, "out"]) == 0
+    told = f"{row.config.depth} double blocks where mini-flux has {deeper.depth}: pruned, or cut short"
+    out, err = capsys.readouterr()
+    assert f" {told}\n" in out and f"out: {told}\n" in err
 
 
 def test_a_batch_without_room_is_refused_before_its_prompts_are_encoded(checkpoint, folder, capsys):

@@ -10,6 +10,7 @@ from chipmunk_jax.convert import Inspection, PipelineInspection, inspect
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.pipelines import Variant, variant_of
+from chipmunk_jax.pipelines.depths import other_depths
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown.
@@ -72,9 +73,7 @@ def describe(found: Inspection) -> str:
         "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
         **{name: str(value) for name, value in found.config.items()},
     }
-    if issubclass(MODELS[found.model], Network):
-        rows["usual sample"] = usual(variant_of(MODELS[found.model].config_class(**found.config)))
-    rows |= faults(found)
+    rows |= sampled(found) | faults(found)
     if found.left_out:
         rows["left out"] = f"{listed(list(found.left_out))}: beside the network in the file, and not converted"
     return aligned(found.path, rows)
@@ -93,9 +92,18 @@ def describe_pipeline(found: PipelineInspection) -> str:
         rows["boundary"] = f"transformer_2 samples from t = {found.boundary:g} down"
     transformer = found.components.get("transformer")
     if transformer is not None:
-        rows["usual sample"] = usual(variant_of(MODELS[transformer.model].config_class(**transformer.config)))
+        rows |= sampled(transformer)
     rows |= {f"missing: {name}": FORBIDS[name.removesuffix("_2")] for name in found.missing}
     return aligned(found.path, rows)
+
+
+def sampled(found: Inspection) -> dict[str, str]:
+    """How a network is sampled, and whether it has the blocks of the published ones; of another component, nothing."""
+    if not issubclass(MODELS[found.model], Network):
+        return {}
+    config = MODELS[found.model].config_class(**found.config)
+    depths = other_depths(config)
+    return {"usual sample": usual(variant_of(config))} | ({"depths": depths} if depths else {})
 
 
 def faults(found: Inspection) -> dict[str, str]:
