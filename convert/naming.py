@@ -23,6 +23,10 @@ class OneOf(tuple):
     """Values of a field of config.json that all mean the same."""
 
 
+# Fields of any config.json: the tensors have dtypes of their own, and what is quantised is refused unless this is null.
+ABOUT_FILE = {"dtype": ANY, "torch_dtype": ANY, "quantization_config": OneOf((None,))}
+
+
 def linear(sources: str | tuple[str, ...], target: str) -> list[Rule]:
     """Rules for a linear layer with bias, or for several side by side that become one."""
     sources = (sources,) if isinstance(sources, str) else sources
@@ -145,7 +149,7 @@ def check_stated(stated: Mapping[str, Any], tensors: Mapping[str, Any], network:
         tensors: field -> value that the tensors have; None where the tensor is missing, which the match reports.
         network: field -> value that the network computes with; OneOf several values, or ANY.
     """
-    wrong = []
+    wrong, network = [], ABOUT_FILE | dict(network)
     for name, value in stated.items():
         if name.startswith("_") or (name in tensors and tensors[name] is None):
             continue

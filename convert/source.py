@@ -87,7 +87,8 @@ def open_source(path: str | Path) -> Source:
     stated, index = stated_by(path), index_of(path)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
-        layout = check_kind(shapes, stated if path.is_dir() else {}, index)
+        files = {tensor.file.name for tensor in weights.tensors.values()}
+        layout = check_kind(shapes, stated if path.is_dir() else {}, index, files)
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -155,12 +156,15 @@ def marks_in(names: Collection[str], layout: Layout) -> int:
     return sum(mark in names for mark in layout.marks)
 
 
-def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any], index: Mapping[str, Any]) -> Layout:
+def check_kind(
+    shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any], index: Mapping[str, Any], files: Collection[str]
+) -> Layout:
     """The layout of a checkpoint of one of our networks.
 
     Args:
         shapes: of all tensors.
         stated, index: config.json and model_index.json of its folder.
+        files: names of the files that hold them.
 
     Raises:
         InputError: it is a checkpoint of something else; the message says of what, where that is known.
@@ -168,7 +172,9 @@ def check_kind(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any],
     layout = layout_of(shapes)
     if layout and layout.model in TABLES:  # registered from outside: its names may be those of a kind that is refused
         return layout
-    found = recognise(RELATED, shapes, stated, index) or (None if layout else recognise(STRANGERS, shapes))
+    found = recognise(RELATED, shapes, stated, index, files if layout else ()) or (
+        None if layout else recognise(STRANGERS, shapes)
+    )
     if found:
         raise InputError(found)
     if layout is None:

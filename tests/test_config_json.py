@@ -311,6 +311,11 @@ def test_a_config_that_is_no_object_is_refused(text, tmp_path):
         open_source(source)
 
 
+def test_what_config_json_says_of_the_file_does_not_matter(tmp_path):
+    about = dict(dtype="bfloat16", torch_dtype="float16", quantization_config=None)
+    assert open_source(copy("wan_t2v", tmp_path / "about", **about)).check()
+
+
 @pytest.mark.parametrize("name", ["config.json", "model_index.json"])
 @pytest.mark.parametrize(
     ("make", "expected"),
