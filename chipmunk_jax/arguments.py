@@ -27,6 +27,9 @@ def placed(
     Raises:
         InputError: one is no array of finite numbers, or has no numbers yet, as within a transformation of JAX.
     """
+    for name, given in (("cond", cond), ("uncond", {} if uncond is None else uncond)):
+        if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+            raise InputError(f"{name} {type(given).__name__}: expected the conditions by name, a dict of arrays")
     # An array made here is a tracer within jit, whatever is given.
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((model, noise, cond, uncond, jnp.zeros(())))):
         raise InputError(
@@ -34,16 +37,13 @@ def placed(
         )
     if isinstance(model, type) or not hasattr(model, "hidden") or not all(map(_is_array, jax.tree.leaves(model))):
         raise InputError(f"model {type(model).__name__}: expected a network with its weights, as load() gives")
-    for name, given in (("cond", cond), ("uncond", uncond or {})):
-        if not isinstance(given, dict):
-            raise InputError(f"{name} {type(given).__name__}: expected the conditions by name, a dict of arrays")
     every = lambda given: given and {name: _placed(f"condition {name}", x, "fbiu") for name, x in given.items()}
     return _placed("noise", noise, "f"), every(cond), every(uncond)
 
 
 def _placed(name: str, x: jax.Array, kinds: str) -> jax.Array:
     if not _is_array(x):
-        raise InputError(f"{name} {type(x).__name__}: expected an array of JAX or NumPy")
+        raise InputError(f"{name} {type(x).__name__}: expected an array of JAX or NumPy, and none that is deleted")
     # NumPy's kind of bf16 is V, and a key of jax.random has none.
     kind = "f" if jnp.issubdtype(x.dtype, jnp.floating) else getattr(x.dtype, "kind", "")
     if kind not in kinds:
@@ -59,7 +59,9 @@ def _placed(name: str, x: jax.Array, kinds: str) -> jax.Array:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, np.ma.MaskedArray)
+    if isinstance(x, jax.Array):
+        return not x.is_deleted()  # as one that was donated is
+    return isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray)
 
 
 def check(
@@ -85,6 +87,11 @@ def check(
     model.check(noise, cond)
     if uncond is not None:
         model.check(noise, uncond)
+        for name, x in uncond.items():
+            if x.shape != cond[name].shape:
+                raise InputError(
+                    f"uncond: condition {name} {x.shape}, expected {cond[name].shape}, as of cond: one batch holds both"
+                )
     if sparsity is not None:
         check_schedules(sparsity, steps)
     memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, steps=steps, **fixed)

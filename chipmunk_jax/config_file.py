@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.paths import as_path
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MOST_BYTES = 100_000  # of a file; PyYAML takes two seconds for as much
@@ -55,7 +56,7 @@ def _file(source: str | Path, folder: Path, presets: Mapping[str, Traversable]) 
     if path is None or path.suffix not in SUFFIXES:
         given = str(source) if path else source
         raise InputError(f"preset {given!r}: expected one of {', '.join(presets)}, or a .yaml or .json file")
-    if not path.exists():
+    if not as_path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
     return path
 

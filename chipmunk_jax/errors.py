@@ -2,7 +2,7 @@
 
 import re
 
-SHOWN = 6  # names of a kind that a message lists
+SHOWN = 5  # names of a kind that a message lists
 # Characters that a message repeats of a text in a file, of any value given, and of a word; and that it has itself.
 TEXT = 100
 LINE = 120
@@ -20,8 +20,9 @@ class InputError(ValueError):
 
 
 def sentence(message: str) -> str:
-    """The message on one line, without the middle of anything endless that it repeats."""
+    """The message on one line, without the middle of anything endless that it repeats; escaped where it cannot be printed."""
     message = " ".join(shortened(message, 100 * LINE).split())  # first, as the pattern's time goes with the square
+    message = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in message)
     line = GIVEN.sub(lambda found: shortened(found.group(), LINE), message)
     return shortened(line, SENTENCE)
 

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.whole import locked, whole
+from chipmunk_jax.paths import as_path
+from chipmunk_jax.whole import is_stream, locked, whole
 
 IMAGES = (".png",)
 VIDEOS = (".mp4", ".webp", ".png")
@@ -71,6 +72,13 @@ def save_video(
             _write_mp4(path, pixels, fps, text)
 
 
+def check_outputs(paths: Sequence[str | Path]) -> None:
+    """Raises InputError where two files that are to be written are one; called before long work."""
+    places = [os.path.realpath(path) for path in paths]
+    if twice := [str(path) for i, path in enumerate(paths) if places[i] in places[:i] and not is_stream(path)]:
+        raise InputError(f"{twice[0]}: written twice, expected a file for each")
+
+
 def check_output(path: str | Path, *, video: bool) -> Path:
     """The path, if an image or a video can be written there; called before long work.
 
@@ -95,7 +103,7 @@ def check_writable(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
     Raises:
         InputError: another suffix, no such folder, or one that cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     if suffixes and path.suffix.lower() not in suffixes:
         raise InputError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
     if not path.parent.is_dir():
@@ -177,7 +185,8 @@ def _checked(pixels: np.ndarray, shape: str) -> np.ndarray:
 def _write_png(path: Path, pixels: np.ndarray, text: Mapping[str, object]) -> None:
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        words = value if isinstance(value, str) else json.dumps(value)
+        info.add_itxt(key, words.encode(errors="backslashreplace").decode())  # a shell may give bytes that are no UTF-8
     with whole(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG", pnginfo=info)
 

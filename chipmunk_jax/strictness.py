@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from chipmunk_jax.errors import InputError
 
 
 @contextmanager
@@ -21,6 +24,12 @@ def usual_modes() -> Iterator[None]:
     bits = jax.enable_x64(False), jax.threefry_partitionable(True)
     with promotion[0], promotion[1], bits[0], bits[1], jax.transfer_guard("allow"):
         yield
+
+
+def check_untraced(what: str) -> None:
+    """Raises InputError within a transformation of JAX, where no array has numbers yet."""
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise InputError(f"{what} under jit, grad, vmap or the like: expected outside of them, as it needs numbers")
 
 
 def key_of(seed: int) -> jax.Array:

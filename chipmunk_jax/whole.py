@@ -4,9 +4,11 @@ What is being written stands beside its place under another name, and takes that
 a process that is killed, so what lies there without a lock is what such a process left, and the next writer removes it.
 """
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,7 @@ except ImportError:  # Windows: nothing tells two writers of one place apart
     fcntl = None
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write that fails for want of space
+HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of a file system that cannot lock or flush
 
 
@@ -41,17 +44,16 @@ def whole(path: str | Path, *, wait: bool = True) -> Iterator[Path]:
     with locked(path, wait=wait):
         finish(path)
         partial, aside = beside(path, "partial"), beside(path, "replaced")
-        if left := [old for old in (partial, aside) if old.exists()]:
+        if left := [old for old in (partial, aside) if os.path.lexists(old)]:
             raise InputError(f"{left[0]}: left by an earlier write, cannot be removed; remove it by hand")
         try:
             yield partial
             flush(partial, *partial.rglob("*"))
-            if partial.is_dir() and path.is_dir():
-                # No call swaps two folders on every file system, so there is a moment between these lines: see between().
+            if not (partial.is_dir() and path.is_dir()):
+                partial.replace(path)
+            elif not exchange(partial, path):  # there is a moment between these lines: see between()
                 path.rename(aside)
                 partial.rename(path)
-            else:
-                partial.replace(path)
             flush(path.parent)
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -71,6 +73,12 @@ def is_stream(path: str | Path) -> bool:
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Whether two folders have changed places at once, which Linux does on most file systems."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
 def finish(path: Path) -> None:
     """Ends a write: a whole new folder that was about to take its place takes it; what is half-written or replaced is removed."""
     if between(path):
@@ -87,9 +95,10 @@ def between(path: Path) -> bool:
 def restore(path: Path) -> None:
     """Ends the replacement of a folder that was cut off between the two renames; called before the folder is read."""
     path = Path(os.path.realpath(path))
-    if between(path):
-        with suppress(OSError, InputError), locked(path):
-            finish(path)
+    for place in (path.parent, path):  # a component of a pipeline may be gone with it
+        if between(place):
+            with suppress(OSError, InputError), locked(place):
+                finish(place)
 
 
 @contextmanager
@@ -101,6 +110,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """
     name = beside(path, "lock")
     try:
+        with suppress(FileNotFoundError):
+            beside(path, "replaced").lstat()  # the longest of the names: one that is too long is an error at once
         file = _open_locked(name, wait)
     except BlockingIOError as error:
         raise InputError(f"{path}: another process is writing it") from error
@@ -159,18 +170,24 @@ def flush(*paths: Path) -> None:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """The name beside `path` of what is half-written ("partial"), was "replaced", or is the "lock"; nothing else is called so."""
+    """The name beside `path` of what is half-written ("partial"), was "replaced", or is the "lock"; nothing else is called so.
+
+    Raises:
+        InputError: `path` is the root of the file system.
+    """
+    if not path.name:
+        raise InputError(f"{path}: expected a file or a folder to write, with a name")
     return path.with_name(f"{path.name}.chipmunk-{kind}")
 
 
 def remove(path: Path) -> None:
     """Deletes a file or a folder, where there is one and as far as that can be done."""
     for _ in range(20):  # the threads of a write that was cut off may add files for a moment
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        if not path.exists():
+        if not os.path.lexists(path):
             break
         time.sleep(0.05)
 

@@ -28,7 +28,8 @@ from chipmunk_jax.models.checkpoint import (
 )
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import Leaf
-from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.paths import as_path
+from chipmunk_jax.strictness import check_untraced, usual_modes
 from chipmunk_jax.whole import check_space, whole
 
 
@@ -61,12 +62,12 @@ def convert(
         FileNotFoundError: there is no `source`.
         InputError: a bad source, one that does not fit its model, or a target that cannot be written.
     """
-    dtype, found = parse_dtype(dtype), open_folder(source)
+    dtype, found, target = parse_dtype(dtype), open_folder(source), as_path(target)
     if component is None and not found.several:
         check_not_converted(found.path)
-        convert_one(open_source(found.path), Path(target), dtype, progress, overwrite)
+        convert_one(open_source(found.path), target, dtype, progress, overwrite)
     else:
-        convert_pipeline(found, Path(target), component, dtype, progress, overwrite)
+        convert_pipeline(found, target, component, dtype, progress, overwrite)
 
 
 def convert_one(source: Source, target: Path, dtype: jax.numpy.dtype, progress: bool, overwrite: bool) -> None:
@@ -192,6 +193,7 @@ def read(source: str | Path, dtype: Any = "bfloat16", *, model: str | None = Non
         model: of MODELS, to be taken out of a file that may hold others too: its VAE, for one. None: the network where there
             are several, else whatever it is.
     """
+    check_untraced("read()")
     opened, dtype = open_source(source, model), parse_dtype(dtype)
     return materialize(opened, opened.check(), dtype, progress)
 

@@ -23,7 +23,8 @@ REFUSED = (
     (b"\x89HDF", "an HDF5 file", "expected .safetensors or a checkpoint of torch.save"),
     (b"PYTORCH1", "of a preview of PyTorch 1.0", "save it anew"),
 )
-HTML = (b"<!doctype", b"<html", b"<?xml", b"<head")
+BOM = b"\xef\xbb\xbf"  # of a text in UTF-8
+HTML = (b"<!doctype", b"<!--", b"<html", b"<?xml", b"<head")
 
 
 def file_kind(file: Path) -> FileKind:
@@ -75,7 +76,7 @@ def mistaken(head: bytes) -> tuple[str, str] | None:
             return what, remedy
     if not head:
         return "an empty file", "fetch it again"
-    if head.lstrip().lower().startswith(HTML):
+    if head.removeprefix(BOM).lstrip().lower().startswith(HTML):
         return "a web page", "the download went wrong, perhaps for want of a login; fetch it again"
     if head[257:262] == b"ustar":
         return "a tar archive", "unpack it first, or if PyTorch before 0.2 wrote it, save it anew"

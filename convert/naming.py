@@ -36,6 +36,10 @@ class OneOf(tuple):
     """Values of a field of config.json that all mean the same."""
 
 
+# Fields of any config.json: the tensors have dtypes of their own, and what is quantised is refused unless this is null.
+ABOUT_FILE = {"dtype": ANY, "torch_dtype": ANY, "quantization_config": OneOf((None,))}
+
+
 def linear(sources: str | tuple[str, ...], target: str) -> list[Rule]:
     """Rules for a linear layer with bias, or for several side by side that become one."""
     sources = (sources,) if isinstance(sources, str) else sources
@@ -90,13 +94,13 @@ def mlp(fc1: str, fc2: str, target: str) -> list[Rule]:
 def measure(shapes: Mapping[str, tuple[int, ...]], places: tuple[tuple[str, int], ...]) -> int | None:
     """The most frequent size at these (tensor, axis), so that one bad tensor does not decide; None where there is none.
 
-    A * in the name of a tensor stands for any number.
+    A * in the name of a tensor stands for any number. An empty axis tells nothing: the match will name the tensor.
     """
     found = []
     for pattern, axis in places:
         fits = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
         names = filter(fits, shapes) if "*" in pattern else {pattern} & shapes.keys()
-        found += [shapes[name][axis] for name in names if len(shapes[name]) > axis]
+        found += [size for name in names for size in shapes[name][axis : axis + 1] if size]
     return mode(found) if found else None
 
 
@@ -128,16 +132,16 @@ def patches_of(
         stated: pixels of a token along each axis, used for a matrix, whose shape does not tell them.
 
     Raises:
-        InputError: the weight has another rank, or is a matrix that does not fit these pixels.
+        InputError: the weight has another rank or an empty axis, or is a matrix that does not fit these pixels.
     """
     match shapes.get(name):
         case None:
             return None, stated
-        case (_, channels, frames, rows, columns):
+        case (_, channels, frames, rows, columns) if channels * frames * rows * columns:
             return channels, (frames, rows, columns)
-        case (_, channels, rows, columns):
+        case (_, channels, rows, columns) if channels * rows * columns:
             return channels, (1, rows, columns)
-        case (_, columns) if columns % math.prod(stated) == 0:
+        case (_, columns) if columns and columns % math.prod(stated) == 0:
             return columns // math.prod(stated), stated
         case shape:
             expected = f"[D, C, frames, rows, columns], or [D, C x {math.prod(stated)}]"
@@ -207,7 +211,7 @@ def check_stated(stated: Mapping[str, Any], tensors: Mapping[str, Any], network:
         tensors: field -> value that the tensors have; None where the tensor is missing, which the match reports.
         network: field -> value that the network computes with; OneOf several values, or ANY.
     """
-    wrong = []
+    wrong, network = [], ABOUT_FILE | dict(network)
     for name, value in stated.items():
         if name.startswith("_") or (name in tensors and tensors[name] is None):
             continue

@@ -29,6 +29,7 @@ class Kind:
     sizes: tuple[Places, ...] = ()  # of tensors; one mapping is a mark, if all of its sizes are there
     classes: tuple[str, ...] = ()  # _class_name in config.json or model_index.json
     fields: tuple[str, ...] = ()  # of config.json, not null, that no other kind has
+    files: str = ""  # regular expression of a part of a file's name, where nothing else tells
 
 
 RELATED = (
@@ -64,6 +65,11 @@ RELATED = (
         names=r"(^|[._])lora(_|\d?\.(down|up|weight))|\.(lokr|hada)_[wt][12]|\.dora_scale$|\.diff(_b|_m)?$",
     ),
     Kind(
+        "an OFT or BOFT adapter, which changes a checkpoint and is none",
+        f"{NOT_YET}; expected the checkpoint that it is made for",
+        names=r"(^|[._])b?oft_\w",
+    ),
+    Kind(
         "a ControlNet, which steers a checkpoint and is none",
         NOT_YET,
         names=r"^(control_model|controlnet)\.|(^|\.)(controlnet_\w+|input_hint_block|control_proj)\.",
@@ -97,6 +103,7 @@ RELATED = (
         "FLUX.1-Kontext, which edits an image that it is given",
         f"{NOT_YET}; expected FLUX.1-dev or FLUX.1-schnell",
         classes=("FluxKontextPipeline",),
+        files=r"kontext",
     ),
     Kind(
         "FLUX.2, whose blocks are others than FLUX.1's",
@@ -127,7 +134,11 @@ RELATED = (
         "a Wan Fun-Control, which takes a second video",
         NOT_YET,
         names=r"^(ref_conv|control_adapter)\.",
-        sizes=tuple({"patch_embedding.weight": (1, size), "head.head.weight": (0, 64)} for size in (48, 52)),
+        sizes=tuple(
+            {"patch_embedding.weight": (1, size), head: (0, 64)}
+            for head in ("head.head.weight", "proj_out.weight")
+            for size in (48, 52)
+        ),
     ),
     Kind(
         "a Wan-S2V or another Wan that takes speech",
@@ -179,7 +190,8 @@ RELATED = (
 STRANGERS = (
     Kind("Qwen-Image", NOT_YET, names=r"^transformer_blocks\.\d+\.(img|txt)_mod\.1\."),
     Kind("Stable Diffusion 3", NOT_YET, names=r"^joint_blocks\.\d+\.(context|x)_block\."),
-    Kind("LTX-Video", NOT_YET, names=r"^(adaln_single|patchify_proj)\."),
+    Kind("LTX-Video", NOT_YET, names=r"^patchify_proj\."),
+    Kind("PixArt", NOT_YET, names=r"^adaln_single\."),
     Kind("Mochi", NOT_YET, names=r"^t5_yproj\."),
     Kind(
         "a U-Net of Stable Diffusion",
@@ -201,6 +213,16 @@ STRANGERS = (
         f"{NOT_YET}; expected that of FLUX.1 or Wan2.1",
         names=r"^(vae\.|first_stage_model\.)?(encoder|decoder)\."
         r"(conv_in|conv1|mid|mid_block|middle|down|up|down_blocks|up_blocks|downsamples|upsamples)\.",
+    ),
+    Kind(
+        "a small VAE for previews (TAESD, TAEHV)",
+        f"it cannot be had by itself; {INSTEAD}",
+        names=r"^(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.(conv\.\d+\.)?weight$",
+    ),
+    Kind(
+        "a SigLIP alone",
+        f"it cannot be had by itself; {INSTEAD}",
+        names=r"(^|\.)vision_model\.head\.",
     ),
     Kind(
         "a CLIP image encoder",
@@ -230,6 +252,7 @@ def recognise(
     shapes: Mapping[str, tuple[int, ...]],
     stated: Mapping[str, Any] = {},
     index: Mapping[str, Any] = {},
+    files: Iterable[str] = (),
 ) -> str | None:
     """A sentence on the first of the kinds that fits a file: what it is, and its verdict; None where none fits.
 
@@ -238,6 +261,7 @@ def recognise(
         shapes: of all tensors.
         stated: config.json beside them.
         index: model_index.json of the folder above.
+        files: names of the files that hold the tensors.
     """
     # One name per line, with prefixes and without: one search for each kind, whatever the number of names.
     lines = "\n".join([*shapes, *(PREFIX.sub("", name) for name in shapes)])
@@ -245,6 +269,7 @@ def recognise(
     for kind in kinds:
         named = kind.names and re.search(kind.names, lines, re.MULTILINE)
         told = classes & set(kind.classes) or any(stated.get(field) is not None for field in kind.fields)
+        told = told or (kind.files and re.search(kind.files, " ".join(files), re.IGNORECASE))
         if named or told or any(has(shapes, places) for places in kind.sizes):
             return f"{kind.what}: {kind.verdict}"
     return None

@@ -20,6 +20,7 @@ from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network, WanConfig
 from chipmunk_jax.models.checkpoint import is_checkpoint
 from chipmunk_jax.models.leaves import abstract, leaves_of
+from chipmunk_jax.paths import as_path
 
 TABLES: dict[str, tuple[Layout, ...]] = {}  # of networks that are registered from outside
 INDEX = "model_index.json"  # of a whole pipeline, above the folders of its networks
@@ -75,7 +76,7 @@ def open_source(path: str | Path, model: str | None = None) -> Source:
         FileNotFoundError: there is no such path.
         InputError: bad files, an unknown layout, another model, or a config.json that does not fit the tensors.
     """
-    path = Path(path)
+    path = as_path(path)
     check_not_converted(path)
     check_pair(path)
     if pair := pair_of(path):
@@ -91,7 +92,8 @@ def open_source(path: str | Path, model: str | None = None) -> Source:
     stated, index = stated_by(path), index_of(path)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     try:
-        layout = check_kind(shapes, stated if path.is_dir() else {}, index, model)
+        files = {tensor.file.name for tensor in weights.tensors.values()}
+        layout = check_kind(shapes, stated if path.is_dir() else {}, index, files, model)
         config = layout.configure(shapes, config_of(path, layout.class_name, stated))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -164,6 +166,7 @@ def check_kind(
     shapes: Mapping[str, tuple[int, ...]],
     stated: Mapping[str, Any],
     index: Mapping[str, Any],
+    files: Collection[str],
     model: str | None = None,
 ) -> Layout:
     """The layout of a checkpoint of one of our models.
@@ -171,6 +174,7 @@ def check_kind(
     Args:
         shapes: of all tensors.
         stated, index: config.json and model_index.json of its folder.
+        files: names of the files that hold them.
         model: of MODELS, that it is expected to be; None: any.
 
     Raises:
@@ -181,7 +185,9 @@ def check_kind(
         return layout
     if layout and not issubclass(MODELS[layout.model], Network):
         index = {}  # which tells of the network beside it
-    found = recognise(RELATED, shapes, stated, index) or (None if layout or model else recognise(STRANGERS, shapes))
+    found = recognise(RELATED, shapes, stated, index, files if layout else ()) or (
+        None if layout or model else recognise(STRANGERS, shapes)
+    )
     if found:
         raise InputError(found)
     if layout is None:

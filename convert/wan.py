@@ -111,6 +111,7 @@ DIFFUSERS = table(
     {"norm_in": "norm1", "norm_out": "norm2"},
 )
 THEIRS = {"in_dim": ("in_channels",), "out_dim": ("out_channels",)}  # our field -> diffusers'
+LATENTS = (16, 48)  # channels of the VAEs of Wan2.1 and of Wan2.2's 5B
 HEAD_DIM = 128  # of every published model; no tensor tells
 
 
@@ -135,6 +136,7 @@ def configure(n: dict[str, str], shapes: Mapping[str, tuple[int, ...]], stated: 
     in_dim, patch = patches_of(f"{n['patch']}.weight", shapes, stated_patch)
     head = size(f"{n['head']}.bias", 0)
     out_dim = head and max(1, head // math.prod(patch))
+    check_channels(in_dim, out_dim)
     sizes = {
         "ffn_dim": size(f"blocks.*.{n['fc1']}.bias", 0),
         "freq_dim": size(f"{n['time']}{n['time_1']}.weight", 1),
@@ -156,6 +158,17 @@ def configure(n: dict[str, str], shapes: Mapping[str, tuple[int, ...]], stated: 
     )
     check_stated(stated, sizes | stated_sizes_of(config, sizes), stated_network(config))
     return config
+
+
+def check_channels(in_dim: int | None, out_dim: int | None) -> None:
+    """Raises InputError where a network takes more than a video, or other than a video, an image and the four masks of a token."""
+    if in_dim and out_dim:
+        image = 2 * out_dim + 4
+        if in_dim not in ((out_dim, image) if out_dim in LATENTS else range(image + 1)):
+            raise InputError(
+                f"a Wan model of {in_dim} channels in and {out_dim} out, as one that takes other videos: expected {out_dim} in, "
+                f"from text to video, or {image}, from image to video"
+            )
 
 
 def stated_sizes_of(config: WanConfig, sizes: Mapping[str, int | None]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import WEIGHTS, Leaf, read_leaves, shapes_in, stored_bytes, write_leaves
 from chipmunk_jax.options import require
-from chipmunk_jax.strictness import usual_modes
+from chipmunk_jax.paths import as_path
+from chipmunk_jax.strictness import check_untraced, usual_modes
 from chipmunk_jax.whole import check_space, restore, whole
 
 CONFIG = "config.json"
@@ -89,6 +90,7 @@ def load(folder: str | Path, dtype: Any = None) -> Network:
         FileNotFoundError: there is no such folder.
         InputError: the folder is not a checkpoint, is half-written or damaged, or its weights do not fit its config.
     """
+    check_untraced("load()")
     folder = network_in(folder)
     model = check_weights(folder, dtype)
     sharding = jax.device_put(np.float32(0)).sharding  # of the default device
@@ -144,8 +146,8 @@ def _refuse(folder: Path) -> NoReturn:
     """Raises the error of a folder that is no checkpoint."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if (folder / WEIGHTS).is_dir() and not (folder / CONFIG).exists():
-        raise InputError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again")
+    if is_converted(folder):
+        raise InputError(f"{folder}: half-written, it has weights and no {CONFIG}; convert again, with --overwrite")
     made = f"{folder.resolve().stem if folder.is_file() else folder.resolve().name}-converted"
     command = shlex.join(("chipmunk", "convert", str(folder), made))
     raise InputError(f"{folder}: not a converted checkpoint; make one with `{command}`")
@@ -222,7 +224,7 @@ def network_in(folder: str | Path) -> Path:
     Raises:
         InputError: a pipeline with two of them.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not is_pipeline(folder):
         return folder
     first, second = (folder / name for name in ("transformer", "transformer_2"))
@@ -261,7 +263,7 @@ def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator
     Raises:
         InputError: at once, where `folder` cannot be written, must not be replaced, or has no room on its disk.
     """
-    folder = Path(folder).absolute()
+    folder = as_path(folder).absolute()
     with whole(folder, wait=False) as partial:
         check_replaceable(folder, overwrite=overwrite)
         check_space(folder, need)
@@ -273,17 +275,17 @@ def replacing(folder: str | Path, *, overwrite: bool, need: int = 0) -> Iterator
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
-    """Raises InputError for a file, a folder that holds something else than a checkpoint, or a checkpoint without `overwrite`."""
+    """Raises InputError for what is no checkpoint, nor half a one, and for one without `overwrite`."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, expected a folder to write")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not is_checkpoint(folder):
+    complete = is_checkpoint(folder)
+    if not complete and next(folder.glob(f"{WEIGHTS}/*/.zarray"), None) is None:
         raise InputError(f"{folder}: not empty and no checkpoint of this library; expected a new folder")
     if not overwrite:
-        raise InputError(
-            f"{folder}: already a checkpoint; add --overwrite (in Python overwrite=True), or name a new folder"
-        )
+        state = "already a checkpoint" if complete else "half a checkpoint"
+        raise InputError(f"{folder}: {state}; add --overwrite (in Python overwrite=True), or name a new folder")
 
 
 def write(

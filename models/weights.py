@@ -26,8 +26,17 @@ FULL = re.compile(rf"os_error_code=\\?'({'|'.join(map(str, NO_ROOM))})\b")  # in
 
 
 def weights_of(folder: str | Path) -> Path:
-    """The folder of the leaves, as the absolute path that Orbax asks for."""
-    return Path(folder).absolute() / WEIGHTS
+    """The folder of the leaves, as the absolute path that Orbax asks for.
+
+    Raises:
+        InputError: the path is no UTF-8, which TensorStore asks for.
+    """
+    path = Path(folder).absolute() / WEIGHTS
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{folder}: a path that is no UTF-8, as that of a checkpoint must be: rename it") from error
+    return path
 
 
 def stored_bytes(folder: str | Path) -> int:

@@ -1,12 +1,15 @@
 """The `chipmunk` command: bad input is one sentence, at once and without traces; good input is files that say what they are."""
 
 import argparse
+import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -20,7 +23,7 @@ from chipmunk_jax.cli import commands, sample, verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines import VARIANTS, Pipeline
 from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
 
 PROMPT = "red striped heart on meadow"
@@ -58,6 +61,7 @@ def assert_one_sentence(capsys, *words):
 BAD = [
     (["--height", 21], ["height=21", "multiple of 2"]),
     (["--width", 7], ["width=7", "multiple of 2"]),
+    (["--prompt", "a\x1b[31m"], ["'a\\x1b[31m'"]),
     (["--height", 0], ["height=0", "positive multiple of 2"]),
     (["--height", -2], ["height=-2", "positive multiple of 2"]),
     (["--frames", 4], ["frames=4", "expected none, as this model makes images"]),
@@ -124,6 +128,9 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     [
         ("sample", ["--batch", 0], ["--batch 0", "at least 1"]),
         ("sample", ["--batch", 2**31], [f"={2**31}", "at most 1048576"]),
+        ("sample", ["--batch", 2, "-o", f"{'a' * 240}.png"], ["File name too long"]),
+        ("verify", ["-o", "a.png", "--json", "./a.png"], ["./a.png: written twice"]),
+        ("verify", ["-o", "a.png", "-o", "a.png"], ["a.png: written twice"]),
         ("verify", ["--json", "none/a.json"], ["none/a.json", "no folder none"]),
         ("verify", ["--json", "."], ["cannot be written"]),
         ("verify", ["--steps", 1], ["steps=1", "at least 2"]),
@@ -326,13 +333,14 @@ def test_help_lists_all_commands(capsys):
 
 
 def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, capsys):
-    assert run("sample", checkpoint, "-o", "a.png", "--seed", 7, "--sparsity", "flux") == 0
+    other = "blue plain ring on night"
+    assert run("sample", checkpoint, "-o", "a.png", "--seed", 7, "--sparsity", "flux", "--negative-prompt", other) == 0
     assert [file.name for file in folder.iterdir()] == ["a.png"]
     assert "a.png\n" in capsys.readouterr().out
     with Image.open(folder / "a.png") as image:
         assert image.size == (12, 20) and image.mode == "RGB"
         text, pixels = image.text, np.asarray(image)
-    assert text["prompt"] == PROMPT and text["seed"] == "7"
+    assert (text["prompt"], text["negative_prompt"], text["seed"]) == (PROMPT, other, "7")
     settings = json.loads(text["settings"])
     expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7, "sparsity": to_dict(Sparsity())}
     made = {
@@ -342,8 +350,8 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
         "dtype": "float32",
     }  # of other sizes than mini-flux
     assert settings == expected | made | {"version": version("chipmunk-jax")}
-    size = dict(height=20, width=12, num_inference_steps=3)
-    (image,) = Pipeline.from_pretrained(checkpoint)(PROMPT, **size, seed=7, sparsity="flux").images
+    same = dict(negative_prompt=other, height=20, width=12, num_inference_steps=3, seed=7, sparsity="flux")
+    (image,) = Pipeline.from_pretrained(checkpoint)(PROMPT, **same).images
     np.testing.assert_array_equal(pixels, np.asarray(image))
 
 
@@ -393,6 +401,16 @@ def test_inspect_says_how_a_checkpoint_is_usually_sampled(checkpoint, video_chec
     out = capsys.readouterr().out
     assert "  height 64, width 64, 28 steps of Euler, guidance 2, preset mini-flux\n" in out
     assert "  frames 16, height 64, width 64, 30 steps of UniPC, guidance 3, preset mini-wan\n" in out
+
+
+def test_inspect_and_convert_say_that_blocks_of_a_published_model_are_not_there(folder, monkeypatch, capsys):
+    source, row = str(Path(__file__).parents[1] / "examples/mini-flux"), VARIANTS["mini-flux"]
+    deeper = dataclasses.replace(row.config, depth=row.config.depth + 1)
+    monkeypatch.setitem(VARIANTS, "mini-flux", dataclasses.replace(row, config=deeper))
+    assert main(["inspect", source]) == main(["convert", source, "out"]) == 0
+    told = f"{row.config.depth} double blocks where mini-flux has {deeper.depth}: pruned, or cut short"
+    out, err = capsys.readouterr()
+    assert f" {told}\n" in out and f"out: {told}\n" in err
 
 
 def test_a_batch_without_room_is_refused_before_its_prompts_are_encoded(checkpoint, folder, capsys):
@@ -497,6 +515,29 @@ def test_what_the_user_did_is_one_sentence(told, monkeypatch, capsys):
     raising(monkeypatch, told)
     assert main(["sample"]) == 2
     assert capsys.readouterr().err == "chipmunk: a=1: expected 2\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS=cuda: expected a device of this machine"),
+        ("JAX_ENABLE_X64", "banana", "'banana' for environment 'JAX_ENABLE_X64'"),
+    ],
+)
+def test_a_setting_that_jax_does_not_take_is_one_sentence(variable, value, words, checkpoint):
+    if value == "cuda" and jax.default_backend() == "gpu":
+        pytest.skip("needs a machine without a GPU")
+    command = [sys.executable, "-m", "chipmunk_jax.cli.main", "sample", str(checkpoint), "--prompt", PROMPT, "--dense"]
+    env = os.environ | {variable: value}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("chipmunk: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_what_cannot_be_printed_is_escaped(monkeypatch, capsys):
+    raising(monkeypatch, InputError("key a\x1b[31m\udcff\u202e of sch\xf6n: \n\t expected none"))
+    assert main(["sample"]) == 2
+    assert capsys.readouterr().err == "chipmunk: key a\\x1b[31m\\udcff\\u202e of sch\xf6n: expected none\n"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
@@ -706,6 +747,13 @@ def test_pictures_without_room_on_the_disk_are_refused_before_a_model_is_loaded(
     assert run("sample", checkpoint, "--batch", 2) == 2
     assert_one_sentence(capsys, "out.png: 0.0 MB needed and 0.0 MB free")
     assert not list(folder.iterdir())
+
+
+def test_a_folder_in_the_place_of_one_of_several_pictures_is_found_first(checkpoint, folder, no_model, capsys):
+    (folder / "out-1.png").mkdir()
+    assert run("sample", checkpoint, "--batch", 2) == 2
+    assert_one_sentence(capsys, "out-1.png: a folder")
+    assert [file.name for file in folder.iterdir()] == ["out-1.png"]
 
 
 def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):

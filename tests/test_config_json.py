@@ -300,15 +300,28 @@ def test_a_patch_embedding_may_be_a_matrix_or_of_images(folder, form, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, leaves_of(found), leaves_of(expected))
 
 
-@pytest.mark.parametrize("shape", [(-1,), (32, -1, 1), (32, 1, 1, 1, 1, -1)])
+@pytest.mark.parametrize("shape", [(-1,), (32, -1, 1), (32, 1, 1, 1, 1, -1), (32, 0), (32, 0, 2, 2), (32, 4, 1, 0, 2)])
 @pytest.mark.parametrize("folder", PATCH)
-def test_a_patch_embedding_of_another_rank_is_misshapen(folder, shape, tmp_path):
+def test_a_patch_embedding_of_another_rank_or_with_an_empty_axis_is_misshapen(folder, shape, tmp_path):
     def reshape(tensors):
-        tensors[PATCH[folder]] = tensors[PATCH[folder]].reshape(shape)
+        weight = tensors[PATCH[folder]]
+        tensors[PATCH[folder]] = np.zeros(shape, np.float32) if 0 in shape else weight.reshape(shape)
 
     source = copy(folder, tmp_path / "rank", reshape)
     with pytest.raises(InputError, match=f"misshapen: {PATCH[folder]} .*, expected .D, C, frames, rows, columns"):
         convert(source, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    "empty", [lambda shape: (0,) * len(shape), lambda shape: (*shape[:-1], 0)], ids=["all", "last"]
+)
+@pytest.mark.parametrize("folder", FOLDERS[1:])
+def test_tensors_with_an_empty_axis_are_one_error(folder, empty, tmp_path):
+    def cut(tensors):
+        return {name: np.zeros(empty(array.shape), np.float32) for name, array in tensors.items()}
+
+    with pytest.raises(InputError):
+        open_source(copy(folder, tmp_path / "empty", cut)).check()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "[[1, 2]]", "{", '{"a": ' * 100_000])
@@ -317,6 +330,11 @@ def test_a_config_that_is_no_object_is_refused(text, tmp_path):
     (source / "config.json").write_text(text)
     with pytest.raises(InputError, match=f"^{source}/config.json: not a JSON object"):
         open_source(source)
+
+
+def test_what_config_json_says_of_the_file_does_not_matter(tmp_path):
+    about = dict(dtype="bfloat16", torch_dtype="float16", quantization_config=None)
+    assert open_source(copy("wan_t2v", tmp_path / "about", **about)).check()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model_index.json"])

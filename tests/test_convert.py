@@ -282,7 +282,7 @@ def test_a_value_beyond_float16_is_named_and_bfloat16_holds_it(tmp_path, target)
 
 def test_long_lists_are_cut(tmp_path, target, diffusers):
     kept = {name: array for name, array in diffusers.items() if not name.startswith("single_transformer_blocks.1.")}
-    fails(write_source(tmp_path / "source", kept), target, "14 missing", "and 8 more")
+    fails(write_source(tmp_path / "source", kept), target, "14 missing", "and 9 more")
 
 
 @pytest.mark.parametrize(
@@ -392,12 +392,28 @@ def test_a_checkpoint_between_the_old_and_the_new_one_is_read(source, target):
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
+def test_a_path_that_is_no_utf8_is_told(tmp_path, source, target):
+    convert(source, target, progress=False)
+    odd = target.rename(target.with_name(os.fsdecode(b"\xff")))
+    with pytest.raises(InputError, match="a path that is no UTF-8"):
+        load(odd)
+    fails(source, tmp_path / os.fsdecode(b"\xfe"), "a path that is no UTF-8")
+
+
 def test_half_written_checkpoint_is_not_loaded(tmp_path, source, target):
     convert(source, target, progress=False)
+    (target / "config.json").write_text("")
+    for function in (load, inspect):
+        with pytest.raises(ValueError, match=r"half-written.*--overwrite"):
+            function(target)
+    fails(source, target, "half a checkpoint; add --overwrite")
+    convert(source, target, progress=False, overwrite=True)  # as advised
     (target / "config.json").unlink()
     for function in (load, inspect):
         with pytest.raises(ValueError, match="half-written"):
             function(target)
+    convert(source, target, progress=False, overwrite=True)
+    assert inspect(target).whole
     with pytest.raises(ValueError, match="not a converted checkpoint"):
         load(source)
     with pytest.raises(FileNotFoundError, match="no such folder"):

@@ -59,6 +59,8 @@ def test_a_suffix_means_nothing(tmp_path, arrays, suffix):
         (b"GGUF\x03\0\0\0" + bytes(99), ["a GGUF file", "take the checkpoint as .safetensors"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", ["`git lfs pull`"]),
         (b"\n<!DOCTYPE html><html>", ["a web page", "download went wrong"]),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", ["a web page"]),
+        (b"<!-- x --><html>", ["a web page"]),
         (b"Entry not found", ["text", "failed download"]),
         (gzip.compress(b"abc", mtime=0), ["gzip", "unpack it"]),
         (b"name".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), ["a tar archive"]),

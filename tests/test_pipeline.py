@@ -4,17 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import WORDS
 from test_safetensors import write_safetensors
 
 from chipmunk_jax import MlpSparsity, Sparsity
+from chipmunk_jax.convert import convert, inspect, load, read
 from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelFluxPipeline, WordTable
 
+MINI = Path(__file__).parents[1] / "examples/mini-flux"
 PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
 SIZE = dict(height=20, width=12, num_inference_steps=3)  # a grid of 10 x 6 tokens, ragged in patches and in groups
 SPARSITY = Sparsity(mlp=MlpSparsity(first_n_dense_layers=0, random_keys=0.2))
@@ -119,6 +122,19 @@ def test_a_checkpoint_without_its_embeddings_or_its_folder_is_not_found(tmp_path
         Pipeline.from_pretrained(tmp_path / "none")
 
 
+@pytest.mark.parametrize("folder", [None, 3, b"mini", "a\0b", "x" * 300])
+@pytest.mark.parametrize("use", [Pipeline.from_pretrained, load, read, inspect, lambda path: convert(MINI, path)])
+def test_what_is_no_path_is_one_error(use, folder):
+    with pytest.raises(InputError, match=r"expected a str or a pathlib\.Path|embedded null byte|File name too long"):
+        use(folder)
+
+
+@pytest.mark.parametrize("use", [load, lambda path: Pipeline.from_pretrained(path)(PROMPTS[0], progress=False)])
+def test_weights_are_not_read_while_jax_traces(use, checkpoint):
+    with pytest.raises(InputError, match=r"load\(\) under jit"):
+        jax.jit(lambda: use(checkpoint))()
+
+
 def test_half_a_checkpoint_is_no_pipeline(tmp_path, checkpoint):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     (folder / "config.json").unlink()
@@ -204,6 +220,7 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
     [
         (dict(prompt=[]), ["no prompts"]),
         (dict(prompt=["red"]), ["'red'", "shape"]),
+        (dict(prompt=["red", "blue"], negative_prompt="sky"), ["prompt 'red'", "prompt 'blue'", "prompt 'sky'"]),
         (dict(prompt=[3]), ["prompt 3", "a sentence"]),
         (dict(prompt=3), ["prompt 3", "a sentence"]),
         (dict(prompt=None), ["no prompts", "at least one"]),
@@ -211,6 +228,7 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
         (dict(negative_prompt="red"), ["'red'", "shape"]),
         (dict(negative_prompt=PROMPTS[:2]), ["2 negative prompts for 3 prompts"]),
         (dict(num_images_per_prompt=0), ["num_images_per_prompt=0", "at least 1"]),
+        (dict(height="16"), ["height='16'", "a whole number"]),
         (dict(height=20.5), ["height=20.5", "a whole number"]),
         (dict(num_frames=4), ["frames=4", "expected none"]),
         (dict(num_inference_steps=2.5), ["steps=2.5", "a whole number"]),

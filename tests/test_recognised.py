@@ -19,6 +19,8 @@ GOLDEN = Path(__file__).parent / "golden"
 FLUX = ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight")
 WAN = ("time_projection.1.weight", "blocks.0.self_attn.q.weight")
 WAN_VAE, FLUX_VAE = "decoder.middle.0.residual.0.gamma", "decoder.mid.attn_1.norm.weight"
+WAN_DIFFUSERS = "blocks.0.attn1.to_q.weight"
+WAN_SHAPES = dict.fromkeys(WAN, (32, 32)) | {"patch_embedding.bias": (32,), "head.head.bias": (64,)}
 HUNYUAN = ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)
 
 NAMED = {
@@ -31,6 +33,10 @@ NAMED = {
         ["lycoris_blocks_0_attn.lokr_w1"],
         [*FLUX, "double_blocks.0.img_attn.qkv.lora_B.weight"],  # Black Forest Labs' own, with norms beside
         ["blocks.0.self_attn.q.diff_b", *WAN[:1]],
+    ],
+    "an OFT or BOFT adapter": [
+        ["oft_unet_double_blocks_0.oft_blocks"],
+        ["transformer.transformer_blocks.0.attn.to_q.oft_R.weight", "context_embedder.weight"],
     ],
     "a ControlNet": [
         ["controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"],
@@ -66,6 +72,10 @@ NAMED = {
         ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "conv_in.weight"],
     ],
     "a file of several networks": [["model.diffusion_model.new.weight", "first_stage_model.decoder.conv_in.weight"]],
+    "LTX-Video": [["model.diffusion_model.patchify_proj.weight", "model.diffusion_model.adaln_single.linear.weight"]],
+    "PixArt": [["adaln_single.linear.weight", "pos_embed.proj.weight"]],
+    "a small VAE": [["encoder.layers.0.weight", "decoder.layers.3.conv.0.weight"], ["encoder.0.weight", "decoder.1.weight"]],
+    "a SigLIP alone": [["vision_model.head.probe", "vision_model.encoder.layers.0.mlp.fc1.weight"]],
     "the VAE of Wan2.2-TI2V-5B": [
         [WAN_VAE, "encoder.downsamples.0.downsamples.0.residual.0.gamma"],
         ["decoder.mid_block.resnets.0.norm1.gamma", "encoder.down_blocks.0.resnets.0.norm1.gamma"],
@@ -120,6 +130,9 @@ def test_a_file_is_named_for_what_it_is(what, names, tmp_path):
         ("FLUX.1-Depth or FLUX.1-Canny", {"img_in.weight": (2, 128), "final_layer.linear.weight": (64, 2), FLUX[0]: (2,)}),
         ("FLUX.1-Depth or FLUX.1-Canny", {"x_embedder.weight": (2, 128), "proj_out.weight": (64, 2)}),
         ("a Wan Fun-Control", {"patch_embedding.weight": (2, 48, 1, 2, 2), "head.head.weight": (64, 2), WAN[0]: (2,)}),
+        ("a Wan Fun-Control", {"patch_embedding.weight": (2, 52, 1, 2, 2), "proj_out.weight": (64, 2), WAN_DIFFUSERS: (2,)}),
+        ("a Wan model of 100 channels in and 16 out", WAN_SHAPES | {"patch_embedding.weight": (32, 100, 1, 2, 2)}),
+        ("a Wan model of 32 channels in and 16 out", WAN_SHAPES | {"patch_embedding.weight": (32, 32, 1, 2, 2)}),
         ("a HunyuanVideo from image to video", {"img_in.proj.weight": (2, 33, 1, 2, 2), HUNYUAN[0]: (2,)}),
         ("a HunyuanVideo from image to video", {"x_embedder.proj.weight": (2, 33, 1, 2, 2)}),
         ("the VAE of a Stable Diffusion", {"decoder.conv_in.weight": (512, 4, 3, 3), FLUX_VAE: (512,)}),
@@ -150,6 +163,14 @@ def test_configs_name_what_the_tensors_do_not_tell(what, files, tmp_path):
         (tmp_path if name == "model_index" else folder).joinpath(f"{name}.json").write_text(json.dumps(content))
     for path in (folder, tmp_path):
         with pytest.raises(InputError, match=what):
+            open_source(path)
+
+
+def test_a_name_tells_kontext_where_its_tensors_do_not(tmp_path):
+    shutil.copy(GOLDEN / "flux_dev/original/flux1-dev.safetensors", tmp_path / "flux1-Kontext-dev.safetensors")
+    shutil.copy(GOLDEN / "flux_dev/original/config.json", tmp_path)
+    for path in (tmp_path, tmp_path / "flux1-Kontext-dev.safetensors"):
+        with pytest.raises(InputError, match=r"FLUX\.1-Kontext"):
             open_source(path)
 
 

@@ -453,6 +453,12 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
     assert not [copy for copy in copies if copy.count(",") >= 3 and copy.startswith(parts)]
 
 
+def deleted(array):
+    """The array as it is once it was donated."""
+    array.delete()
+    return array
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -512,6 +518,14 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
             "condition",
         ),
         ({"uncond": {}}, "uncond"),
+        ({"guidance": 2.0, "uncond": []}, "uncond list: expected the conditions by name"),
+        ({"guidance": 2.0, "uncond": {}}, "conditions"),
+        (
+            {"guidance": 2.0, "uncond": {"text": jnp.zeros((2, 6, 10)), "pooled": jnp.zeros((2, 8))}},
+            r"uncond: condition text \(2, 6, 10\), expected \(2, 5, 10\)",
+        ),
+        ({"cond": {"text": jnp.zeros((2, 5, 10)), 3: jnp.zeros((2, 8))}}, "cond dict: expected the conditions by name"),
+        ({"noise": deleted(jnp.zeros((2, TOKENS, 6)))}, "noise ArrayImpl: expected an array .* none that is deleted"),
         ({"cond": {"text": jnp.zeros((2, 5, 10))}}, "conditions"),
         ({"cond": {"text": jnp.zeros((2, 5, 11)), "pooled": jnp.zeros((2, 8))}}, "text"),
         ({"cond": {"text": jnp.zeros((2, 5, 10)), "pooled": jnp.zeros((1, 8))}}, "pooled"),

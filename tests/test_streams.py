@@ -1,5 +1,6 @@
 """The `chipmunk` command and what surrounds it: streams that nobody reads, signals; without JAX, in processes that take 0.1 s."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -30,11 +31,12 @@ sys.exit(main(["sample"]))
 """
 
 
-def start(folder, *, during="pass", importing="pass", shell=""):
+def start(folder, *, during="pass", importing="pass", shell="", **variables):
     """The exit status of a command that writes a.txt and prints, and its stderr where that is a pipe."""
     words = [sys.executable, "-c", COMMAND.format(during=during, importing=importing)]
     words = ["bash", "-c", f'"$@" {shell}', "bash", *words]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    env = os.environ | variables
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stderr
 
 
@@ -46,6 +48,7 @@ def start(folder, *, during="pass", importing="pass", shell=""):
         "<&- >&- 2>&-",
         "| true; exit ${PIPESTATUS[0]}",
         "2> >(true)",
+        "2> /dev/full",
         "2>&1 | head -c1; exit ${PIPESTATUS[0]}",
     ],
 )
@@ -53,6 +56,20 @@ def test_a_stream_that_nobody_reads_loses_nothing_and_is_no_error(tmp_path, shel
     status, told = start(tmp_path, shell=shell, during="time.sleep(0.2)")
     assert status == 0 and told in ("", "done\n")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "whole")]
+
+
+def test_an_error_that_cannot_be_told_keeps_its_status(tmp_path):
+    failing = "raise OSError('no')"
+    assert start(tmp_path, during=failing, shell="2> /dev/full")[0] == 2
+    assert start(tmp_path, shell="> /dev/full 2> /dev/full")[0] == 2
+
+
+def test_what_an_encoding_lacks_is_escaped(tmp_path):
+    words = "print('sch\\xf6n \\udcff')"
+    status, told = start(
+        tmp_path, during=words, shell="| head -c 15 >&2; exit ${PIPESTATUS[0]}", PYTHONIOENCODING="ascii"
+    )
+    assert status == 0 and told.startswith(r"sch\xf6n \udcff")
 
 
 def test_a_full_disk_under_stdout_is_one_sentence(tmp_path):

@@ -13,6 +13,7 @@ from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.hunyuan_video import HunyuanVideoConfig
 from chipmunk_jax.models.wan import WanConfig
 from chipmunk_jax.pipelines import VARIANTS, Pipeline, Variant, register, variant_of
+from chipmunk_jax.pipelines.depths import other_depths
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.pipelines.wan import NEGATIVE_PROMPT
 from chipmunk_jax.sparsity import PRESETS, load_sparsity
@@ -213,3 +214,22 @@ def test_a_name_that_is_taken_is_not_registered_again():
         with pytest.raises(InputError, match="already registered"):
             register(name, MODELS["flux"], variants=variants)
     assert before == (VARIANTS, MODELS)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (FluxConfig(depth_single_blocks=37), "37 single blocks where flux-dev has 38: pruned, or cut short"),
+        (FluxConfig(depth=1, depth_single_blocks=1), "1 double blocks where flux-dev has 19, 1 single blocks where"),
+        (FluxConfig(depth=8, guidance_embed=False), "8 double blocks where flux-schnell has 19"),
+        (HunyuanVideoConfig(refiner_depth=1), "1 refiner blocks where hunyuan-video has 2"),
+        (WanConfig(num_layers=29), "29 blocks where wan-1.3b has 30"),
+    ],
+)
+def test_a_published_network_with_other_depths_says_so(config, told):
+    assert other_depths(config).startswith(told)
+
+
+def test_networks_of_published_or_of_own_sizes_say_nothing_of_depths():
+    assert not any(other_depths(row.config) for row in VARIANTS.values())
+    assert not other_depths(FluxConfig(depth=8, context_in_dim=64))

@@ -13,11 +13,12 @@ import pytest
 from chipmunk_jax import whole as module
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.report import records
-from chipmunk_jax.whole import check_space, restore, whole
+from chipmunk_jax.whole import check_space, exchange, restore, whole
 
 WRITER = """
 import os, shutil, signal, sys
 from pathlib import Path
+from chipmunk_jax import whole as module
 from chipmunk_jax.whole import whole
 
 target, moment = Path(sys.argv[1]), sys.argv[2]
@@ -31,8 +32,9 @@ with whole(target) as partial:
         kill()
     (partial / "new").touch()
     if moment == "before it swaps":
-        Path.rename = kill
+        module.exchange = kill
     if moment == "between the two renames":
+        module.exchange = lambda *_: False
         rename, Path.rename = Path.rename, lambda self, to: kill() if to == target else rename(self, to)
     if moment == "before it removes the old one":
         shutil.rmtree = kill
@@ -88,6 +90,34 @@ def test_what_a_living_process_writes_is_left_to_it(place):
     assert os.listdir(place) == ["newest"] and os.listdir(place.parent) == ["place"]
 
 
+def test_a_folder_is_in_its_place_at_every_moment(place, monkeypatch):
+    other = place.with_name("other")
+    other.mkdir()
+    if not exchange(place, other):
+        pytest.skip("this file system exchanges no folders")
+    assert os.listdir(place) == [] and os.listdir(other) == ["old"]
+    monkeypatch.setattr(Path, "rename", lambda self, to: pytest.fail(f"{self} was renamed"))
+    write(place)
+    assert os.listdir(place) == ["newest"]
+
+
+def test_a_link_in_the_place_of_what_is_half_written_is_removed_and_what_it_points_at_is_not(place):
+    module.beside(place, "partial").symlink_to(place)
+    module.beside(place, "replaced").symlink_to("nothing")
+    with whole(place) as partial:
+        partial.mkdir()
+        assert os.listdir(place) == ["old"]
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_a_part_of_a_folder_between_the_old_and_the_new_one_brings_it_back(place):
+    (place / "part").mkdir()
+    module.beside(place, "replaced").mkdir()
+    os.rename(place, module.beside(place, "partial"))
+    restore(place / "part")
+    assert sorted(os.listdir(place)) == ["old", "part"] and os.listdir(place.parent) == ["place"]
+
+
 def test_what_was_replaced_never_comes_back(place):
     """Half of it may be gone."""
     module.beside(place, "replaced").mkdir()
@@ -122,6 +152,7 @@ def test_ctrl_c_while_the_old_one_is_removed_removes_it(place, monkeypatch):
 def test_what_takes_a_place_is_on_the_disk_before(place, monkeypatch):
     """A power cut may keep a rename and lose what was written before it."""
     events, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(module, "exchange", lambda *_: False)
     monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
     monkeypatch.setattr(Path, "rename", lambda self, to: events.append(to.name) or rename(self, to))
     write(place)
@@ -138,6 +169,11 @@ def test_what_cannot_be_removed_is_told_before_anything_is_written(kind, place, 
     with pytest.raises(InputError, match=rf"chipmunk-{kind}: left by an earlier write, cannot be removed"):
         write(place)
     assert os.listdir(place) == ["old"]
+
+
+def test_the_root_is_no_place():
+    with pytest.raises(InputError, match="/: expected a file or a folder to write, with a name"), whole("/"):
+        pass
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):

@@ -41,13 +41,18 @@ def choose(argv: Sequence[str] | None) -> tuple[ModuleType, Sequence[str]]:
     """The module of the command that the words name, imported, which takes a second or two; and the words after it.
 
     Raises:
-        SystemExit: after --help and --version, 0; after a bad command line, 2.
+        SystemExit: after --help and --version, 0; after a bad command line or a setting that JAX does not take, 2.
     """
     menu = Menu("chipmunk", "commands", COMMANDS, description=DESCRIPTION, epilog=EXAMPLES)
     told = f"chipmunk-jax {version('chipmunk-jax')}"
     menu.add_argument("--version", action="version", version=told, help="print the version and exit")
     name, words = menu.choose(sys.argv[1:] if argv is None else argv)
-    return import_module(f"chipmunk_jax.cli.{name}"), words
+    try:
+        return import_module(f"chipmunk_jax.cli.{name}"), words
+    except ValueError as error:  # JAX reads its variables when it is imported
+        if "jax" not in str(error).lower():
+            raise
+        menu.exit(2, f"chipmunk: {sentence(str(error))}\n")
 
 
 def run(command: ModuleType, words: Sequence[str]) -> int:
@@ -63,10 +68,22 @@ def run(command: ModuleType, words: Sequence[str]) -> int:
     except (InputError, NotFiniteError, NotImplementedError, OSError) as error:
         print(f"chipmunk: {sentence(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, NotFiniteError) else 2
-    except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        if not (fault := fault_of_device(error)):
             raise
-        import jax
-
-        print(f"chipmunk: out of memory on {jax.devices()[0]}: use a smaller size or batch", file=sys.stderr)
+        print(f"chipmunk: {fault}", file=sys.stderr)
         return 2
+
+
+def fault_of_device(error: Exception) -> str:
+    """What an error of JAX says of the device; empty for any other error, which is a bug."""
+    import jax
+
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError):
+        return (
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: expected a device of this machine, for which JAX is installed"
+        )
+    full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)  # JAX's is a RuntimeError
+    return f"out of memory on {device}: use a smaller size or batch" if full else ""

@@ -1,8 +1,10 @@
 """chipmunk convert: a PyTorch checkpoint as a folder of this library."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
+from chipmunk_jax.cli.inspect import sampled
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.convert import PipelineInspection, convert, inspect
 
@@ -63,4 +65,6 @@ def run(args: argparse.Namespace) -> int:
         made = inspect(args.target)
         for one in made.components.values() if isinstance(made, PipelineInspection) else [made]:
             print(f"{one.path}: {one.model}, {one.parameters / 1e6:,.2f} M parameters, {one.dtype}")
+            if depths := sampled(one).get("depths"):
+                print(f"{one.path}: {depths}", file=sys.stderr)
     return 0

@@ -11,6 +11,7 @@ from chipmunk_jax.convert.folder import TOKENIZER_FILES
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.pipelines import Variant, variant_of
+from chipmunk_jax.pipelines.depths import other_depths
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown; of a
@@ -79,9 +80,7 @@ def describe(found: Inspection) -> str:
         "weights": f"{found.nbytes / 1e9:,.3f} GB, {found.dtype}",
         **{name: str(value) for name, value in found.config.items()},
     }
-    if issubclass(MODELS[found.model], Network):
-        rows["usual sample"] = usual(variant_of(MODELS[found.model].config_class(**found.config)))
-    rows |= faults(found)
+    rows |= sampled(found) | faults(found)
     if found.left_out:
         rows["left out"] = f"{listed(list(found.left_out))}: beside the network in the file, and not converted"
     return aligned(found.path, rows)
@@ -101,10 +100,18 @@ def describe_pipeline(found: PipelineInspection) -> str:
         rows["boundary"] = f"transformer_2 samples from t = {found.boundary:g} down"
     transformer = found.components.get("transformer")
     if transformer is not None:
-        config = MODELS[transformer.model].config_class(**transformer.config)
-        rows["usual sample"] = usual(variant_of(config, found.boundary))
+        rows |= sampled(transformer, found.boundary)
     rows |= {f"missing: {name}": FORBIDS[name.removesuffix("_2")] for name in found.missing}
     return aligned(found.path, rows)
+
+
+def sampled(found: Inspection, boundary: float | None = None) -> dict[str, str]:
+    """How a network is sampled, and whether it has the blocks of the published ones; of another component, nothing."""
+    if not issubclass(MODELS[found.model], Network):
+        return {}
+    config = MODELS[found.model].config_class(**found.config)
+    depths = other_depths(config)
+    return {"usual sample": usual(variant_of(config, boundary))} | ({"depths": depths} if depths else {})
 
 
 def faults(found: Inspection) -> dict[str, str]:

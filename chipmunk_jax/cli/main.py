@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave(error.number, error.stderr)
     except KeyboardInterrupt:
         leave(signal.SIGINT)
-    except OSError as error:  # of stdout, all else is told by run()
-        print(f"chipmunk: stdout: {error.strerror}", file=sys.stderr)
+    except OSError:  # of stdout, and told
         return 2
 
 

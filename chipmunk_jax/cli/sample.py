@@ -159,6 +159,10 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     requests = [pipeline.check(**settings | call) for call in calls]
     count = sum(request.batch for request in requests)
+    paths = [output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+    check_output(paths[-1], video=variant.video)  # the longest name
+    if folders := [path for path in paths if path.is_dir()]:
+        raise InputError(f"{folders[0]}: a folder, expected the name of a file")
     check_space(output, count * most_bytes(output, **variant.sizes(requests[0].settings)))
     keep_compilations()
     outs, files = [], []
@@ -168,8 +172,7 @@ def run(args: argparse.Namespace) -> int:
         outs.append(pipeline(**settings | call))
         made = how(pipeline, request)
         for i, pixels in enumerate(outs[-1].frames if variant.video else outs[-1].images):
-            path = output if count == 1 else output.with_stem(f"{output.stem}-{len(files) + 1}")
-            text = said(pipeline, request, i)
+            path, text = paths[len(files)], said(pipeline, request, i)
             seed = {"seed": request.seed + i}
             files.append({"path": str(path)} | text | seed)
             if variant.video:

@@ -1,4 +1,4 @@
-"""A stdout or stderr that nobody reads is no error: a reader that has read enough, such as `head -1`, has lost nothing."""
+"""Streams that nobody reads are no error: a reader that has read enough, such as `head -1`, has lost nothing."""
 
 import contextlib
 import os
@@ -9,14 +9,15 @@ from typing import Any, TextIO
 
 
 class Unbroken:
-    """A stream that leads nowhere once its reader is gone."""
+    """A stream that leads nowhere after an error, and escapes what its encoding lacks."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, error: type[OSError]) -> None:
+        self.stream, self.error = stream, error
 
     def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with self._unbroken():
-            self.stream.write(text)
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -27,7 +28,7 @@ class Unbroken:
     def _unbroken(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except self.error:
             drop(self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -43,20 +44,24 @@ def drop(descriptor: int) -> None:
 
 @contextmanager
 def unbroken_streams() -> Iterator[None]:
-    """Within, and when the process ends, a stdout or stderr that is closed or whose reader is gone is no error.
+    """Within, and when the process ends, a stdout that is closed or whose reader is gone is no error, nor any stderr: what it would
+    have told matters less than the work that it tells of.
 
     Raises:
         OSError: stdout is a file that cannot be written, as on a full disk.
     """
     _open_missing()
-    with contextlib.redirect_stdout(Unbroken(sys.stdout)), contextlib.redirect_stderr(Unbroken(sys.stderr)):
+    out, err = Unbroken(sys.stdout, BrokenPipeError), Unbroken(sys.stderr, OSError)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield
         finally:
+            err.flush()
             try:
-                sys.stdout.flush()
-            except OSError:
-                drop(sys.stdout.fileno())
+                out.flush()
+            except OSError as error:
+                drop(out.fileno())
+                print(f"chipmunk: stdout: {error.strerror}", file=err)
                 raise
 
 

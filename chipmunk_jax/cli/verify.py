@@ -12,7 +12,7 @@ from chipmunk_jax.cli.sample import add_checkpoint, add_sampling_flags, read_set
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.media import check_fps, check_output, check_writable
+from chipmunk_jax.media import check_fps, check_output, check_outputs, check_writable
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.report.verify import check_verify, verify
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = [check_output(path, video=variant.video) for path in outputs]
     if args.json:
         check_writable(args.json)
+    check_outputs([*outputs, *filter(None, [args.json])])
     if math.isnan(args.min_psnr):
         raise InputError("--min-psnr nan: expected a number of dB")
     fps = check_fps(args.fps, variant.fps)

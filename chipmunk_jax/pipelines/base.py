@@ -22,7 +22,8 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
-from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
+from chipmunk_jax.paths import as_path
+from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, guides, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback, Reporter, phase
@@ -40,9 +41,7 @@ class Stage:
     """What a part of a sample took."""
 
     seconds: float  # weights read and compilation included
-    peak_bytes: (
-        int | None
-    )  # the most that the device had in use in this process until its end; None where it does not tell
+    peak_bytes: int | None  # the most that the device had in use; None where it does not tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +96,7 @@ class Pipeline:
         Raises:
             FileNotFoundError, InputError: no such checkpoint, half a one, or one of a model that has no pipeline yet.
         """
-        if not isinstance(folder, (str, Path)):
-            raise InputError(f"folder={folder!r}: expected the path of a checkpoint")
+        folder = as_path(folder)
         dtype = dtype if dtype is None else parse_dtype(dtype).name
         found = open_folder(folder)
         if networks := [name for name in found.missing if name.startswith("transformer")]:
@@ -273,7 +271,7 @@ class Pipeline:
         stages: dict[str, Stage] = {}
         spans = self._spans(request, implementation)
         with self._timed(stages, "text"), phase("text", progress):
-            noise, cond, uncond = self._inputs(request, guided=any(span.guidance is not None for span in spans))
+            noise, cond, uncond = self._inputs(request, guided=request.guided)
         with self._timed(stages, "transformer"):
             tokens = self._denoise(request, spans, noise, cond, uncond, progress, callback_on_step_end, implementation)
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
@@ -414,11 +412,6 @@ OF_SOME = (
     "prompt_2", "negative_prompt_2", "guidance_scale_2", "true_cfg_scale", "prompt_embeds", "pooled_prompt_embeds",
     "negative_prompt_embeds", "negative_pooled_prompt_embeds", "max_sequence_length", "image",
 )  # fmt: skip
-
-
-def guides(scale: float | None) -> bool:
-    """Whether a scale of true guidance needs the other side."""
-    return scale is not None and scale > 1
 
 
 def computed(tables: Sequence[sampling.Table], layers: int) -> dict[str, Any]:

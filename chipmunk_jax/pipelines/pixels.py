@@ -1,5 +1,6 @@
 """The small trained models: a transformer on pixels and a table of words, without text encoder and VAE."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,13 +44,17 @@ class WordTable:
         """{"text": [B, 16, C], "pooled": [B, C]}, f32, of sentences with one word of each attribute.
 
         Raises:
-            InputError: a prompt without a word of an attribute, with two, or with a word that is not in the table.
+            InputError: prompts without a word of an attribute, with two, or with a word that is not in the table; it names all.
         """
-        rows = np.stack([self.embeddings[self._ids(prompt)] for prompt in prompts])  # [B, attributes, C]
+        ids = {prompt: self._ids(prompt) for prompt in prompts}
+        if wrong := [f"prompt {prompt!r}: expected {told}" for prompt, (_, told) in ids.items() if told]:
+            raise InputError("; ".join(wrong))
+        rows = np.stack([self.embeddings[ids[prompt][0]] for prompt in prompts])  # [B, attributes, C]
         padded = np.pad(rows, ((0, 0), (0, TEXT_ROWS - rows.shape[1]), (0, 0)))
         return {"text": jnp.asarray(padded), "pooled": jnp.asarray(rows.sum(1) / 2)}
 
-    def _ids(self, prompt: str) -> list[int]:
+    def _ids(self, prompt: str) -> tuple[list[int], str]:
+        """Rows of the table, and what the prompt should have; empty where it has it."""
         said, ids, wrong, start = prompt.lower().replace(",", " ").replace(".", " ").split(), [], [], 0
         for attribute, words in zip(self.attributes, self.words, strict=True):
             found = [word for word in words if word in said]
@@ -62,9 +67,7 @@ class WordTable:
         if unknown := [word for word in said if word not in GLUE.union(*self.words)]:
             known = "" if wrong else f", known are {'; '.join(', '.join(words) for words in self.words)}"
             wrong.append(f"no unknown word, found {listed(unknown)}{known}")
-        if wrong:
-            raise InputError(f"prompt {prompt!r}: expected {'; '.join(wrong)}")
-        return ids
+        return ids, "; ".join(wrong)
 
 
 class PixelPipeline(Pipeline):
@@ -76,9 +79,10 @@ class PixelPipeline(Pipeline):
         self.words = WordTable.load(self.folder.path)
 
     def check_request(self, request: Request) -> None:
-        for side in (request.wanted, request.unwanted):
-            if side is not None:
-                self.words.encode(list(dict.fromkeys(side.prompts)))
+        sides = [side.prompts for side in (request.wanted, request.unwanted) if side is not None]
+        self.words.encode(
+            list(dict.fromkeys(itertools.chain(*sides)))
+        )  # together: all that is wrong is then told at once
 
     def encode(self, side: Side, request: Request) -> Condition:
         encoded = self.words.encode(side.prompts)

@@ -1,7 +1,7 @@
 """The arguments of a call of a pipeline, in diffusers' words, and the request that they make, before any weights are read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -76,9 +76,19 @@ class Request:
     sparsity: Sparsity | None
 
     @property
+    def guided(self) -> bool:
+        """Whether any network sees the other side of true guidance."""
+        return any(guides(self.settings.get(name)) for name in ("guidance", "guidance_2"))
+
+    @property
     def prompts(self) -> tuple[str, ...]:
         """What each sample is to show; empty where embeddings are given."""
         return self.wanted.prompts
+
+
+def guides(scale: float | None) -> bool:
+    """Whether a scale of true guidance needs the other side."""
+    return scale is not None and scale > 1
 
 
 class Reader(Protocol):
@@ -142,7 +152,7 @@ def read_request(pipeline: Reader, given: Arguments) -> Request:
         sparsity=found,
     )
     pipeline.check_request(request)
-    return request
+    return request if request.guided else replace(request, unwanted=None)
 
 
 def _side(
@@ -174,7 +184,7 @@ def _side(
 def _sentences(prompt: Prompts) -> tuple[str, ...]:
     found = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Sequence) else tuple(prompt)
     for one in found:
-        if not isinstance(one, str):
+        if not isinstance(one, str) or any("\ud800" <= letter <= "\udfff" for letter in one):  # halves of a character
             raise InputError(f"prompt {one!r}: expected a sentence")
     return found
 

@@ -123,7 +123,11 @@ class Variant:
             expected = f"a positive multiple of {side}{unit}" if side > 1 else "at least 1"
             expected = f"a multiple of {side}, and one" if lone else expected
             near = _nearest(pixels, side, lone) if whole and side > 1 else ""
-            raise InputError(f"{name}={pixels}: expected {expected if whole else 'a whole number'}{near}")
+            raise InputError(
+                f"{name}={pixels}: expected {expected}{near}"
+                if whole
+                else f"{name}={pixels!r}: expected a whole number"
+            )
         if pixels > MOST_SIDE:
             raise InputError(f"{name}={pixels}: expected at most {MOST_SIDE}")
         return lone + (pixels - lone) // side
