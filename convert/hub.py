@@ -7,6 +7,7 @@ from typing import Any
 
 from chipmunk_jax.config_file import read_json
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.paths import as_path
 
 PREFIX = "hf:"
 INDEX = "model_index.json"
@@ -33,7 +34,7 @@ def local_path(source: str | Path, components: Sequence[str]) -> Path:
         InputError: a bad name, huggingface_hub is not installed, or it cannot give the files.
     """
     if not isinstance(source, str) or not source.startswith(PREFIX):
-        return Path(source)
+        return as_path(source)
     name, at, revision = source.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")) or (at and not revision):
         raise InputError(f"{source}: expected hf:owner/name or hf:owner/name@revision")

@@ -272,7 +272,7 @@ def test_an_unknown_flag_is_told_with_the_nearest_one(words, told, capsys):
         ([], "no command: expected one of convert, inspect, sample, verify, bench"),
         (["smaple"], "unknown command 'smaple'; did you mean sample?"),
         (["draw"], "unknown command 'draw'; expected one of convert, inspect, sample, verify, bench"),
-        (["bench"], "no command: expected one of kernels, step, sample, schedule, quality, plot"),
+        (["bench"], "no command: expected one of kernels, step, sample, pipeline, schedule, quality, plot"),
         (["bench", "kernel"], "unknown command 'kernel'; did you mean kernels?"),
     ],
 )

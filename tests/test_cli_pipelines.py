@@ -174,7 +174,10 @@ def test_a_folder_is_converted_once_however_often_it_is_asked_for(flux, folder, 
     )
     assert run("inspect", "flux-dev") == 0
     out = capsys.readouterr().out
-    assert "  tokenizer       vocab.json\n  tokenizer_2     tokenizer.json\n" in out and "missing" not in out
+    assert (
+        "  tokenizer       tokenizer/vocab.json\n  tokenizer_2     tokenizer_2/tokenizer.json\n" in out
+        and "missing" not in out
+    )
 
 
 def test_inspect_says_what_a_folder_cannot_do_without_its_vae(flux, tmp_path, capsys):

@@ -298,4 +298,4 @@ def test_a_release_of_two_networks_is_described_as_one(originals, capsys):
     assert main(["inspect", str(originals["wan22"])]) == 0
     out = capsys.readouterr().out
     assert "40 steps of UniPC, guidance 4, guidance_2 3, " in out
-    assert re.search(r"tokenizer +google/umt5-xxl\n", out)
+    assert re.search(r"tokenizer +google/umt5-xxl/tokenizer.json\n", out)

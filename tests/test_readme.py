@@ -118,10 +118,11 @@ def numbers(text: str) -> Counter:
 TESTED = {
     "README.md": {
         "one card, full size, 50 steps", "one call, H100, measured", "setting", "pipeline",
+        "prompt to pixels, one H100, seconds",
     },
     "benchmarks/README.md": {
-        "FLUX.1-dev, 50 steps", "one step", "FLUX.1-dev, over dense", "video, seconds", "kernel", "exact top-k", "run of the MLP",
-        "model and preset", "setting", "Chipmunk paper, H100",
+        "FLUX.1-dev, 50 steps", "prompt to pixels, seconds", "one step", "FLUX.1-dev, over dense", "video, seconds", "kernel",
+        "exact top-k", "run of the MLP", "model and preset", "setting", "Chipmunk paper, H100",
     },
 }  # fmt: skip
 
@@ -167,7 +168,7 @@ def test_memory_of_the_supported_models_is_the_committed_records():
         f"{dense('wan-1.3b 480x832x81')} / {measured('wan-1.3b-480x832x81-h100')}",
         f"{dense('wan-14b 720x1280x81')} / {measured('wan-14b-720x1280x81-h200')}",
         f"- / {compiled['wan-i2v-14b 720x1280x81 batch 1 wan-14b']:.1f}",
-        "",
+        *("", ""),  # of Wan2.2
     ]
     attention = records("hunyuan-video-720x1280x129-h100")[0]["sparsity"]["attention"]
     fits = f"HunyuanVideo fits one H100 with `--sparsity.attention.residual-bits {attention['residual_bits']}`"
@@ -187,6 +188,41 @@ def test_the_table_of_whole_samples_is_the_committed_records():
     assert f"The dense run beside the third row took {seconds(again['ms'])} s, too." in " ".join(BENCHMARKS.split())
     for entry in (dense, skipped):
         assert all(entry[key] in BENCHMARKS for key in ("device", "driver", "jax"))
+
+
+PIPELINES = {  # the records of whole pipelines, and which of them the tables show
+    "flux-dev-pipeline-1024x1024-h100": ("dense", "sparse"),
+    "wan-1.3b-pipeline-480x832x81-h100": ("dense",),
+    "wan-14b-pipeline-720x1280x81-h100": ("dense",),
+}
+
+
+def short(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 1 else f"{seconds:#.3g}"
+
+
+def stage_cells(name: str, kind: str) -> list[str]:
+    """Seconds of text, transformer and decoder, of later prompts and of the first one, and the most memory in GB."""
+    entries = by_variant(name)
+    first, later = entries[f"{kind}, first prompt"], entries[f"{kind}, later prompts"]
+    peak = max(
+        stage["peak_bytes"] for entry in (first, later) for stage in entry["stages"].values() if stage["peak_bytes"]
+    )
+    stages = [short(later["stages"][stage]["seconds"]) for stage in ("text", "transformer", "decoder")]
+    return [*stages, short(later["ms"] / 1e3), short(first["ms"] / 1e3), f"{peak / 1e9:.1f}"]
+
+
+def test_the_tables_from_a_prompt_to_pixels_are_the_committed_records():
+    places = [(name, kind) for name, kinds in PIPELINES.items() for kind in kinds]
+    rows = table(BENCHMARKS, "prompt to pixels, seconds")
+    assert cells(rows) == [stage_cells(*place) for place in places]
+    for row, (name, kind) in zip(rows, places, strict=True):
+        entry = by_variant(name)[f"{kind}, later prompts"]
+        assert (linked(row[0]) == [name] and f"{entry['shape']['steps']} " in row[0]) or kind == "sparse"
+        assert row[0].startswith("the same, sparse") or (of_this_size(row[0], entry) and "dense" in row[0])
+    short_rows = table(README, "prompt to pixels, one H100, seconds")
+    assert cells(short_rows) == [stage_cells(*place)[:4] for place in places[:3]]
+    assert [linked(row[0]) for row in short_rows] == [[places[0][0]], [], [places[2][0]]]
 
 
 def test_the_tables_of_steps_are_the_committed_record():
@@ -232,7 +268,8 @@ def test_the_table_of_videos_is_the_committed_records():
             assert " x ".join(3 * [str(attention["local_voxels"])]) + " voxels" in label
         names.add(name)
     kinds_of_files = ("hunyuan-video-*.jsonl", "wan-*.jsonl")
-    assert names == {file.stem for kind in kinds_of_files for file in (ROOT / "benchmarks/results").glob(kind)}
+    files = {file.stem for kind in kinds_of_files for file in (ROOT / "benchmarks/results").glob(kind)}
+    assert names == files - PIPELINES.keys()
     assert len(rows) == len(names)
 
 
@@ -453,6 +490,15 @@ def test_numbers_in_the_prose_of_the_readme_are_the_committed_records():
     assert f"PSNR of {entry['prompts']} prompts to dense samples of {entry['steps']} steps" in prose(README)
 
 
+def second_process() -> list[str]:
+    """Percentage of text and decoder in a dense FLUX sample; seconds of the first prompt in a second process, dense, sparse."""
+    entries = by_variant("flux-dev-pipeline-1024x1024-h100")
+    later = entries["dense, later prompts"]
+    around = sum(later["stages"][stage]["seconds"] for stage in ("text", "decoder"))
+    firsts = [entries[f"{kind}, first prompt, second process"]["ms"] for kind in ("dense", "sparse")]
+    return [f"{100e3 * around / later['ms']:.1f}", *(short(ms / 1e3) for ms in firsts)]
+
+
 def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
     """Those with a unit, in their order: of records, or of settings."""
     flux, wan = (record(f"benchmarks/results/{name}-demo-cpu.json") for name in ("mini-flux", "mini-wan"))
@@ -467,6 +513,7 @@ def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
     expected = [
         "0.3",  # seconds a kernel runs
         f"{flux_samples()[2]['ms'] / 1e3:.2f}",
+        *second_process(),
         f"{100 * long['K'] / long['N']:.0f}",
         "1",  # per cent, of the last two runs of the MLP
         f"{max(frames):.1f}",
@@ -511,11 +558,13 @@ def test_both_shipped_models_together_stay_under_40_megabytes():
     assert all(sizes) and sum(map(sum, sizes)) < 40e6
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "pallas_kernels/NOTES.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "benchmarks/README.md", "pallas_kernels/NOTES.md", "docs/coming-from-diffusers.md"]
+)
 def test_what_the_documents_link_to_exists(name):
     """Files, and headings in them."""
     links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / name).read_text())
-    assert links
+    assert links or name.startswith("docs")
     for path, heading in links:
         file = ROOT / name if not path else (ROOT / name).parent / path
         assert file.exists(), path

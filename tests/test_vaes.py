@@ -17,7 +17,7 @@ from chipmunk_jax.convert.safetensors import Tensor, Weights
 from chipmunk_jax.convert.source import layout_of
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.models import FluxVaeConfig, WanVaeConfig, blocks, causal_conv, flux_vae, wan_vae
-from chipmunk_jax.models.checkpoint import abstract, leaves_of, nest, with_arrays
+from chipmunk_jax.models.leaves import abstract, leaves_of, with_arrays
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4
@@ -119,7 +119,7 @@ def small():
     shapes, draw = abstract("wan_vae", config, "float32"), np.random.default_rng(0).standard_normal
     fan = lambda shape: np.prod(shape[:-1]) if len(shape) > 1 else 100
     return with_arrays(
-        shapes, nest({path: np.float32(draw(a.shape) / fan(a.shape) ** 0.5) for path, a in leaves_of(shapes).items()})
+        shapes, {path: np.float32(draw(a.shape) / fan(a.shape) ** 0.5) for path, a in leaves_of(shapes).items()}
     )
 
 

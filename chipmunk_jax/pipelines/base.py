@@ -22,7 +22,6 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
-from chipmunk_jax.paths import as_path
 from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, guides, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
@@ -96,7 +95,6 @@ class Pipeline:
         Raises:
             FileNotFoundError, InputError: no such checkpoint, half a one, or one of a model that has no pipeline yet.
         """
-        folder = as_path(folder)
         dtype = dtype if dtype is None else parse_dtype(dtype).name
         found = open_folder(folder)
         if networks := [name for name in found.missing if name.startswith("transformer")]:

@@ -1,6 +1,7 @@
 """The components of a pipeline on the device: placed when one is needed, and released when another one needs the room."""
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -42,6 +43,15 @@ class Residents:
     def releasable(self) -> int:
         """Bytes that components on the device could make room for."""
         return 0 if self.offload == "none" else sum(map(memory.nbytes, self._placed.values()))
+
+    def room(self, role: str) -> float:
+        """Bytes that there are for what a component computes, once all that can be released has given way to its weights."""
+        free = memory.free_bytes()
+        if free is None:
+            return math.inf
+        others = {name: model for name, model in self._placed.items() if name != role and self.offload != "none"}
+        weights = 0 if role in self else memory.nbytes(self.shapes[role])
+        return free + sum(map(memory.nbytes, others.values())) - weights
 
     def place(self, role: str, beside: int) -> Component:
         """The component on the device, with room for `beside` bytes where others can give way.

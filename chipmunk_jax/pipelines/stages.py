@@ -3,21 +3,13 @@
 A pipeline gives a component one prompt, image or video at a time. tests/test_stages.py compares these counts with what XLA assigns.
 """
 
-from functools import lru_cache
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-
 from chipmunk_jax.memory import nbytes
 from chipmunk_jax.models import Component
 from chipmunk_jax.models.blocks import QUERIES
-from chipmunk_jax.models.causal_conv import Past
 from chipmunk_jax.models.clip import ClipText
 from chipmunk_jax.models.flux_vae import FluxVae
-from chipmunk_jax.models.leaves import abstract
 from chipmunk_jax.models.t5 import T5Encoder
-from chipmunk_jax.models.wan_vae import CHANNELS, WINDOW, WanVae
+from chipmunk_jax.models.wan_vae import WanVae
 from chipmunk_jax.pipelines.variant import Settings
 
 FLOAT32 = 4  # bytes
@@ -40,7 +32,9 @@ def working_set(model: Component, settings: Settings, rows: int) -> int:
         case FluxVae():
             return of_flux_vae(model, pixels)
         case WanVae():
-            return of_wan_vae(model, pixels, settings["frames"])
+            time, side = model.config.compression
+            frames, rows, columns = settings["frames"], settings["height"] // side, settings["width"] // side
+            return model.decoding_bytes((1, 1 + (frames - 1) // time, rows, columns, model.config.z_dim))
     return 0
 
 
@@ -78,33 +72,3 @@ def of_flux_vae(model: FluxVae, pixels: int) -> int:
 def of_attention(model: Component, pixels: int, width: int) -> int:
     """Scores of some queries, the tokens, queries, keys, values and what they give, of all latent pixels of a frame."""
     return FLOAT32 * pixels * min(pixels, QUERIES) + 5 * pixels * width * model.dtype.itemsize
-
-
-def of_wan_vae(model: WanVae, pixels: int, frames: int) -> int:
-    """What a residual block or the attention holds of a latent frame, the frames that convolutions look back on, and the video.
-
-    A convolution is one of images whose channels are those of all frames that it sees.
-    """
-    c, (time, side) = model.config, model.config.compression
-    itemsize, back = model.dtype.itemsize, WINDOW[0] - 1
-    block = of_attention(model, pixels // side**2, c.widths[-1])
-    for level, width in enumerate(c.widths):
-        shown = max(1, time // 2 ** sum(c.temperal_downsample[:level]))  # frames of one latent frame at this level
-        # Input and output, with those before them, side by side for each frame; and the norm.
-        each = itemsize * (2 * shown + shown + back + WINDOW[0] * shown) + FLOAT32 * shown
-        block = max(block, each * width * pixels // 4**level)
-    video = FLOAT32 * CHANNELS * pixels * frames
-    return block + past_of(c, model.dtype.name) * pixels // side**2 + 2 * video  # its chunks, and all of it
-
-
-@lru_cache(maxsize=8)
-def past_of(config: Any, dtype: str) -> int:
-    """Bytes a latent pixel of the frames that the decoder's convolutions look back on."""
-
-    def frames_before(model, latents):
-        past = Past()
-        model.decoder(latents, past)
-        return past.after
-
-    latents = jax.ShapeDtypeStruct((1, 1, 1, 1, config.z_dim), jnp.dtype(dtype))
-    return nbytes(jax.eval_shape(frames_before, abstract("wan_vae", config, dtype), latents))

@@ -3,8 +3,9 @@
 The variants are sampled as their team does (Wan-Video/Wan2.1 and Wan2.2 generate.py, wan/configs).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import jax
@@ -73,7 +74,8 @@ class WanPipeline(PromptedPipeline):
 
     def decode(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
         videos = self._unpack(tokens, settings)
-        return unit(np.concatenate([np.asarray(self.residents.run("vae", video_of, one[None])) for one in videos]))
+        decode = video_in(**self.residents.shapes["vae"].portions((1, *videos.shape[1:]), self.residents.room("vae")))
+        return unit(np.concatenate([np.asarray(self.residents.run("vae", decode, one[None])) for one in videos]))
 
     def _unpack(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
         return unpack(tokens, self.variant.grid(settings), self.variant.config.patch_size, channels_first=False)
@@ -84,9 +86,10 @@ def states_of(model: T5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[..., None], model(ids, mask), 0)
 
 
-def video_of(model: WanVae, latents: jax.Array) -> jax.Array:
-    """[B, F, H, W, 3], of one latent frame at a time."""
-    return model.decode(latents)
+@lru_cache(maxsize=8)  # the same function for the same portions, which is compiled once
+def video_in(**portions: Any) -> Callable[[WanVae, jax.Array], jax.Array]:
+    """The function that decodes latents [B, T, h, w, C] to [B, F, H, W, 3] in these portions."""
+    return lambda model, latents: model.decode(latents, **portions)
 
 
 # wan/configs/shared_config.py
