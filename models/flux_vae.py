@@ -40,6 +40,8 @@ class FluxVaeConfig:
             )
         if not self.scaling_factor > 0:
             raise InputError(f"scaling_factor={self.scaling_factor}: expected a number above 0")
+        if not 0 <= self.shift_factor <= 1:  # of unit deviation, the latents of any VAE of this kind have means near 0
+            raise InputError(f"shift_factor={self.shift_factor}: expected a number from 0 to 1")
 
     @property
     def compression(self) -> int:

@@ -242,7 +242,7 @@ def test_all_that_is_wrong_is_one_sentence(golden):
 
 def copy(folder, target, change=lambda tensors: None, **fields):
     """A golden checkpoint with other tensors and other fields of its config.json."""
-    source = GOLDEN / folder
+    source = GOLDEN / folder if "/" in folder else GOLDEN / folder / "transformer"
     tensors = load_file(source / "diffusion_pytorch_model.safetensors")
     tensors = change(tensors) or tensors
     target.mkdir()
@@ -268,7 +268,7 @@ def test_a_block_that_is_missing_between_others_is_named(tmp_path):
     def cut(tensors):
         return {name: array for name, array in tensors.items() if not name.startswith("blocks.0.")}
 
-    assert len(inspect(copy("wan_t2v/transformer", tmp_path / "cut", cut)).missing) == 27
+    assert len(inspect(copy("wan_t2v", tmp_path / "cut", cut)).missing) == 27
 
 
 @pytest.mark.parametrize("layer", [LAYERS, 10**9, "9" * 400])
@@ -326,7 +326,7 @@ def test_tensors_with_an_empty_axis_are_one_error(folder, empty, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "[[1, 2]]", "{", '{"a": ' * 100_000])
 def test_a_config_that_is_no_object_is_refused(text, tmp_path):
-    source = copy("wan_t2v/transformer", tmp_path / "bad")
+    source = copy("wan_t2v", tmp_path / "bad")
     (source / "config.json").write_text(text)
     with pytest.raises(InputError, match=f"^{source}/config.json: not a JSON object"):
         open_source(source)
@@ -334,7 +334,7 @@ def test_a_config_that_is_no_object_is_refused(text, tmp_path):
 
 def test_what_config_json_says_of_the_file_does_not_matter(tmp_path):
     about = dict(dtype="bfloat16", torch_dtype="float16", quantization_config=None)
-    assert open_source(copy("wan_t2v/transformer", tmp_path / "about", **about)).check()
+    assert open_source(copy("wan_t2v", tmp_path / "about", **about)).check()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model_index.json"])
@@ -349,7 +349,7 @@ def test_what_config_json_says_of_the_file_does_not_matter(tmp_path):
     ],
 )
 def test_a_config_that_is_there_is_read_or_refused(name, make, expected, tmp_path):
-    source = copy("wan_t2v/transformer", tmp_path / "bad")
+    source = copy("wan_t2v", tmp_path / "bad")
     (source / name).unlink(missing_ok=True)
     make(source / name)
     with pytest.raises(InputError, match=f"^{source}/{name}: {expected}"):
@@ -360,6 +360,6 @@ def test_a_missing_tensor_is_named_rather_than_a_config_that_does_not_fit(tmp_pa
     def cut(tensors):
         del tensors["patch_embedding.weight"], tensors["proj_out.bias"]
 
-    found = inspect(copy("wan_i2v/transformer", tmp_path / "cut", cut))
+    found = inspect(copy("wan_i2v", tmp_path / "cut", cut))
     assert sorted(found.missing) == ["patch_embedding.weight", "proj_out.bias"] and not found.misshapen
     shutil.rmtree(tmp_path / "cut")

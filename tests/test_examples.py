@@ -23,7 +23,8 @@ def test_an_image_and_how_near_fewer_steps_come_to_it(folders, tmp_path, capsys)
 
     folder = str(folders["flux_schnell_pipeline"])
     text_to_image.main(folder, "a chipmunk", str(tmp_path / "a.png"), **SIZE)
-    assert Image.open(tmp_path / "a.png").size == (48, 32) and "100% of the keys" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (48, 32) and "100% of the keys" in capsys.readouterr().out
     size = {name: value for name, value in SIZE.items() if name not in ("sparsity", "progress")}
     found = dense_and_sparse.main(folder, "a chipmunk", presets=(), **size)
     assert list(found) == ["1 steps"] and 0 < found["1 steps"] < 60
@@ -33,4 +34,5 @@ def test_a_video(folders, tmp_path, capsys):
     import text_to_video
 
     text_to_video.main(str(folders["wan21_pipeline"]), "a fox", str(tmp_path / "a.webp"), num_frames=5, **SIZE)
-    assert Image.open(tmp_path / "a.webp").n_frames == 5 and "decoder" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.webp") as video:
+        assert video.n_frames == 5 and "decoder" in capsys.readouterr().out
