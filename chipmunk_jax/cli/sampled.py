@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from chipmunk_jax.pipelines import Pipeline, PipelineOutput
-from chipmunk_jax.pipelines.base import guides
 from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.sparsity import to_dict
 
@@ -30,8 +29,7 @@ def said(pipeline: Pipeline, request: Request, i: int) -> dict[str, str]:
     """The prompts of sample i by name: those that it was made with."""
     prompt, second = request.wanted.prompts[i], request.wanted.prompts_2[i]
     found = {"prompt": prompt} | ({} if second == prompt else {"prompt_2": second})
-    guided = any(guides(request.settings.get(name)) for name in ("guidance", "guidance_2"))
-    other = pipeline.unwanted(request) if guided else None
+    other = pipeline.unwanted(request) if request.guided else None
     return found | ({} if other is None else {"negative_prompt": other.prompts[i]})
 
 

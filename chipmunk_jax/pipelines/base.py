@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from chipmunk_jax import memory, sampling
-from chipmunk_jax.arguments import check, check_implementation, placed
+from chipmunk_jax.arguments import check_implementation
 from chipmunk_jax.convert import Folder, open_folder, open_source, read
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
@@ -22,11 +21,11 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
-from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, guides, read_request
+from chipmunk_jax.pipelines.denoising import computed, plan_spans, run_spans
+from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback, Reporter, phase
-from chipmunk_jax.schedule import density, full_steps
 from chipmunk_jax.solvers import Solver
 from chipmunk_jax.sparsity import Sparsity
 from chipmunk_jax.strictness import key_of, usual_modes
@@ -267,21 +266,22 @@ class Pipeline:
         if output_type != "latent":
             self.check_decoder()
         stages: dict[str, Stage] = {}
-        spans = self._spans(request, implementation)
+        spans = plan_spans(request, self.variant, self.residents, *self._shapes(request)[1:], implementation)
         with self._timed(stages, "text"), phase("text", progress):
             noise, cond, uncond = self._inputs(request, guided=request.guided)
         with self._timed(stages, "transformer"):
-            tokens = self._denoise(request, spans, noise, cond, uncond, progress, callback_on_step_end, implementation)
+            title = "sparse" if request.sparsity else "dense"
+            with Reporter(request.settings["steps"], title, progress, callback_on_step_end) as reporter:
+                tokens = run_spans(spans, self.residents, noise, cond, uncond, reporter)
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings = request.settings
             made = self.to_latents(tokens, settings) if output_type == "latent" else self.decode(tokens, settings)
-        tables = [span.table for span in spans]
         return PipelineOutput(
             **{"frames" if self.variant.video else "images": to_pil(made) if output_type == "pil" else made},
             seconds=time.perf_counter() - start,
             stages=stages,
             settings=settings | {"seed": request.seed},
-            **computed(tables, self.layers(request)),
+            **computed(spans, self.layers(request)),
         )
 
     def layers(self, request: Request) -> int:
@@ -299,39 +299,6 @@ class Pipeline:
     def check_decoder(self) -> None:
         """Raises InputError where pixels cannot be made."""
 
-    def _spans(self, request: Request, implementation: Implementation | None) -> list["Span"]:
-        """What each network does, planned and with room, before noise is drawn and prompts are encoded."""
-        settings, solver = request.settings, request.solver
-        steps, boundary = settings["steps"], self.variant.boundary
-        switch = steps if boundary is None else int(np.sum(solver.times(request.timesteps) >= np.float32(boundary)))
-        parts = [("transformer", 0, switch, settings["guidance"])]
-        parts += [("transformer_2", switch, steps, settings["guidance_2"])] if boundary is not None else []
-        _, noise, cond = self._shapes(request)
-        spans = []
-        for role, first, stop, scale in parts:
-            if first == stop:
-                continue
-            self.variant.check(settings | {"steps": stop - first}, request.sparsity)
-            # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
-            fixed = dict(sparsity=request.sparsity, guidance=scale if guides(scale) else None, solver=solver)
-            times = request.timesteps[first : stop + 1]
-            arrays = self.residents.shapes[role], noise, cond
-            table = sampling.plan(
-                *arrays,
-                timesteps=times,
-                grid=self.variant.grid(settings),
-                seed=0,
-                implementation=implementation,
-                **fixed,
-            )
-            options = fixed | dict(steps=stop - first, implementation=implementation)
-            memory.check_room(*arrays, placed=role in self.residents, spare=self.residents.releasable, **options)
-            need = sum(size for name, size in memory.plan(*arrays, **options).items() if name != "weights")
-            spans.append(
-                Span(role=role, first=first, table=table, timesteps=times, guidance=fixed["guidance"], need=need)
-            )
-        return spans
-
     def _inputs(self, request: Request, *, guided: bool) -> tuple[jax.Array, Condition, Condition | None]:
         """Noise [B, N, C], and the conditions of both sides, each [B, ..]."""
         settings, batch = request.settings, request.batch
@@ -348,27 +315,6 @@ class Pipeline:
     def unwanted(self, request: Request) -> Side | None:
         """The other side of guidance; None: zeros for all that a prompt makes."""
         return request.unwanted
-
-    def _denoise(self, request, spans, noise, cond, uncond, progress, callback, implementation) -> np.ndarray:
-        """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise."""
-        state, given = None, dict(sparsity=request.sparsity)
-        title = "sparse" if request.sparsity else "dense"
-        with Reporter(request.settings["steps"], title, progress, callback) as reporter:
-            for span in spans:
-                reporter.pause("loading")
-                model = self.residents.place(span.role, span.need)
-                arrays = placed(model, noise, cond, uncond if span.guidance is not None else None)
-                fixed = dict(guidance=span.guidance, solver=request.solver, implementation=implementation, seed=0)
-                check(
-                    model, *arrays[:2], uncond=arrays[2], timesteps=span.timesteps, grid=self.variant.grid(request.settings),
-                    **given, **fixed,
-                )  # fmt: skip
-                reporter.first = span.first
-                state = sampling.run(
-                    model, *arrays[:2], span.table, reporter, uncond=arrays[2], carried=state, **given
-                )  # fmt: skip
-                del model, arrays  # which the next one may need the room of
-        return np.asarray(state.x)
 
     def kind(self, role: str) -> tuple[str, Any, str]:
         """Name in MODELS, config and dtype of a component."""
@@ -393,39 +339,11 @@ class Pipeline:
         stages[name] = Stage(seconds=time.perf_counter() - start, peak_bytes=peak)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """Steps that one network runs."""
-
-    role: str  # of the network
-    first: int  # step
-    table: sampling.Table
-    timesteps: np.ndarray  # f32 [steps + 1]
-    guidance: float | None  # scale of true guidance; None: one side alone
-    need: int  # bytes beside the weights
-
-
 # Arguments that not every pipeline takes.
 OF_SOME = (
     "prompt_2", "negative_prompt_2", "guidance_scale_2", "true_cfg_scale", "prompt_embeds", "pooled_prompt_embeds",
     "negative_prompt_embeds", "negative_pooled_prompt_embeds", "max_sequence_length", "image",
 )  # fmt: skip
-
-
-def computed(tables: Sequence[sampling.Table], layers: int) -> dict[str, Any]:
-    """What of a sample was computed: density, full_steps and skipped_steps of PipelineOutput."""
-    counts = [len(table.times) for table in tables]
-    shares = [density(table.step, layers) for table in tables]
-    starts = np.cumsum([0, *counts])
-    full = [start + np.flatnonzero(full_steps(t.step, n)) for start, t, n in zip(starts, tables, counts, strict=False)]
-    skips = [
-        start + np.flatnonzero(t.step.skip) for start, t in zip(starts, tables, strict=False) if t.step.skip is not None
-    ]
-    return {
-        "density": {name: float(np.average([s[name] for s in shares], weights=counts)) for name in shares[0]},
-        "full_steps": tuple(np.concatenate(full).tolist()),
-        "skipped_steps": tuple(np.concatenate([np.zeros(0, int), *skips]).tolist()),
-    }
 
 
 def to_pil(pixels: np.ndarray) -> list[Any]:

@@ -16,7 +16,8 @@ from chipmunk_jax.models.clip import ClipText, ClipTextConfig
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.flux_vae import FluxVae, FluxVaeConfig
 from chipmunk_jax.models.t5 import T5Config, T5Encoder
-from chipmunk_jax.pipelines.prompted import PromptedPipeline, unit, unpack
+from chipmunk_jax.pipelines.packing import unit, unpack
+from chipmunk_jax.pipelines.prompted import PromptedPipeline
 from chipmunk_jax.pipelines.request import Arguments, Request, Side
 from chipmunk_jax.pipelines.text import Tokens
 from chipmunk_jax.pipelines.variant import Settings, Variant

@@ -15,6 +15,7 @@ from chipmunk_jax.model import Condition
 from chipmunk_jax.models.flux import FluxConfig
 from chipmunk_jax.models.wan import WanConfig
 from chipmunk_jax.pipelines.base import Pipeline
+from chipmunk_jax.pipelines.packing import unit, unpack
 from chipmunk_jax.pipelines.request import Request, Side
 from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import UniPC
@@ -82,7 +83,7 @@ class PixelPipeline(Pipeline):
         sides = [side.prompts for side in (request.wanted, request.unwanted) if side is not None]
         self.words.encode(
             list(dict.fromkeys(itertools.chain(*sides)))
-        )  # together: all that is wrong is then told at once
+        )  # together, so that all that is wrong is told at once
 
     def encode(self, side: Side, request: Request) -> Condition:
         encoded = self.words.encode(side.prompts)
@@ -99,14 +100,7 @@ class PixelPipeline(Pipeline):
     @classmethod
     def to_pixels(cls, tokens: np.ndarray, grid: tuple[int, ...], patch: tuple[int, ...]) -> np.ndarray:
         """Images [B, H, W, 3] or videos [B, T, H, W, 3], f32 in [0, 1], of tokens [B, N, C] in raster order."""
-        axes = len(grid)
-        inside = (COLOURS, *patch) if cls.channels_first else (*patch, COLOURS)
-        x = np.asarray(tokens).reshape(-1, *grid, *inside)
-        if cls.channels_first:
-            x = np.moveaxis(x, 1 + axes, -1)
-        pairs = [place for axis in range(axes) for place in (1 + axis, 1 + axes + axis)]
-        x = x.transpose(0, *pairs, 1 + 2 * axes)
-        return np.clip((x.reshape(-1, *np.multiply(grid, patch), COLOURS) + 1) / 2, 0, 1)
+        return unit(unpack(np.asarray(tokens), grid, patch, channels_first=cls.channels_first))
 
 
 class PixelFluxPipeline(PixelPipeline):

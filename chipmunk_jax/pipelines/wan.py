@@ -17,7 +17,8 @@ from chipmunk_jax.model import Condition
 from chipmunk_jax.models.t5 import UMT5_XXL, T5Encoder
 from chipmunk_jax.models.wan import WanConfig
 from chipmunk_jax.models.wan_vae import WanVae, WanVaeConfig
-from chipmunk_jax.pipelines.prompted import PromptedPipeline, pack, unit, unpack
+from chipmunk_jax.pipelines.packing import pack, unit, unpack
+from chipmunk_jax.pipelines.prompted import PromptedPipeline
 from chipmunk_jax.pipelines.request import Arguments, Request, Side
 from chipmunk_jax.pipelines.text import Tokens, clean
 from chipmunk_jax.pipelines.variant import Settings, Variant

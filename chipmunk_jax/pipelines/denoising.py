@@ -1,0 +1,114 @@
+"""The networks of a pipeline in turn: which steps each of them runs, planned and with room before anything is read; and the run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from chipmunk_jax import memory, sampling
+from chipmunk_jax.arguments import check, placed
+from chipmunk_jax.model import Condition
+from chipmunk_jax.pipelines.request import Request, guides
+from chipmunk_jax.pipelines.residents import Residents
+from chipmunk_jax.pipelines.variant import Variant
+from chipmunk_jax.progress import Reporter
+from chipmunk_jax.schedule import density, full_steps
+from pallas_kernels import Implementation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Steps that one network runs."""
+
+    role: str  # of the network
+    first: int  # step
+    table: sampling.Table
+    need: int  # bytes that they take beside the weights
+    options: dict[str, Any]  # arguments of sample()
+
+
+def plan_spans(
+    request: Request,
+    variant: Variant,
+    residents: Residents,
+    noise: jax.ShapeDtypeStruct,
+    cond: Condition,
+    implementation: Implementation | None,
+) -> list[Span]:
+    """What each network does: all steps, or those before and after the variant's boundary.
+
+    Args:
+        request: what is sampled.
+        variant: its model.
+        residents: of the pipeline.
+        noise, cond: shapes of [B, N, C], and of the conditions of one side of guidance.
+        implementation: of the kernels.
+
+    Raises:
+        InputError: a sparsity that does not fit the steps of a network, or no room.
+    """
+    settings, solver = request.settings, request.solver
+    steps, boundary = settings["steps"], variant.boundary
+    switch = steps if boundary is None else int(np.sum(solver.times(request.timesteps) >= np.float32(boundary)))
+    parts = [("transformer", 0, switch, settings["guidance"])]
+    parts += [("transformer_2", switch, steps, settings["guidance_2"])] if boundary is not None else []
+    spans = []
+    for role, first, stop, scale in parts:
+        if first == stop:
+            continue
+        variant.check(settings | {"steps": stop - first}, request.sparsity)
+        shapes = residents.shapes[role], noise, cond
+        guidance = scale if guides(scale) else None
+        fixed = dict(sparsity=request.sparsity, guidance=guidance, solver=solver, implementation=implementation)
+        memory.check_room(*shapes, placed=role in residents, spare=residents.releasable, steps=stop - first, **fixed)
+        planned = memory.plan(*shapes, steps=stop - first, **fixed)
+        # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
+        options = fixed | dict(timesteps=request.timesteps[first : stop + 1], grid=variant.grid(settings), seed=0)
+        spans.append(
+            Span(
+                role=role,
+                first=first,
+                table=sampling.plan(*shapes, **options),
+                need=sum(size for name, size in planned.items() if name != "weights"),
+                options=options,
+            )
+        )
+    return spans
+
+
+def run_spans(
+    spans: Sequence[Span],
+    residents: Residents,
+    noise: jax.Array,
+    cond: Condition,
+    uncond: Condition | None,
+    reporter: Reporter,
+) -> np.ndarray:
+    """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample()."""
+    state = None
+    for span in spans:
+        reporter.pause("loading")
+        model = residents.place(span.role, span.need)
+        *arrays, other = placed(model, noise, cond, uncond if span.options["guidance"] is not None else None)
+        check(model, *arrays, uncond=other, **span.options)
+        reporter.first = span.first
+        given = dict(uncond=other, sparsity=span.options["sparsity"], carried=state)
+        state = sampling.run(model, *arrays, span.table, reporter, **given)
+        del model, arrays, other  # whose room the next one may need
+    return np.asarray(state.x)
+
+
+def computed(spans: Sequence[Span], layers: int) -> dict[str, Any]:
+    """What of a sample was computed, of so many layers: density, full_steps and skipped_steps of PipelineOutput."""
+    tables = [span.table for span in spans]
+    counts = [len(table.times) for table in tables]
+    shares = [density(table.step, layers) for table in tables]
+    full = [span.first + np.flatnonzero(full_steps(span.table.step, n)) for span, n in zip(spans, counts, strict=True)]
+    skipped = [span.first + np.flatnonzero(span.table.step.skip) for span in spans if span.table.step.skip is not None]
+    return {
+        "density": {name: float(np.average([s[name] for s in shares], weights=counts)) for name in shares[0]},
+        "full_steps": tuple(np.concatenate(full).tolist()),
+        "skipped_steps": tuple(np.concatenate([np.zeros(0, int), *skipped]).tolist()),
+    }
