@@ -195,7 +195,7 @@ FITS = {
     "flux_vae": {
         "norm_num_groups": [1],
         "scaling_factor": [number for number in NUMBERS if number > 0],
-        "shift_factor": [None, *NUMBERS],
+        "shift_factor": [None, *(number for number in NUMBERS if 0 <= number <= 1)],
         "sample_size": WRONG,
         "force_upcast": WRONG,
     },

@@ -69,7 +69,7 @@ def test_what_an_encoding_lacks_is_escaped(tmp_path):
     status, told = start(
         tmp_path, during=words, shell="| head -c 15 >&2; exit ${PIPESTATUS[0]}", PYTHONIOENCODING="ascii"
     )
-    assert status == 0 and told.startswith(r"sch\xf6n \udcff")
+    assert status == 0 and r"sch\xf6n \udcff" in told
 
 
 def test_a_full_disk_under_stdout_is_one_sentence(tmp_path):
