@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 from tqdm import tqdm
@@ -143,6 +146,20 @@ def read_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {theirs: getattr(args, ours) for theirs, ours in names.items()}
 
 
+def numbered(output: Path, count: int, number: int) -> Path:
+    """The file of one of so many samples, the first of which is 1."""
+    return output if count == 1 else output.with_stem(f"{output.stem}-{number}")
+
+
+def check_no_folders(output: Path, count: int) -> None:
+    """Raises InputError where one of the files of so many samples is a folder already."""
+    number = re.compile(rf"{re.escape(output.stem)}-([1-9]\d{{0,9}}){re.escape(output.suffix)}")
+    for folder in sorted(path for path in output.parent.iterdir() if path.is_dir()):
+        found = number.fullmatch(folder.name)
+        if folder.name == output.name if count == 1 else found and int(found[1]) <= count:
+            raise InputError(f"{folder}: a folder, expected the name of a file")
+
+
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk sample`."""
     if args.batch < 1:
@@ -159,10 +176,9 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     requests = [pipeline.check(**settings | call) for call in calls]
     count = sum(request.batch for request in requests)
-    paths = [output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
-    check_output(paths[-1], video=variant.video)  # the longest name
-    if folders := [path for path in paths if path.is_dir()]:
-        raise InputError(f"{folders[0]}: a folder, expected the name of a file")
+    path_of = partial(numbered, output, count)
+    check_output(path_of(count), video=variant.video)  # the longest name
+    check_no_folders(output, count)
     check_space(output, count * most_bytes(output, **variant.sizes(requests[0].settings)))
     keep_compilations()
     outs, files = [], []
@@ -172,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         outs.append(pipeline(**settings | call))
         made = how(pipeline, request)
         for i, pixels in enumerate(outs[-1].frames if variant.video else outs[-1].images):
-            path, text = paths[len(files)], said(pipeline, request, i)
+            path, text = path_of(len(files) + 1), said(pipeline, request, i)
             seed = {"seed": request.seed + i}
             files.append({"path": str(path)} | text | seed)
             if variant.video:

@@ -16,6 +16,9 @@ from chipmunk_jax.progress import compiled, executed
 Offload = Literal["auto", "model", "none"]
 
 
+_programs: dict[Any, jax.stages.Compiled] = {}  # of the components of all pipelines in this process
+
+
 class Residents:
     """Components by role, of which some are on the device."""
 
@@ -34,7 +37,6 @@ class Residents:
         self._load = load
         self.peak = 0  # most bytes that programs had in use here since it was set to 0, where the device tells
         self._placed: dict[str, Component] = {}  # the one used last at the end
-        self._programs: dict[Any, jax.stages.Compiled] = {}
 
     def __contains__(self, role: str) -> bool:
         return role in self._placed
@@ -76,11 +78,12 @@ class Residents:
 
     def run(self, role: str, function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
         """function(component, *args), compiled once for the shapes of its arguments, before the weights are read."""
+        model = self.shapes[role]
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-        key = role, function, str(shapes)
-        if key not in self._programs:
-            self._programs[key] = compiled(jax.jit(function).lower(self.shapes[role], *shapes))
-        program = self._programs[key]
+        key = type(model), model.config, model.dtype, function, str(shapes)
+        if key not in _programs:
+            _programs[key] = compiled(jax.jit(function).lower(model, *shapes))
+        program = _programs[key]
         model = self.place(role, beside=scratch(program))
         used = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
         self.peak = max(self.peak, used + scratch(program)) if used else self.peak
