@@ -210,6 +210,7 @@ def without(*names):
         (None, dict(latents=np.full((2, 6, 16), np.nan)), "latents: holds NaN or infinity"),
         (None, dict(latents="noise"), "latents: expected an array of numbers"),
         (None, dict(true_cfg_scale=2.0), "true_cfg_scale=2.0: expected a negative_prompt with it"),
+        (None, dict(true_cfg_scale="much", negative_prompt="a"), "guidance='much': expected a number"),
         (None, dict(negative_prompt="a"), "negative_prompt with true_cfg_scale=None: expected a scale above 1"),
         (None, dict(guidance_scale="much"), "guidance='much': expected a number"),
         (None, dict(max_sequence_length=0), "max_sequence_length=0: expected a whole number from 1 to 512"),

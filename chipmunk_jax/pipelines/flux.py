@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from chipmunk_jax.arguments import check_guidance
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.model import Condition
 from chipmunk_jax.models.clip import ClipText, ClipTextConfig
@@ -43,6 +44,7 @@ class FluxPipeline(PromptedPipeline):
     def scales(self, given: Arguments) -> dict[str, Any]:
         scale, negative = given.true_cfg_scale, (given.negative_prompt, given.negative_prompt_embeds)
         said = any(one is not None for one in negative)
+        check_guidance(scale)
         if scale is not None and scale > 1 and not said:
             raise InputError(f"true_cfg_scale={scale}: expected a negative_prompt with it")
         if said and (scale is None or scale <= 1):

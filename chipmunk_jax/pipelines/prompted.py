@@ -119,7 +119,7 @@ class PromptedPipeline(Pipeline):
 
     def _check_given(self, side: Side, said: str, request: Request) -> None:
         """Raises InputError unless embeddings are all that prompts would make."""
-        names = {"text": f"{said}prompt_embeds", "pooled": f"{said.replace('prompt', '')}pooled_prompt_embeds"}
+        names = {"text": f"{said}prompt_embeds", "pooled": f"{said}pooled_prompt_embeds"}
         if side.given.keys() != dict(self.conditions).keys():
             wanted = " and ".join(names[name] for name, _ in self.conditions)
             raise InputError(f"embeddings of {', '.join(side.given)}: expected {wanted}")
