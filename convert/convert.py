@@ -85,7 +85,7 @@ def convert_pipeline(
     """Writes components of a pipeline, each a checkpoint of its own, those apart that are there."""
     if only is None:
         check_pair(found.path)
-    index = check_target(found, target, only, overwrite)
+    index = check_target(found, target, only)
     sources = {role: open_source(path) for role, path in found.components.items() if only in (None, role)}
     configs = [sources[role].config for role in ("transformer", "transformer_2") if role in sources]
     if any(config != configs[0] for config in configs):
@@ -109,7 +109,7 @@ def convert_pipeline(
         bar.set_description("converted")
 
 
-def check_target(found: Folder, target: Path, only: str | None, overwrite: bool) -> PipelineDescription:
+def check_target(found: Folder, target: Path, only: str | None) -> PipelineDescription:
     """The config.json of a target, with what it has already.
 
     Raises:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.config_file import read_json
+from chipmunk_jax.convert.source import INDEX
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.paths import as_path
 
 PREFIX = "hf:"
-INDEX = "model_index.json"
 SMALL = ("*.json", "*.txt", "*.model")  # configs, indices of shards and tokenizers, in all folders
 WEIGHTS = ("*.safetensors", "*.pth", "*.pt")  # of a release without folders of components, in all folders
 LEFT_OUT = (

@@ -15,6 +15,7 @@ from PIL import Image
 
 from chipmunk_jax.arguments import check_implementation
 from chipmunk_jax.convert import Folder, open_folder, open_source, read
+from chipmunk_jax.convert.folder import ROLES
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.model import Condition, Model
@@ -268,7 +269,7 @@ class Pipeline:
         stages: dict[str, Stage] = {}
         spans = plan_spans(request, self.variant, self.residents, *self._shapes(request)[1:], implementation)
         with self._timed(stages, "text"), phase("text", progress):
-            noise, cond, uncond = self._inputs(request, guided=request.guided)
+            noise, cond, uncond = self._inputs(request)
         with self._timed(stages, "transformer"):
             title = "sparse" if request.sparsity else "dense"
             with Reporter(request.settings["steps"], title, progress, callback_on_step_end) as reporter:
@@ -299,7 +300,7 @@ class Pipeline:
     def check_decoder(self) -> None:
         """Raises InputError where pixels cannot be made."""
 
-    def _inputs(self, request: Request, *, guided: bool) -> tuple[jax.Array, Condition, Condition | None]:
+    def _inputs(self, request: Request) -> tuple[jax.Array, Condition, Condition | None]:
         """Noise [B, N, C], and the conditions of both sides, each [B, ..]."""
         settings, batch = request.settings, request.batch
         _, noise, _ = self._shapes(request)
@@ -308,7 +309,7 @@ class Pipeline:
             drawn = jnp.stack([draw(i) for i in range(batch)])
         else:
             drawn = self.to_tokens(request.latents, settings)
-        sides = [request.wanted, self.unwanted(request) if guided else None]
+        sides = [request.wanted, self.unwanted(request) if request.guided else None]
         scale = {"guidance": jnp.full(batch, settings["distilled"], jnp.float32)} if "distilled" in settings else {}
         return drawn, *(None if side is None else self.encode(side, request) | scale for side in sides)
 
@@ -320,13 +321,13 @@ class Pipeline:
         """Name in MODELS, config and dtype of a component."""
         path = self.folder.components[role]
         found = describe(path) if is_checkpoint(path) else None
-        name = found.model if found else open_source(path).layout.model
+        name = found.model if found else ROLES.get(self.folder.network, {}).get(role, self.folder.network)
         usual = "float32" if jax.default_backend() == "cpu" else found.dtype if found else "bfloat16"
         return name, self.configs[role], self.dtype or usual
 
     def load(self, role: str) -> Component:
         """The component with its weights, on the default device."""
-        path, dtype = self.folder.components[role], self.kind(role)[2]
+        path, dtype = self.folder.components[role], self.residents.shapes[role].dtype
         return load(path, dtype) if is_checkpoint(path) else read(path, dtype)
 
     @contextmanager
