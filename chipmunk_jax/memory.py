@@ -207,6 +207,11 @@ def shortage(parts: Parts, room: int, where: str, which: str = "") -> str | None
     )
 
 
+def device_bytes(name: str) -> int | None:
+    """What the default device tells of its memory under a name of memory_stats(), "peak_bytes_in_use" for one; None: nothing."""
+    return (jax.devices()[0].memory_stats() or {}).get(name)
+
+
 def free_bytes() -> int | None:
     """Free memory of the default device, None where it does not tell."""
     stats = jax.devices()[0].memory_stats()

@@ -18,6 +18,7 @@ from chipmunk_jax.convert import Folder, open_folder, open_source, read
 from chipmunk_jax.convert.folder import ROLES
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import to_bytes
+from chipmunk_jax.memory import device_bytes
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
@@ -333,10 +334,11 @@ class Pipeline:
     @contextmanager
     def _timed(self, stages: dict[str, Stage], name: str) -> Iterator[None]:
         """Adds what happens within as a stage."""
-        start, before, self.residents.peak = time.perf_counter(), _peak(), 0
+        ever = lambda: device_bytes("peak_bytes_in_use")
+        start, before, self.residents.peak = time.perf_counter(), ever(), 0
         yield
         # A device tells the most that it had in use ever, which is the stage's where it grew.
-        peak = _peak() if _peak() != before else self.residents.peak or None
+        peak = ever() if ever() != before else self.residents.peak or None
         stages[name] = Stage(seconds=time.perf_counter() - start, peak_bytes=peak)
 
 
@@ -350,11 +352,6 @@ OF_SOME = (
 def to_pil(pixels: np.ndarray) -> list[Any]:
     """Images of [B, H, W, 3] in 0..1, lists of frames of [B, T, H, W, 3]."""
     return [to_pil(one) if one.ndim == 4 else Image.fromarray(to_bytes(one)) for one in pixels]
-
-
-def _peak() -> int | None:
-    """The most bytes that the device had in use in this process; None where it does not tell."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _config_of(path: Path) -> Any:

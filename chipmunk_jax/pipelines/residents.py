@@ -85,7 +85,7 @@ class Residents:
             _programs[key] = compiled(jax.jit(function).lower(model, *shapes))
         program = _programs[key]
         model = self.place(role, beside=scratch(program))
-        used = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+        used = memory.device_bytes("bytes_in_use")
         self.peak = max(self.peak, used + scratch(program)) if used else self.peak
         return executed(program, model, *jax.device_put(args))
 

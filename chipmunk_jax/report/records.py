@@ -11,6 +11,7 @@ import jax
 import jaxlib
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.memory import device_bytes
 from chipmunk_jax.whole import whole
 
 Entry = dict[str, Any]  # a record as its file has it
@@ -22,7 +23,7 @@ def machine(commit: str | None = None) -> Entry:
     Args:
         commit: what to record where git is not there.
     """
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peak = device_bytes("peak_bytes_in_use")
     return _versions() | ({"commit": commit} if commit else {}) | {"peak_bytes": peak}
 
 
