@@ -101,7 +101,7 @@ def test_the_program_of_a_sample_is_the_same_one_in_all_modes(name, programs):
     assert programs[0] == programs[1]
 
 
-@pytest.mark.parametrize(("kind", "sparsity"), [("checkpoint", None), ("video_checkpoint", None)])
+@pytest.mark.parametrize(("kind", "sparsity"), [("checkpoint", "auto"), ("video_checkpoint", None)])
 def test_a_pipeline_gives_the_same_pixels_in_all_modes(kind, sparsity, request):
     folder = request.getfixturevalue(kind)
 
