@@ -192,13 +192,14 @@ def test_the_table_of_whole_samples_is_the_committed_records():
 
 PIPELINES = {  # the records of whole pipelines, and which of them the tables show
     "flux-dev-pipeline-1024x1024-h100": ("dense", "sparse"),
-    "wan-1.3b-pipeline-480x832x81-h100": ("dense",),
+    "wan-1.3b-pipeline-480x832x81-h100": ("dense", "sparse"),
     "wan-14b-pipeline-720x1280x81-h100": ("dense",),
+    "wan2.2-t2v-a14b-pipeline-720x1280x81-h100": ("dense",),
 }
 
 
 def short(seconds: float) -> str:
-    return f"{seconds:.2f}" if seconds < 1 else f"{seconds:#.3g}"
+    return f"{seconds:.2f}" if seconds < 1 else f"{seconds:#.3g}".rstrip(".")
 
 
 def stage_cells(name: str, kind: str) -> list[str]:
@@ -221,8 +222,8 @@ def test_the_tables_from_a_prompt_to_pixels_are_the_committed_records():
         assert (linked(row[0]) == [name] and f"{entry['shape']['steps']} " in row[0]) or kind == "sparse"
         assert row[0].startswith("the same, sparse") or (of_this_size(row[0], entry) and "dense" in row[0])
     short_rows = table(README, "prompt to pixels, one H100, seconds")
-    assert cells(short_rows) == [stage_cells(*place)[:4] for place in places[:3]]
-    assert [linked(row[0]) for row in short_rows] == [[places[0][0]], [], [places[2][0]]]
+    assert cells(short_rows) == [stage_cells(*place)[:4] for place in places[:4]]
+    assert [linked(row[0]) for row in short_rows] == [[places[0][0]], [], [places[2][0]], []]
 
 
 def test_the_tables_of_steps_are_the_committed_record():
@@ -491,11 +492,12 @@ def test_numbers_in_the_prose_of_the_readme_are_the_committed_records():
 
 
 def second_process() -> list[str]:
-    """Percentage of text and decoder in a dense FLUX sample; seconds of the first prompt in a second process, dense, sparse."""
+    """Percentage of text and decoder in a dense FLUX sample; seconds of the first prompt in a second process, and of Wan's."""
     entries = by_variant("flux-dev-pipeline-1024x1024-h100")
     later = entries["dense, later prompts"]
     around = sum(later["stages"][stage]["seconds"] for stage in ("text", "decoder"))
     firsts = [entries[f"{kind}, first prompt, second process"]["ms"] for kind in ("dense", "sparse")]
+    firsts.append(by_variant("wan-1.3b-pipeline-480x832x81-h100")["dense, first prompt, second process"]["ms"])
     return [f"{100e3 * around / later['ms']:.1f}", *(short(ms / 1e3) for ms in firsts)]
 
 
