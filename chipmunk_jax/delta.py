@@ -3,6 +3,8 @@
     full step    out = dense(x),                cache <- out - columns(x)
     delta step   out = cache + columns(x)
 
+The columns of an attention are the chosen keys and, but for the paper's own rule, the means of blocks of the others.
+
 `attend` and `feed_forward` are all that a model calls. Without a cache they are the textbook's.
 """
 
@@ -16,6 +18,7 @@ from chipmunk_jax.cache import AttentionCache, LayerCache, MlpCache
 from chipmunk_jax.schedule import Share, Step, by_phase
 from pallas_kernels import (
     Columns,
+    block_means,
     column_attention,
     column_fc1,
     column_fc2,
@@ -76,7 +79,7 @@ def _refresh(q, k, v, cache: AttentionCache, step: Step, valid):
 
 
 def _delta(q, k, v, cache: AttentionCache, step: Step, valid):
-    out = column_attention(q, k, v, cache.columns, step.layer, **_options(q, cache, step, valid))
+    out = column_attention(q, k, v, cache.columns, step.layer, **_options(q, k, v, cache, step, valid))
     return _together((out, cache))
 
 
@@ -85,16 +88,20 @@ def _dense_with_lse(q, k, v, step: Step, valid):
 
 
 def _store_residual(out, q, k, v, cache: AttentionCache, step: Step, valid) -> AttentionCache:
-    residual = store_attention_residual(out, q, k, v, cache.columns, step.layer, **_options(q, cache, step, valid))
+    options = _options(q, k, v, cache, step, valid)
+    residual = store_attention_residual(out, q, k, v, cache.columns, step.layer, **options)
     residual, lse, columns = _together((residual, cache.lse, cache.columns))
     return cache.replace(residual=residual, lse=lse, columns=columns)
 
 
-def _options(q, cache: AttentionCache, step: Step, valid) -> dict:
+def _options(q, k, v, cache: AttentionCache, step: Step, valid) -> dict:
     """Keyword arguments of attention over columns."""
-    share = step.attention
-    keys = dict(lse=cache.lse, residual=cache.residual, pinned=share.pinned, valid=valid)
-    return keys | dict(group=share.group, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
+    share, means = step.attention, None
+    common = dict(pinned=share.pinned, valid=valid, implementation=step.implementation)
+    if share.block:
+        means = block_means(k, v, cache.columns, step.layer, block=share.block, **common)
+    shape = dict(group=share.group, scale=q.shape[-1] ** -0.5)
+    return common | shape | dict(lse=cache.lse, residual=cache.residual, means=means)
 
 
 def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:

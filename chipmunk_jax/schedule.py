@@ -19,6 +19,7 @@ from chipmunk_jax.sparsity import PRESET_STEPS, PRESETS, AttentionSparsity, MlpS
 from chipmunk_jax.step_cache import skipped
 from pallas_kernels import Implementation, PinnedKeys
 from pallas_kernels.dispatch import choose
+from pallas_kernels.groups import group_count
 
 
 class AttentionPhase(IntEnum):
@@ -54,6 +55,7 @@ class Share:
     fixed_random: jax.Array | None = None  # f32, probability of a key to be kept for the whole sample; None: 0
     pinned: PinnedKeys | None = None  # keys that groups attend to whatever their scores
     query_stride: int = struct.field(pytree_node=False, default=1)  # one query of so many scores the keys
+    block: int = struct.field(pytree_node=False, default=0)  # keys whose mean stands for those not chosen; 0: none does
 
 
 @struct.dataclass
@@ -149,6 +151,7 @@ def plan_steps(
     if share:
         chance = np.float32(attention.fixed_random_keys) if attention.fixed_random_keys else None
         share = share.replace(query_stride=attention.query_stride, fixed_random=chance, pinned=pinned)
+        share = share.replace(block=attention.block_means)
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
@@ -221,11 +224,10 @@ def _density(share: Share, first_delta: IntEnum, layers: int, run: np.ndarray | 
 
 
 def _kept(share: Share) -> float:
-    """Columns a group in the mean."""
-    if share.pinned is None:
-        return float(share.keep)
-    pinned = np.diff(share.pinned.starts)
-    return float((pinned + np.minimum(share.keep, share.columns - pinned)).mean())
+    """Columns a group in the mean, those of blocks of keys among them; at most all."""
+    pinned = 0 if share.pinned is None else np.diff(share.pinned.starts)
+    means = group_count(share.columns, share.block) if share.block else 0
+    return float(np.minimum(pinned + np.minimum(share.keep, share.columns - pinned) + means, share.columns).mean())
 
 
 def full_steps(table: Step, steps: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from chipmunk_jax.config_file import nest, read_layers
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.options import change, check_types, explained, option, require
+from pallas_kernels.block_means import BLOCKS
 
 COLUMN_TILE = 64  # the kernels' step: keeping a multiple of it leaves no tile half used
 
@@ -82,7 +83,7 @@ class _ColumnSparsity:
 class AttentionSparsity(_ColumnSparsity):
     """Column-sparse attention (Chipmunk, section 3): a list of keys for every head and group of queries.
 
-    Defaults: the paper's, for FLUX.
+    Defaults: the paper's, for FLUX, but for the block means.
     """
 
     top_keys: float = option(
@@ -117,9 +118,15 @@ class AttentionSparsity(_ColumnSparsity):
         "width of the window, around a query's own place in the order of tokens, whose keys it always attends to, as a "
         "fraction of all tokens: from 0 to 1",
     )
+    block_means: int = option(
+        64,
+        "number of consecutive keys whose mean stands for those of them that are not chosen, 64 or 128, so that what they do "
+        "is followed between full steps, too; 0: it is not, as in the paper",
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.block_means in (0, *BLOCKS), "block_means", self.block_means, "64, 128, or 0 for none")
         fits = self.query_stride >= 1 and self.group % self.query_stride == 0
         require(fits, "query_stride", self.query_stride, f"a divisor of the group, {self.group}")
         odd = self.local_voxels == 0 or (self.local_voxels > 0 and self.local_voxels % 2 == 1)

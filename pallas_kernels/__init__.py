@@ -1,5 +1,6 @@
 """Kernels for column-sparse deltas: arrays in, arrays out. A file is a public function, its jnp reference, its Pallas body."""
 
+from pallas_kernels.block_means import BlockMeans, block_means
 from pallas_kernels.column_attention import column_attention, store_attention_residual
 from pallas_kernels.column_mlp import column_fc1, column_fc2, move_column_fc2, store_activations, store_fc2_residual
 from pallas_kernels.column_sums import column_sums
@@ -11,10 +12,12 @@ from pallas_kernels.rotary_qkv import rotary_qkv
 from pallas_kernels.topk import topk_columns
 
 __all__ = [
+    "BlockMeans",
     "Columns",
     "Implementation",
     "PinnedKeys",
     "Scaled",
+    "block_means",
     "column_attention",
     "column_fc1",
     "column_fc2",

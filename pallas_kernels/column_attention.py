@@ -5,7 +5,8 @@
 normalised over the chosen columns alone (Chipmunk, section 3). A full step stores `dense - S`, a delta step adds a new S to it;
 both directions are fused here, on the whole stacked cache, so that no layer's slice of it is ever copied.
 
-Keys that groups always attend to, those of a text or of a neighbourhood, come in one more list for all heads and layers.
+Keys that groups always attend to, those of a text or of a neighbourhood, come in one more list for all heads and layers. Means of
+blocks of keys may stand for the keys that neither names: S is then the softmax over the columns and the means (see block_means.py).
 
 Softmax needs some number near the logits of a row to subtract from them. The log-sum-exp of an earlier step serves as well as the
 running maximum, and spares the kernel to look for it and to rescale what it has summed.
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
+from pallas_kernels.block_means import BlockMeans
 from pallas_kernels.columns import Columns, PinnedKeys, Scaled
 from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
@@ -45,6 +47,7 @@ def column_attention(
     scale: float,
     residual: jax.Array | Scaled | None = None,
     pinned: PinnedKeys | None = None,
+    means: BlockMeans | None = None,
     valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
@@ -52,7 +55,7 @@ def column_attention(
 
     Args:
         q, k, v: [B, N, H, d], bf16 (any float for the reference).
-        columns: lists [L, B, H, G, K] of rows of k, packed or not. A list of no columns gives S = 0.
+        columns: lists [L, B, H, G, K] of rows of k, packed or not. A list of no columns gives S = 0, or that of the means.
         layer: i32 scalar, which entry of the stacked arrays to read.
         lse: [L, B, H, N], f32: a number near the largest logits of each query, as the log-sum-exp of an earlier step. S is exact
             where it is off by up to 60, and finite whatever it is.
@@ -60,6 +63,7 @@ def column_attention(
         scale: of the logits, usually d ** -0.5.
         residual: [L, B, N, H, d], what the unchosen columns contributed; in the dtype of q, or in 8 bits.
         pinned: keys that groups attend to besides their lists.
+        means: of blocks of k and v, each with the weight of the keys that columns and pinned leave out; None: they have none.
         valid: [B], i32: keys of `pinned` from there on are padding, and left out; None: there is none.
         implementation: see dispatch.choose.
 
@@ -70,10 +74,10 @@ def column_attention(
     _check(q, k, v, columns, lse, group, residual)
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
-        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), group, scale)
+        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), means, group, scale)
         base = 0 if residual is None else _unscaled(residual, layer)
         return (base + out).astype(q.dtype)
-    options = dict(group=group, scale=scale, residual=residual, pinned=pinned, valid=valid)
+    options = dict(group=group, scale=scale, residual=residual, pinned=pinned, means=means, valid=valid)
     return _pallas(q, k, v, columns, lse, layer, **options, implementation=implementation)
 
 
@@ -90,6 +94,7 @@ def store_attention_residual(
     scale: float,
     residual: jax.Array | Scaled,
     pinned: PinnedKeys | None = None,
+    means: BlockMeans | None = None,
     valid: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array | Scaled:
@@ -98,7 +103,7 @@ def store_attention_residual(
     Args:
         dense: [B, N, H, d], the output of attention over all keys.
         residual: [L, B, N, H, d], to write to; in the dtype of q, or in 8 bits.
-        q, k, v, columns, layer, lse, group, scale, pinned, valid, implementation: as in column_attention.
+        q, k, v, columns, layer, lse, group, scale, pinned, means, valid, implementation: as in column_attention.
 
     Raises:
         ValueError, NotImplementedError: as in column_attention.
@@ -108,9 +113,9 @@ def store_attention_residual(
         raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
-        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), group, scale)
+        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), means, group, scale)
         return _with_layer(residual, layer, dense.astype(jnp.float32) - out)
-    options = dict(group=group, scale=scale, residual=residual, pinned=pinned, valid=valid)
+    options = dict(group=group, scale=scale, residual=residual, pinned=pinned, means=means, valid=valid)
     return _pallas(q, k, v, columns, lse, layer, **options, dense=dense, implementation=implementation)
 
 
@@ -156,16 +161,21 @@ def _with_layer(residual, layer, values):
     return Scaled(residual.values.at[layer].set(values), residual.scale.at[layer].set(scale.swapaxes(1, 2)))
 
 
-def _reference(q, k, v, ids, listed, group, scale):
-    """S in float32 over the listed ones of these keys [B, H, G, n]."""
+def _reference(q, k, v, ids, listed, means: BlockMeans | None, group, scale):
+    """S in float32 over the listed ones of these keys [B, H, G, n], and the means."""
     queries = split_groups(q.swapaxes(1, 2), group)  # [B, H, G, group, d]
     gather = jax.vmap(jax.vmap(lambda rows, columns: rows[columns]))  # over B and H: [N, d], [G, n] -> [G, n, d]
     keys, values = gather(k.swapaxes(1, 2), ids), gather(v.swapaxes(1, 2), ids)
     keys, values = (jnp.where(listed[..., None], x, 0) for x in (keys, values))
+    times = listed.astype(jnp.float32)  # how often each column counts
+    if means is not None:
+        theirs = [jnp.broadcast_to(x.swapaxes(1, 2)[:, :, None], (*means.left.shape, q.shape[-1])) for x in means[:2]]
+        keys, values = (jnp.concatenate(both, -2) for both in zip((keys, values), theirs, strict=True))
+        times = jnp.concatenate([times, means.left.astype(jnp.float32)], -1)
     logits = jnp.einsum("bhgqd,bhgkd->bhgqk", queries, keys, preferred_element_type=jnp.float32) * scale
-    logits = jnp.where(listed[..., None, :], logits, -jnp.inf)
+    logits = jnp.where(times[..., None, :] > 0, logits, -jnp.inf)
     shift = jnp.maximum(logits.max(-1, keepdims=True), MASKED)
-    weights = jnp.exp(logits - shift)
+    weights = jnp.exp(logits - shift) * times[..., None, :]
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bhgqk,bhgkd->bhgqd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
     out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0)
@@ -173,7 +183,7 @@ def _reference(q, k, v, ids, listed, group, scale):
 
 
 def _pallas(
-    q, k, v, columns: Columns, lse, layer, *, group, scale, residual, pinned, valid, dense=None, implementation
+    q, k, v, columns: Columns, lse, layer, *, group, scale, residual, pinned, means, valid, dense=None, implementation
 ):
     """residual[layer] + S, or S, as a new array; with `dense`, the residual with dense - S in its layer, in place."""
     layer, source = jnp.asarray(layer, jnp.int32)[None], residual if dense is None else dense
@@ -186,14 +196,15 @@ def _pallas(
     # Tiles of one head run side by side and share its keys in the L2 cache.
     for part in launch.launches(q.shape[1], q.shape[2], q.shape[0], wide, narrow):
         body = functools.partial(_body, mode=mode, part=part, heavy=heavy, group=group, scale=scale)
-        inputs = (q, k, v, columns, theirs, lse, layer, source)
+        inputs = (q, k, v, columns, theirs, means, lse, layer, source)
         outs = launch.run(body, f"column_attention_{mode}", inputs, outs, part, implementation)
     return tree.unflatten(outs)
 
 
 def _body(
-    q_ref, k_ref, v_ref, columns, pinned, lse_ref, layer_ref, source_ref, *refs, mode, part: Launch, heavy, group, scale
-):
+    q_ref, k_ref, v_ref, columns, pinned, means, lse_ref, layer_ref, source_ref, *refs,
+    mode, part: Launch, heavy, group, scale,
+):  # fmt: skip
     tile, layer = part.tile.rows, layer_ref[0]
     i, h = _place(part, heavy)
     b, g = pl.program_id(2), lax.div(i * tile, group)
@@ -204,10 +215,15 @@ def _body(
     q = plgpu.load(q_ref.at[at], mask=inside, other=0)
     shift = LOG2E * plgpu.load(lse_ref.at[layer, b, h, rows], mask=rows < rows_total, other=0)
 
-    lists = [columns.loader(layer, b, h, g)] + ([] if pinned is None else [pinned.loader(b, g)])
     # Gathered rows, 16 bytes a copy, pipelined.
-    rows_of = lambda ids: (k_ref[b, ids, h, :], v_ref[b, ids, h, :])
-    out, total = _attend(q, shift, rows_of, lists, scale=scale)
+    rows_of = lambda k, v, ids: (k[b, ids, h, :], v[b, ids, h, :])
+    lists = [columns.loader(layer, b, h, g)] + ([] if pinned is None else [pinned.loader(b, g)])
+    once = lambda load: lambda slots: (*rows_of(k_ref, v_ref, load(slots)), None)
+    sources = [(once(load), count) for load, count in lists]
+    if means is not None:
+        times = lambda slots: plgpu.load(means.left.at[b, h, g, slots]).astype(jnp.float32)
+        sources.append((lambda slots: (*rows_of(means.k, means.v, slots), times(slots)), means.k.shape[1]))
+    out, total = _attend(q, shift, sources, scale=scale)
     # Zero, but not to the compiler: it would keep the places of all these rows in registers throughout the loop.
     rows = rows + (jnp.min(total) < 0).astype(jnp.int32)
     at = (b, rows[:, None], h, jnp.arange(width)[None, :])
@@ -231,31 +247,33 @@ def _body(
         plgpu.store(refs[-1].at[of_rows], scale, mask=rows < rows_total)
 
 
-def _attend(q, shift, rows_of, lists, *, scale):
-    """S [tile, d], f32, over the columns of one or two lists, and the sums of its weights [tile], none negative.
+def _attend(q, shift, sources, *, scale):
+    """S [tile, d], f32, over the columns of all sources, and the sums of its weights [tile], none negative.
 
     Args:
         q: [tile, d].
         shift: [tile], f32, what is subtracted from the logits, in units of log 2.
-        rows_of: function, columns [n] -> rows [n, d] of the keys, and of the values.
-        lists: (load, count) of each, as Columns.loader gives them.
+        sources: (load, count) of each: a function, slots [n] -> keys [n, d], values [n, d], and how often each counts, f32 [n]
+            or None for once; and how many slots there are.
     """
 
     def weigh(load, count, ragged, j, carry):
-        """The carry with 64 more columns of a list."""
+        """The carry with 64 more columns of a source."""
         acc, total = carry
         slots = j * BLOCK + jnp.arange(BLOCK)
         # The last step is filled up with the first column: a chosen one, so unchosen garbage is never read.
-        k, v = rows_of(load(jnp.where(slots < count, slots, 0) if ragged else slots))
+        k, v, times = load(jnp.where(slots < count, slots, 0) if ragged else slots)
         # One fused multiply-add per logit; the scale never touches q, which would be rounded again.
         weights = jnp.exp2(plgpu.dot(q, k.T) * (scale * LOG2E) - shift[:, None])
+        if times is not None:
+            weights *= times[None, :]
         if ragged:
             weights = jnp.where((slots < count)[None, :], weights, 0)
         return acc + plgpu.dot(weights.astype(v.dtype), v), total + weights.sum(axis=1)
 
     carry = (jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32))
-    for one in lists:
-        whole, steps = lax.div(one[1], BLOCK), lax.div(one[1] + BLOCK - 1, BLOCK)
+    for one in sources:
+        whole, steps = one[1] // BLOCK, (one[1] + BLOCK - 1) // BLOCK
         carry = lax.fori_loop(0, whole, functools.partial(weigh, *one, False), carry)
         carry = lax.fori_loop(whole, steps, functools.partial(weigh, *one, True), carry)
     acc, total = carry

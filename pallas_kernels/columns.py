@@ -62,12 +62,16 @@ class Columns(NamedTuple):
         return jnp.where(listed, ids, 0), listed
 
     def loader(self, *at: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
-        """The list of [layer, b, .., g] in the body of a kernel: a function, slots [n] -> columns [n], and how many there are."""
+        """The list of [layer, b, .., g] in the body of a kernel: a function, slots [n] -> columns [n], and how many there are.
 
-        def load(slots):
+        The function takes a mask, too, bool [n]: slots that are not read.
+        """
+
+        def load(slots, mask=None):
             if self.wrap is None:
-                return plgpu.load(self.indices.at[*at, slots])
-            ids = (plgpu.load(self.indices.at[*at, slots >> 1]) >> ((slots & 1) * 16)) & (WRAP - 1)
+                return plgpu.load(self.indices.at[*at, slots], mask=mask, other=_other(mask))
+            words = plgpu.load(self.indices.at[*at, slots >> 1], mask=mask, other=_other(mask))
+            ids = (words >> ((slots & 1) * 16)) & (WRAP - 1)
             return ids + jnp.where(slots < self.wrap[*at], 0, WRAP)
 
         return load, self.counts[*at]
@@ -127,7 +131,13 @@ class CountedKeys(NamedTuple):
     def loader(self, b: jax.Array, g: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
         """As Columns.loader, of one group."""
         start = self.starts[g]
-        return lambda slots: plgpu.load(self.ids.at[start + slots]), self.counts[b, g]
+        load = lambda slots, mask=None: plgpu.load(self.ids.at[start + slots], mask=mask, other=_other(mask))
+        return load, self.counts[b, g]
+
+
+def _other(mask: jax.Array | None) -> int | None:
+    """What a load gives where it is masked."""
+    return None if mask is None else 0
 
 
 class Scaled(NamedTuple):
