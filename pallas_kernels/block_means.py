@@ -20,14 +20,19 @@ from pallas_kernels.groups import group_count, split_groups
 
 BLOCKS = (64, 128)  # keys of a block: with 32, twice the columns gain 0.3 dB; 128 lose 0.5 to 1.4 dB
 LANES = 256  # blocks that a program counts
+STEP = (
+    32  # blocks that column_attention takes at once: with 64, only one of its programs fits a multiprocessor of an H100
+)
 
 
 class BlockMeans(NamedTuple):
-    """The keys of one layer by blocks, M = ceil(N / block) of them."""
+    """The keys of one layer by blocks: M of them, ceil(N / block) up to the next multiple of STEP, the last ones empty."""
 
     k: jax.Array  # [B, M, H, d]: means of the keys of a block that are no padding
     v: jax.Array  # [B, M, H, d]: of their values
-    left: jax.Array  # u8 [B, H, G, M]: how many of them a group neither lists nor has pinned
+    left: (
+        jax.Array
+    )  # f32 [B, H, G, M]: how many of them a group neither lists nor has pinned; bytes would be loaded too late
 
 
 def block_means(
@@ -67,7 +72,7 @@ def block_means(
 
 
 def _mean(x, *, block, end):
-    """[B, N, H, d] -> [B, M, H, d], in float32 but for the result."""
+    """[B, N, H, d] -> [B, M, H, d], summed in float32."""
     batch, keys, heads, width = x.shape
     starts = block * jnp.arange(group_count(keys, block))
     if end is None:
@@ -76,16 +81,23 @@ def _mean(x, *, block, end):
         x = jnp.where((jnp.arange(keys) < end[:, None])[..., None, None], x, 0)
         sizes = jnp.clip(end[:, None] - starts, 0, block)
     sums = split_groups(x.reshape(batch, keys, heads * width), block).sum(2, dtype=jnp.float32)
-    return (sums / jnp.maximum(sizes, 1)[..., None]).astype(x.dtype).reshape(batch, -1, heads, width)
+    means = (sums / jnp.maximum(sizes, 1)[..., None]).astype(x.dtype)
+    empty = _blocks(keys, block) - means.shape[1]
+    return jnp.pad(means, ((0, 0), (0, empty), (0, 0))).reshape(batch, -1, heads, width)
+
+
+def _blocks(keys, block):
+    """M."""
+    return STEP * group_count(keys, STEP * block)
 
 
 def _reference(columns: Columns, layer, pinned: PinnedKeys | None, end, keys, block):
-    blocks = group_count(keys, block)
+    blocks = _blocks(keys, block)
     kept = _by_block(*columns.listed(layer), blocks, block)  # [B, H, G, M]
     if pinned is not None:
         kept += _by_block(*pinned.listed(end, keys), blocks, block)
     sizes = jnp.clip(end[:, None] - block * jnp.arange(blocks), 0, block)
-    return (sizes[:, None, None] - kept).astype(jnp.uint8)
+    return (sizes[:, None, None] - kept).astype(jnp.float32)
 
 
 def _by_block(ids, listed, blocks, block):
@@ -98,14 +110,14 @@ def _by_block(ids, listed, blocks, block):
 
 def _pallas(columns: Columns, layer, pinned: PinnedKeys | None, end, keys, block, *, implementation):
     batch, heads, groups = columns.counts.shape[1:]
-    blocks = group_count(keys, block)
+    blocks = _blocks(keys, block)
     theirs = None if pinned is None else pinned.counted(end, batch)
     parts = group_count(blocks, LANES)
     return pl.pallas_call(
         functools.partial(_body, block=block, parts=parts),
         grid=(groups * parts, heads, batch),
         name="block_means",
-        out_shape=jax.ShapeDtypeStruct((batch, heads, groups, blocks), jnp.uint8),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, groups, blocks), jnp.float32),
         interpret=implementation == "interpret",
         compiler_params=dispatch.compiler_params(num_warps=4, num_stages=1),
     )(columns, theirs, end, jnp.asarray(layer, jnp.int32)[None])
@@ -123,7 +135,7 @@ def _body(columns, pinned, end_ref, layer_ref, left_ref, *, block, parts):
     for load, count, capacity in lists:
         begin = _place(load, jnp.zeros_like(blocks), count, first, capacity)
         left -= _place(load, begin, jnp.minimum(begin + block, count), last, block) - begin
-    plgpu.store(left_ref.at[b, h, g, blocks], left.astype(jnp.uint8), mask=blocks < left_ref.shape[3])
+    plgpu.store(left_ref.at[b, h, g, blocks], left.astype(jnp.float32), mask=blocks < left_ref.shape[3])
 
 
 def _place(load, low, high, bound, most):

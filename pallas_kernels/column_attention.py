@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
-from pallas_kernels.block_means import BlockMeans
+from pallas_kernels.block_means import STEP, BlockMeans
 from pallas_kernels.columns import Columns, PinnedKeys, Scaled
 from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
@@ -171,7 +171,7 @@ def _reference(q, k, v, ids, listed, means: BlockMeans | None, group, scale):
     if means is not None:
         theirs = [jnp.broadcast_to(x.swapaxes(1, 2)[:, :, None], (*means.left.shape, q.shape[-1])) for x in means[:2]]
         keys, values = (jnp.concatenate(both, -2) for both in zip((keys, values), theirs, strict=True))
-        times = jnp.concatenate([times, means.left.astype(jnp.float32)], -1)
+        times = jnp.concatenate([times, means.left], -1)
     logits = jnp.einsum("bhgqd,bhgkd->bhgqk", queries, keys, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(times[..., None, :] > 0, logits, -jnp.inf)
     shift = jnp.maximum(logits.max(-1, keepdims=True), MASKED)
@@ -221,7 +221,7 @@ def _body(
     once = lambda load: lambda slots: (*rows_of(k_ref, v_ref, load(slots)), None)
     sources = [(once(load), count) for load, count in lists]
     if means is not None:
-        times = lambda slots: plgpu.load(means.left.at[b, h, g, slots]).astype(jnp.float32)
+        times = lambda slots: plgpu.load(means.left.at[b, h, g, slots])
         sources.append((lambda slots: (*rows_of(means.k, means.v, slots), times(slots)), means.k.shape[1]))
     out, total = _attend(q, shift, sources, scale=scale)
     # Zero, but not to the compiler: it would keep the places of all these rows in registers throughout the loop.
@@ -254,13 +254,13 @@ def _attend(q, shift, sources, *, scale):
         q: [tile, d].
         shift: [tile], f32, what is subtracted from the logits, in units of log 2.
         sources: (load, count) of each: a function, slots [n] -> keys [n, d], values [n, d], and how often each counts, f32 [n]
-            or None for once; and how many slots there are.
+            or None for once; and how many slots there are: of means a multiple of STEP, an int.
     """
 
-    def weigh(load, count, ragged, j, carry):
-        """The carry with 64 more columns of a source."""
+    def weigh(load, count, step, ragged, j, carry):
+        """The carry with `step` more columns of a source."""
         acc, total = carry
-        slots = j * BLOCK + jnp.arange(BLOCK)
+        slots = j * step + jnp.arange(step)
         # The last step is filled up with the first column: a chosen one, so unchosen garbage is never read.
         k, v, times = load(jnp.where(slots < count, slots, 0) if ragged else slots)
         # One fused multiply-add per logit; the scale never touches q, which would be rounded again.
@@ -272,10 +272,13 @@ def _attend(q, shift, sources, *, scale):
         return acc + plgpu.dot(weights.astype(v.dtype), v), total + weights.sum(axis=1)
 
     carry = (jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32))
-    for one in sources:
-        whole, steps = one[1] // BLOCK, (one[1] + BLOCK - 1) // BLOCK
-        carry = lax.fori_loop(0, whole, functools.partial(weigh, *one, False), carry)
-        carry = lax.fori_loop(whole, steps, functools.partial(weigh, *one, True), carry)
+    for load, count in sources:
+        if isinstance(count, int):
+            carry = lax.fori_loop(0, count // STEP, functools.partial(weigh, load, count, STEP, False), carry)
+            continue
+        whole, steps = lax.div(count, BLOCK), lax.div(count + BLOCK - 1, BLOCK)
+        carry = lax.fori_loop(0, whole, functools.partial(weigh, load, count, BLOCK, False), carry)
+        carry = lax.fori_loop(whole, steps, functools.partial(weigh, load, count, BLOCK, True), carry)
     acc, total = carry
     # No key at all, or a shift so far off that all weights vanished, or grew beyond what float32 can sum times a value.
     known = (total > 0) & (total < LARGEST_TOTAL)
