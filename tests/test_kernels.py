@@ -269,7 +269,7 @@ def test_dense_attention_leaves_padding_out(implementation):
     draws = [draw(rng, 2, rows, 2, 64, dtype=dtype_of(implementation)) for _ in range(3)]
     there = np.arange(rows) < valid[:, None]
     q, k, v = (jnp.where(there[..., None, None], a, jnp.asarray(100, a.dtype)) for a, _ in draws)
-    out, lse = whole(dense_attention, q, k, v, scale=0.125, valid=valid, implementation=implementation)
+    out, lse = whole(dense_attention, q, k, v, scale=0.125, valid=jnp.asarray(valid), implementation=implementation)
     for b, n in enumerate(valid):
         nq, nk, nv = (a[b, :n] for _, a in draws)
         weights = np.exp(0.125 * np.einsum("qhd,khd->hqk", nq, nk))
@@ -409,7 +409,7 @@ def test_topk_takes_a_number_for_every_row(implementation, columns):
 
 def test_topk_fills_every_list_whatever_the_signs(implementation):
     scores = jnp.asarray([[0.5, -0.0, 0.0, -jnp.nan, 2.0, -0.0, 0.0, 0.0]])
-    indices = whole(topk_columns, scores, 6, capacity=6, implementation=implementation).indices
+    indices = topk_columns(scores, 6, capacity=6, implementation=implementation).indices
     assert np.unique(indices).size == 6 and (np.asarray(indices) >= 0).all() and (np.asarray(indices) < 8).all()
 
 
