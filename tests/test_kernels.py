@@ -68,6 +68,11 @@ def agree(got, expected, implementation):
     np.testing.assert_allclose(got, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
 
 
+def whole(function, *arrays, **options):
+    """The result of the function as one program: op by op, every operation of a reference would be compiled alone."""
+    return jax.jit(lambda *arrays: function(*arrays, **options))(*arrays)
+
+
 def draw(rng, *shape, dtype=jnp.float32):
     """An array of the dtype, and the float64 values it really holds."""
     array = jnp.asarray(rng.standard_normal(shape), dtype)
@@ -118,8 +123,8 @@ def test_column_attention_is_softmax_over_the_listed_columns(
 
     lse = draw(rng, LAYERS, batch, heads, rows)[0]  # of logits that have moved since
     options = dict(layer=LAYER, lse=lse, group=group, scale=scale, implementation=implementation)
-    agree(column_attention(q, k, v, keys, **options), expected, implementation)
-    added = column_attention(q, k, v, keys, residual=residual, **options)
+    agree(whole(column_attention, q, k, v, keys, **options), expected, implementation)
+    added = whole(column_attention, q, k, v, keys, residual=residual, **options)
     agree(added, naive_residual[LAYER] + expected, implementation)
     stored = jax.jit(lambda r: store_attention_residual(dense, q, k, v, keys, residual=r, **options))(residual)
     agree(stored[LAYER], naive_dense - expected, implementation)
@@ -141,12 +146,13 @@ def test_pinned_keys_are_keys_like_those_of_the_lists(planned, rows, heavy, pack
     keys = draw_lists(rng, (batch, heads, groups), 20, rows - 120, "mixed")
     last = np.arange(rows - 120, rows)
     pinned = [(last[:1], last[30:], last, last[:0], last[3:67])[g % 5] for g in range(groups)]
-    whole, counts = np.zeros((batch, heads, groups, rows), np.int32), np.zeros((batch, heads, groups), np.int32)
-    for b, h, g in np.ndindex(counts.shape):
-        own = keys.indices[LAYER, b, h, g, : keys.counts[LAYER, b, h, g]]
-        chosen = [*np.asarray(own), *pinned[g][pinned[g] < valid[b]]]
-        whole[b, h, g, : len(chosen)], counts[b, h, g] = chosen, len(chosen)
-    expected = naive_column_attention(nq, nk, nv, whole, counts, group, scale)
+    chosen, counts = np.zeros((batch, heads, groups, rows), np.int32), np.zeros((batch, heads, groups), np.int32)
+    indices, own = np.asarray(keys.indices[LAYER]), np.asarray(keys.counts[LAYER])
+    for at in np.ndindex(counts.shape):
+        b, _, g = at
+        listed = [*indices[at][: own[at]], *pinned[g][pinned[g] < valid[b]]]
+        chosen[at][: len(listed)], counts[at] = listed, len(listed)
+    expected = naive_column_attention(nq, nk, nv, chosen, counts, group, scale)
 
     padding = np.arange(rows) >= valid[:, None]
     poison = lambda x: jnp.where(padding[..., None, None], jnp.nan, x).astype(dtype)
@@ -155,10 +161,10 @@ def test_pinned_keys_are_keys_like_those_of_the_lists(planned, rows, heavy, pack
     options |= dict(pinned=PinnedKeys(jnp.asarray(np.concatenate(pinned)), jnp.asarray(starts), heavy))
     options |= dict(layer=LAYER, implementation=implementation)
     keys = pack_lists(keys) if packed else keys
-    agree(column_attention(q, poison(k), poison(v), keys, **options), expected, implementation)
+    agree(whole(column_attention, q, poison(k), poison(v), keys, **options), expected, implementation)
     dense, naive_dense = draw(rng, *q.shape, dtype=dtype)
     residual = jnp.zeros((LAYERS, *q.shape), dtype)
-    stored = store_attention_residual(dense, q, poison(k), poison(v), keys, residual=residual, **options)
+    stored = whole(store_attention_residual, dense, q, poison(k), poison(v), keys, residual=residual, **options)
     agree(stored[LAYER], naive_dense - expected, implementation)
 
 
@@ -183,7 +189,7 @@ def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(planned):
     )
     assert (np.abs(values - expected) <= bound).all()
     assert not np.asarray(stored.values[0], np.float32).any() and not np.asarray(stored.scale[0]).any()
-    added = column_attention(q, k, v, keys, LAYER, residual=stored, **options)
+    added = whole(column_attention, q, k, v, keys, layer=LAYER, residual=stored, **options)
     agree(added, values + (np.asarray(dense, np.float64) - expected), implementation)
 
 
@@ -198,7 +204,7 @@ def test_unlisted_garbage_and_extreme_logits_never_leak(implementation, drift):
     poison = lambda x: x.at[:, unlisted].set(jnp.nan)
     options = dict(group=group, scale=0.125, implementation=implementation)
     lse = 0.125 * jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32).max(-1) + drift
-    out = column_attention(q, poison(k), poison(v), keys, LAYER, lse=jnp.stack([lse, lse]), **options)
+    out = whole(column_attention, q, poison(k), poison(v), keys, layer=LAYER, lse=jnp.stack([lse, lse]), **options)
     lists = keys.indices[LAYER], keys.counts[LAYER]
     expected = naive_column_attention(*(np.asarray(x, np.float64) for x in (q, k, v)), *lists, group, 0.125)
     agree(out, expected, implementation)
@@ -233,7 +239,7 @@ def test_column_sums_are_the_attention_mass_of_each_group(implementation, rows, 
     mass[:, :, ~sampled] = 0
     expected = np.stack([mass[:, :, i : i + group].sum(2) for i in range(0, rows, group)], axis=2)
     options = dict(group=group, scale=scale, stride=stride, implementation=implementation)
-    sums = column_sums(q, k, jnp.asarray(lse, jnp.float32), **options)
+    sums = whole(column_sums, q, k, jnp.asarray(lse, jnp.float32), **options)
     agree(sums, expected, implementation)
 
 
@@ -252,7 +258,7 @@ def test_dense_attention_gives_softmax_and_its_log_sum_exp(implementation):
     (nq, nk, nv) = (n for _, n in draws)
     logits = 0.125 * np.einsum("bqhd,bkhd->bhqk", nq, nk)
     weights = np.exp(logits)
-    out, lse = dense_attention(*(a for a, _ in draws), scale=0.125, implementation=implementation)
+    out, lse = whole(dense_attention, *(a for a, _ in draws), scale=0.125, implementation=implementation)
     agree(out, np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), nv), implementation)
     assert lse.dtype == jnp.float32
     agree(lse, np.log(weights.sum(-1)), implementation)
@@ -263,7 +269,7 @@ def test_dense_attention_leaves_padding_out(implementation):
     draws = [draw(rng, 2, rows, 2, 64, dtype=dtype_of(implementation)) for _ in range(3)]
     there = np.arange(rows) < valid[:, None]
     q, k, v = (jnp.where(there[..., None, None], a, jnp.asarray(100, a.dtype)) for a, _ in draws)
-    out, lse = dense_attention(q, k, v, scale=0.125, valid=jnp.asarray(valid), implementation=implementation)
+    out, lse = whole(dense_attention, q, k, v, scale=0.125, valid=jnp.asarray(valid), implementation=implementation)
     for b, n in enumerate(valid):
         nq, nk, nv = (a[b, :n] for _, a in draws)
         weights = np.exp(0.125 * np.einsum("qhd,khd->hqk", nq, nk))
@@ -299,15 +305,16 @@ def test_column_mlp_is_the_mlp_of_the_listed_neurons(planned, batch, rows, width
     full = naive_gelu(nx @ n1[LAYER].T + nb1[LAYER])
     packed = np.zeros((batch, rows, capacity))
     change, moved, product = packed.copy(), naive_cached[LAYER].copy(), np.zeros((batch, rows, width))
+    listed, counts = np.asarray(lists.indices[LAYER]), np.asarray(lists.counts[LAYER])
     for b, i in np.ndindex(batch, rows):
-        chosen = np.asarray(lists.indices)[LAYER, b, i // group, : int(lists.counts[LAYER, b, i // group])]
+        chosen = listed[b, i // group, : counts[b, i // group]]
         packed[b, i, : chosen.size] = full[b, i, chosen]
         change[b, i, : chosen.size] = full[b, i, chosen] - naive_cached[LAYER, b, chosen, i]
         moved[b, chosen, i] = full[b, i, chosen]
         product[b, i] = full[b, i, chosen] @ n2[LAYER, chosen]
 
     options = dict(layer=LAYER, group=group, implementation=implementation)
-    got, none = column_fc1(x, fc1, b1, lists, **options)
+    got, none = whole(column_fc1, x, fc1, b1, lists, **options)
     assert none is None
     agree(got, packed, implementation)
     got_change, got_cache = jax.jit(lambda a: column_fc1(x, fc1, b1, lists, activations=a, **options))(cached)
@@ -315,7 +322,7 @@ def test_column_mlp_is_the_mlp_of_the_listed_neurons(planned, batch, rows, width
     agree(got_cache[LAYER], moved, implementation)
     np.testing.assert_array_equal(got_cache[0], cached[0])
 
-    agree(column_fc2(got, fc2, lists, residual=base, **options), naive_base[LAYER] + product, implementation)
+    agree(whole(column_fc2, got, fc2, lists, residual=base, **options), naive_base[LAYER] + product, implementation)
     added, fresh = jax.jit(lambda o: move_column_fc2(got, fc2, lists, out=o, **options))(base)
     agree(fresh, naive_base[LAYER] + product, implementation)
     np.testing.assert_array_equal(added[LAYER], fresh)
@@ -358,12 +365,12 @@ def test_topk_lists_the_largest_ascending_with_ties_from_the_left(implementation
     scores = jnp.asarray(np.abs(rng.standard_normal((2, 3, columns))), dtype)
     scores = scores.at[0, 0].set(jnp.round(scores[0, 0]))  # many ties
     scores = scores.at[1, 1].set(0.0).at[1, 2, columns // 2].set(jnp.inf)
-    indices, counts, _ = topk_columns(scores, jnp.int32(k), capacity=capacity, implementation=implementation)
+    indices, counts, _ = whole(topk_columns, scores, jnp.int32(k), capacity=capacity, implementation=implementation)
     assert indices.shape == (2, 3, capacity) and bool((counts == k).all())
     values = np.asarray(scores, np.float32)
     for at in np.ndindex(2, 3):
         expected = np.sort(np.argsort(-values[at], kind="stable")[:k])
-        np.testing.assert_array_equal(np.asarray(indices[at])[:k], expected)
+        np.testing.assert_array_equal(np.asarray(indices)[at][:k], expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -393,11 +400,11 @@ def test_topk_of_long_rows_is_exact_whatever_a_sample_of_them_says(implementatio
 def test_topk_takes_a_number_for_every_row(implementation, columns):
     scores = jnp.asarray(np.random.default_rng(8).random((2, 3, columns)), jnp.float32)
     k = np.array([[0, 5, 64], [1, 0, 33]])
-    indices, counts, _ = topk_columns(scores, jnp.asarray(k), capacity=64, implementation=implementation)
+    indices, counts, _ = whole(topk_columns, scores, jnp.asarray(k), capacity=64, implementation=implementation)
     np.testing.assert_array_equal(counts, k)
     for at in np.ndindex(k.shape):
-        expected = np.sort(np.argsort(-np.asarray(scores[at]), kind="stable")[: k[at]])
-        np.testing.assert_array_equal(np.asarray(indices[at])[: k[at]], expected)
+        expected = np.sort(np.argsort(-np.asarray(scores)[at], kind="stable")[: k[at]])
+        np.testing.assert_array_equal(np.asarray(indices)[at][: k[at]], expected)
 
 
 def test_topk_fills_every_list_whatever_the_signs(implementation):

@@ -56,7 +56,10 @@ def test_rotary_qkv_is_bias_norm_and_a_turn_of_every_pair(implementation, sizes,
     dtype = jnp.bfloat16 if implementation == "pallas" else jnp.float32
     normed = heads * width if together else width
     parts, cos, sin, angles = draw(np.random.default_rng(0), sizes, heads, width, batch, dtype, normed)
-    got = rotary_qkv(parts, cos, sin, LAYER, implementation=implementation)
+    run = jax.jit(
+        lambda *args: rotary_qkv(*args, LAYER, implementation=implementation)
+    )  # op by op costs a program each
+    got = run(parts, cos, sin)
     for a, expected in zip(got, naive(parts, heads, width, angles), strict=True):
         assert a.shape == (batch, sum(sizes), heads, width) and a.dtype == dtype
         tolerance = 2**-8 if implementation == "pallas" else 1e-5  # one rounding; float32 all through
@@ -71,7 +74,7 @@ def test_the_gradient_is_that_of_the_reference(normed):
         q, k, v = rotary_qkv(parts, cos, sin, LAYER, implementation=implementation)
         return (jnp.sin(q) + jnp.cos(k) * v).sum()
 
-    gradients = (jax.grad(loss)(parts, name) for name in ("interpret", "reference"))
+    gradients = (jax.jit(jax.grad(loss), static_argnums=1)(parts, name) for name in ("interpret", "reference"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
 
 
