@@ -44,8 +44,9 @@ def start(sparsity, pinned=None):
     return cache, lambda i: table.at_step(i).at_layer(LAYER, LAYER)
 
 
-def naive_softmax(logits):
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
+def naive_softmax(logits, times=1):
+    """With columns that count so many times."""
+    weights = times * np.exp(logits - logits.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
@@ -78,8 +79,8 @@ class NaiveAttention:
                     self.columns[at] = np.sort([*always, *free[naive_top(mass[free], self.keep)]]).astype(int)
                 out[b, rows, h] = dense[rows]
                 if phase >= AttentionPhase.SELECT:
-                    chosen = self.columns[at]
-                    sparse = naive_softmax(logits[rows][:, chosen]) @ v[b, chosen, h]
+                    keys, values, times = self.chosen_and_means(at, k[b, :, h], v[b, :, h])
+                    sparse = naive_softmax(q[b, rows, h] @ keys.T * D**-0.5, times) @ values
                     if phase == AttentionPhase.DELTA:
                         out[b, rows, h] = self.residual[at] + sparse
                     else:
@@ -88,10 +89,18 @@ class NaiveAttention:
                 self.lse[b, h] = lse
         return out
 
+    def chosen_and_means(self, at, k, v):
+        """Keys, values and how often each counts: the chosen ones, once, and means of blocks, as often as they stand for a key."""
+        chosen, block = self.columns[at], self.config.block_means
+        starts = range(0, self.valid[at[0]], block) if block else ()
+        blocks = [np.arange(start, min(start + block, self.valid[at[0]])) for start in starts]
+        mean = lambda x: np.concatenate([x[chosen], *(x[keys].mean(0, keepdims=True) for keys in blocks)])
+        return mean(k), mean(v), np.array([1] * len(chosen) + [len(np.setdiff1d(keys, chosen)) for keys in blocks])
 
-@pytest.mark.parametrize("recompute_mask", [False, True])
-def test_attention_equals_a_naive_one_through_every_phase(recompute_mask):
-    config = AttentionSparsity(**(vars(ATTENTION) | {"recompute_mask": recompute_mask}))
+
+@pytest.mark.parametrize(("recompute_mask", "block"), [(False, 64), (True, 0), (True, 128)])
+def test_attention_equals_a_naive_one_through_every_phase(recompute_mask, block):
+    config = AttentionSparsity(**(vars(ATTENTION) | {"recompute_mask": recompute_mask, "block_means": block}))
     cache, step = start(Sparsity(attention=config, mlp=None))
     naive, run = NaiveAttention(config), jax.jit(attend)
     seen = set()
@@ -117,7 +126,9 @@ def test_pinned_keys_and_padding_through_every_phase(packed, portions, monkeypat
         monkeypatch.setattr(columns, "WRAP", 128)
     valid = np.array([N, N - 13])
     config = AttentionSparsity(
-        **vars(ATTENTION) | dict(recompute_mask=True, text_keys=True, text_queries=True, local_1d_window=0.02)
+        **vars(ATTENTION)
+        | dict(recompute_mask=True, text_keys=True, text_queries=True, local_1d_window=0.02)
+        | dict(block_means=64 if packed else 0)
     )
     pinned = pinned_keys(config, (N - 20,), (), (N - 20, N))
     lists = [pinned.ids[a:b] for a, b in itertools.pairwise(pinned.starts)]

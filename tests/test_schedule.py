@@ -141,13 +141,17 @@ def test_a_plan_holds_what_the_config_says():
 @pytest.mark.parametrize("steps", [1, 2, 28, 50])
 @pytest.mark.parametrize("cache", ["activations", "residual"])
 def test_density_is_the_mean_over_layers_and_steps(layers, steps, cache):
-    sparsity = Sparsity(mlp=MlpSparsity(cache=cache, first_n_dense_layers=1))
+    block = {"activations": 0, "residual": 64}[cache]
+    sparsity = Sparsity(
+        attention=AttentionSparsity(block_means=block), mlp=MlpSparsity(cache=cache, first_n_dense_layers=1)
+    )
     tokens, neurons = 1111, 12288
     expected = {"attention": [], "mlp": []}
     for step in range(steps):
         for layer in range(layers):
             full = {"attention": step < 2 or step % 10 == 0 or layer < 2, "mlp": step % 10 == 0 or layer < 1}
-            expected["attention"].append(1 if full["attention"] else 192 / tokens)  # 0.165 x 1111 = 183
+            columns = 192 + (18 if block else 0)  # 0.165 x 1111 = 183; 1111 / 64 = 17.4
+            expected["attention"].append(1 if full["attention"] else columns / tokens)
             expected["mlp"].append(1 if full["mlp"] else 4096 / neurons)
     found = density(plan_steps(sparsity, steps, tokens=tokens, mlp_width=neurons), layers)
     assert found.keys() == expected.keys()
@@ -159,7 +163,7 @@ def test_density_is_the_mean_over_layers_and_steps(layers, steps, cache):
 def test_a_skipped_step_computes_nothing():
     sparsity = Sparsity(mlp=None, step_cache=StepCache(skip_steps=(3, 4)))
     table = plan_steps(sparsity, 6, tokens=1111, mlp_width=100)
-    assert density(table, 4) == {"attention": pytest.approx((2 + 2 * (2 + 2 * 192 / 1111) / 4) / 6), "mlp": 4 / 6}
+    assert density(table, 4) == {"attention": pytest.approx((2 + 2 * (2 + 2 * 210 / 1111) / 4) / 6), "mlp": 4 / 6}
 
 
 def test_density_of_a_dense_part_is_one():

@@ -66,6 +66,7 @@ KEYS = {
     "text_queries": False,
     "local_voxels": 0,
     "local_1d_window": 0.0,
+    "block_means": 0,
 }
 NEURONS = {
     "top_keys": 0.3,
@@ -139,7 +140,7 @@ def test_the_flux_preset_has_the_values_of_the_paper():
         assert (part.first_n_dense_layers, part.full_step_every, part.full_step_schedule) == (2, 10, None)
         assert (part.group, part.max_keys) == (128, None)
     assert PRESETS["flux"].patches == (8, 4)
-    assert PRESETS["flux"] == Sparsity() == load_sparsity("flux")
+    assert PRESETS["flux"] == Sparsity(attention=AttentionSparsity(block_means=0)) == load_sparsity("flux")
 
 
 @pytest.mark.parametrize(
@@ -333,16 +334,16 @@ def test_the_help_of_a_flag_is_that_of_the_docstring():
 def test_overrides_by_dotted_names_win():
     overrides = {"attention.top_keys": 0.4, "mlp.cache": "residual", "mlp.full_step_schedule": [5, 0], "patches": []}
     expected = Sparsity(
-        attention=AttentionSparsity(top_keys=0.4),
+        attention=AttentionSparsity(top_keys=0.4, block_means=0),
         mlp=MlpSparsity(cache="residual", full_step_schedule=(0, 5)),
         patches=(),
     )
-    source = {"attention": {"top_keys": 0.1}, "mlp": None}
+    source = {"attention": {"top_keys": 0.1, "block_means": 0}, "mlp": None}
     assert load_sparsity(source, overrides) == load_sparsity("flux", overrides) == expected
-    assert source == {"attention": {"top_keys": 0.1}, "mlp": None}  # the caller's own is left alone
-    assert load_sparsity("flux", {"mlp": None}) == Sparsity(mlp=None)
+    assert source == {"attention": {"top_keys": 0.1, "block_means": 0}, "mlp": None}  # the caller's own is left alone
+    assert load_sparsity("flux", {"mlp": None}) == Sparsity(attention=AttentionSparsity(block_means=0), mlp=None)
     assert load_sparsity(OTHER, {"attention.max_keys": None}).attention.max_keys is None
-    assert load_sparsity("flux") == Sparsity()
+    assert load_sparsity("flux", {"attention.block_means": 64}) == Sparsity()
 
 
 @pytest.mark.parametrize(
