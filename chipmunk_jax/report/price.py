@@ -1,0 +1,147 @@
+"""What a sample would cost on a published model: each step of its plan, priced by the steps that were measured there."""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from chipmunk_jax.errors import InputError
+from chipmunk_jax.pipelines import VARIANTS
+from chipmunk_jax.report import records
+from chipmunk_jax.report.records import Entry
+from chipmunk_jax.report.work import Work, dense_work
+from chipmunk_jax.sampling import plan_stacks
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, density
+from chipmunk_jax.sparsity import load_sparsity
+
+NEEDED = ("dense", "full", "select", "delta", "skipped")  # kinds of steps, as `chipmunk bench step` names them
+
+
+def step_kinds(plan: Step, steps: int, skipped: Collection[int]) -> list[str]:
+    """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest.
+
+    Args:
+        plan: of plan_steps(), or a Step() for dense sampling.
+        steps: of the sampler.
+        skipped: the steps that ran no block.
+    """
+    if not (plan.attention or plan.mlp):
+        return ["skipped" if i in skipped else "dense" for i in range(steps)]
+    phases = lambda share, delta: np.full(steps, delta) if share is None else np.asarray(share.phase)
+    attention, mlp = phases(plan.attention, AttentionPhase.DELTA), phases(plan.mlp, MlpPhase.DELTA)
+    names = np.select(
+        [
+            np.isin(np.arange(steps), list(skipped)),
+            attention == AttentionPhase.SELECT,
+            (attention != AttentionPhase.DELTA) | (mlp == MlpPhase.FULL),
+            mlp == MlpPhase.SELECT_DELTA,
+        ],
+        ["skipped", "select", "full", "select neurons"],
+        "delta",
+    )
+    return names.tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Prices of the steps of a published model, in dense steps."""
+
+    name: str  # of the model, its size and the device
+    kinds: dict[str, float]  # of the steps that were measured
+    work: Work  # parts of a dense step
+    column: float  # price of a chosen key or neuron, over that of one in a dense step
+
+    def cost(self, plan: Step, steps: int, skipped: Collection[int], layers: int) -> float:
+        """Sum of the prices of all steps of a sample, in dense steps.
+
+        Delta steps are priced by their shares of keys and neurons; dense, full, selecting and skipped ones cost what was measured.
+
+        Args:
+            plan: of plan_steps(), or a Step() for dense sampling.
+            steps: of the sampler.
+            skipped: the steps that ran no block.
+            layers: of the model that the plan is of.
+        """
+        delta = self.delta(plan, layers)
+        extra = self.kinds.get("select neurons", self.kinds["delta"]) - self.kinds["delta"]
+        prices = self.kinds | {"delta": delta, "select neurons": delta + extra}
+        return sum(prices[kind] for kind in step_kinds(plan, steps, skipped))
+
+    def delta(self, plan: Step, layers: int) -> float:
+        """Price of a delta step: that of a dense one, but for the layers whose keys or neurons are chosen."""
+        dense, chosen = _delta_parts(self.work, plan, layers)
+        return dense + self.column * chosen
+
+
+def read_prices(path: str | Path) -> Prices:
+    """The prices by a file of `chipmunk bench step`; records of other benchmarks in it do not count.
+
+    Raises:
+        InputError: no such file, no steps in it, or what prices_of() refuses.
+    """
+    entries = records.read(path, timed=False)
+    if not (steps := [entry for entry in entries if entry["benchmark"] == "step"]):
+        kinds = ", ".join(sorted({entry["benchmark"] for entry in entries}))
+        raise InputError(f"{path}: records of {kinds}; expected those of `chipmunk bench step`")
+    try:
+        return prices_of(steps)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def prices_of(entries: Sequence[Entry]) -> Prices:
+    """The prices by the records of one run of `chipmunk bench step`.
+
+    The price of a kind of step is its time over that of the dense step. How a dense step's time splits into attention, sparse MLPs
+    and the rest is not measured: it is taken to split as the FLOPs of the model at the record's size do. A delta step runs the
+    rest, and the layers that are never sparse, as a dense step does; what its time has left is for the share of keys (and neurons,
+    where the record has a sparse MLP) that its settings keep. Over that share of the dense time this is the one unknown, `column`:
+
+        delta = rest + dense layers + column (attention x keys + MLP x neurons)
+
+    It is 1 where a kernel over columns is as fast, column by column, as the dense one, and more where it is slower.
+
+    Raises:
+        InputError: steps of several runs, a model that is not known, or shortened; a kind that has no time, or a delta step
+            without chosen columns, or faster than its dense parts.
+    """
+    if len({json.dumps([entry.get(key) for key in ("model", "shape", "dtype", "sparsity")]) for entry in entries}) != 1:
+        raise InputError("steps of several models, sizes, dtypes or sparsities: expected those of one")
+    first, ms = entries[0], {entry["variant"]: entry.get("ms") for entry in entries}
+    if missing := [kind for kind in NEEDED if not ms.get(kind)]:
+        raise InputError(f"no time of a step of kind {', '.join(missing)}; expected {', '.join(NEEDED)}")
+    if (variant := VARIANTS.get(first.get("model"))) is None:
+        raise InputError(f"steps of {first.get('model')}: expected one of {', '.join(VARIANTS)}")
+    shape, sparsity = first["shape"], load_sparsity(first["sparsity"])
+    settings = variant.complete(**{axis: shape[axis] for axis in variant.axes})
+    network, noise, cond = variant.shapes(settings, 1, first["dtype"], shape["text"])
+    stacks = network.stacks(noise.shape[1], cond)
+    layers = sum(stack.layers for stack in stacks.values())
+    if shape["layers"] != layers:
+        raise InputError(f"steps of {shape['layers']} layers: expected all {layers} of {first['model']}")
+    # A schedule does not count here, and two steps do: delta() looks at shares alone.
+    plain = lambda part: part and replace(part, full_step_schedule=None)
+    plain = replace(sparsity, attention=plain(sparsity.attention), mlp=plain(sparsity.mlp), step_cache=None)
+    plan, work = plan_stacks(stacks, plain, 2, variant.grid(settings)), dense_work(variant, settings)
+    kinds = {kind: time / ms["dense"] for kind, time in ms.items() if time}
+    dense, chosen = _delta_parts(work, plan, layers)
+    if not chosen or kinds["delta"] <= dense:
+        share = f"{dense:.1%} of a dense step's work by count, and {kinds['delta']:.1%} of its time"
+        raise InputError(f"a delta step whose dense parts are {share}: expected less, for the chosen columns' price")
+    return Prices(
+        name=f"{first['model']} {'x'.join(str(shape[axis]) for axis in variant.axes)}, {first['device']}",
+        kinds=kinds,
+        work=work,
+        column=(kinds["delta"] - dense) / chosen,
+    )
+
+
+def _delta_parts(work: Work, plan: Step, layers: int) -> tuple[float, float]:
+    """Parts of the work of a dense step that a delta step computes densely, and over chosen columns."""
+    always = lambda share: min(share.dense_layers, layers) / layers if share else 1.0
+    delta = lambda share, phase: share and share.replace(phase=np.array([phase]))
+    one = Step(attention=delta(plan.attention, AttentionPhase.DELTA), mlp=delta(plan.mlp, MlpPhase.DELTA))
+    dense = work.executed({"attention": always(plan.attention), "mlp": always(plan.mlp)}, 1.0)
+    return dense, work.executed(density(one, layers), 1.0) - dense
