@@ -8,7 +8,8 @@ import pytest
 
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.report.quality import SAME, read_configurations
+from chipmunk_jax.report.configurations import read_configurations
+from chipmunk_jax.report.quality import SAME
 from chipmunk_jax.sparsity import PRESETS, load_sparsity, to_dict
 
 ROOT = Path(__file__).parents[1]
@@ -74,9 +75,10 @@ def test_fewer_steps_are_a_configuration_compared_with_all_of_them(checkpoint, t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {dense: true}", "^a: dense=True: expected true with a number of steps"),
         ("a: {dense: maybe, steps: 2}", "^a: dense=maybe"),
-        ("a: {dense: true, steps: 2, mlp: null}", "and no other setting"),
+        ("a: {dense: true, steps: 2, mlp: null}", "^a: dense=True: expected true, and no setting of sparsity"),
+        ("flux: {stepz: 3}", "^flux: unknown key stepz; known are dense, steps, guidance, solver, method"),
+        ("flux: {method: 3}", "^flux: method=3: expected words"),
         ("", "expected names"),
         ("[a, b]", "expected names"),
         ("flux: 3", "expected names"),
