@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pipelines import VARIANTS
+from chipmunk_jax.pipelines import VARIANTS, Variant
+from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.report import records
 from chipmunk_jax.report.records import Entry
 from chipmunk_jax.report.work import Work, dense_work
 from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, density
-from chipmunk_jax.sparsity import load_sparsity
+from chipmunk_jax.sparsity import Sparsity, load_sparsity
 
 NEEDED = ("dense", "full", "select", "delta", "skipped")  # kinds of steps, as `chipmunk bench step` names them
 
@@ -50,7 +51,7 @@ class Prices:
 
     name: str  # of the model, its size and the device
     kinds: dict[str, float]  # of the steps that were measured
-    work: Work  # parts of a dense step
+    work: Work  # parts of a dense step's time
     column: float  # price of a chosen key or neuron, over that of one in a dense step
 
     def cost(self, plan: Step, steps: int, skipped: Collection[int], layers: int) -> float:
@@ -94,18 +95,19 @@ def read_prices(path: str | Path) -> Prices:
 def prices_of(entries: Sequence[Entry]) -> Prices:
     """The prices by the records of one run of `chipmunk bench step`.
 
-    The price of a kind of step is its time over that of the dense step. How a dense step's time splits into attention, sparse MLPs
-    and the rest is not measured: it is taken to split as the FLOPs of the model at the record's size do. A delta step runs the
-    rest, and the layers that are never sparse, as a dense step does; what its time has left is for the share of keys (and neurons,
-    where the record has a sparse MLP) that its settings keep. Over that share of the dense time this is the one unknown, `column`:
+    The price of a kind of step is its time over that of the dense step, and two of them tell how a dense step's time splits into
+    what may be sparse (a part P, the layers that are never sparse left out) and the rest, and what a share K of its columns costs:
 
-        delta = rest + dense layers + column (attention x keys + MLP x neurons)
+        delta = (1 - P) + column P K
+        full  = 1 + column P K              dense, and the chosen columns a second time, for the residual
 
-    It is 1 where a kernel over columns is as fast, column by column, as the dense one, and more where it is slower.
+    `column` is 1 where a kernel over columns is as fast, column by column, as the dense one. P is shared out between attention and
+    MLP, where both are sparse, and the rest between what else there is, by the FLOPs of the model at the record's size. Where the
+    MLP's cache is of activations, a full step copies these in place of computing columns twice: there P itself is by FLOPs.
 
     Raises:
-        InputError: steps of several runs, a model that is not known, or shortened; a kind that has no time, or a delta step
-            without chosen columns, or faster than its dense parts.
+        InputError: steps of several runs, a model that is not known, or shortened; a kind that has no time, or times that leave
+            nothing for the rest or for the chosen columns.
     """
     if len({json.dumps([entry.get(key) for key in ("model", "shape", "dtype", "sparsity")]) for entry in entries}) != 1:
         raise InputError("steps of several models, sizes, dtypes or sparsities: expected those of one")
@@ -114,27 +116,48 @@ def prices_of(entries: Sequence[Entry]) -> Prices:
         raise InputError(f"no time of a step of kind {', '.join(missing)}; expected {', '.join(NEEDED)}")
     if (variant := VARIANTS.get(first.get("model"))) is None:
         raise InputError(f"steps of {first.get('model')}: expected one of {', '.join(VARIANTS)}")
-    shape, sparsity = first["shape"], load_sparsity(first["sparsity"])
-    settings = variant.complete(**{axis: shape[axis] for axis in variant.axes})
-    network, noise, cond = variant.shapes(settings, 1, first["dtype"], shape["text"])
-    stacks = network.stacks(noise.shape[1], cond)
-    layers = sum(stack.layers for stack in stacks.values())
-    if shape["layers"] != layers:
-        raise InputError(f"steps of {shape['layers']} layers: expected all {layers} of {first['model']}")
-    # A schedule does not count here, and two steps do: delta() looks at shares alone.
-    plain = lambda part: part and replace(part, full_step_schedule=None)
-    plain = replace(sparsity, attention=plain(sparsity.attention), mlp=plain(sparsity.mlp), step_cache=None)
-    plan, work = plan_stacks(stacks, plain, 2, variant.grid(settings)), dense_work(variant, settings)
+    settings = variant.complete(**{axis: first["shape"][axis] for axis in variant.axes})
+    sparsity = load_sparsity(first["sparsity"])
+    plan, layers = _plan_of(variant, settings, sparsity, first)
     kinds = {kind: time / ms["dense"] for kind, time in ms.items() if time}
+    work = dense_work(variant, settings)
+    if not (sparsity.mlp and sparsity.mlp.cache == "activations"):
+        dense, _ = _delta_parts(work, plan, layers)
+        work = _rescaled(work, plan, (kinds["full"] - kinds["delta"]) / (1 - dense) if dense < 1 else 1.0)
     dense, chosen = _delta_parts(work, plan, layers)
-    if not chosen or kinds["delta"] <= dense:
-        share = f"{dense:.1%} of a dense step's work by count, and {kinds['delta']:.1%} of its time"
-        raise InputError(f"a delta step whose dense parts are {share}: expected less, for the chosen columns' price")
+    if min(work.attention, work.mlp, work.other, chosen) <= 0 or kinds["delta"] <= dense:
+        times = ", ".join(f"{kind} {kinds[kind]:.3f}" for kind in ("full", "delta"))
+        raise InputError(
+            f"steps, over the dense one, of {times}: expected times that leave some for the chosen columns"
+        )
     return Prices(
-        name=f"{first['model']} {'x'.join(str(shape[axis]) for axis in variant.axes)}, {first['device']}",
+        name=f"{first['model']} {'x'.join(str(settings[axis]) for axis in variant.axes)}, {first['device']}",
         kinds=kinds,
         work=work,
         column=(kinds["delta"] - dense) / chosen,
+    )
+
+
+def _plan_of(variant: Variant, settings: Settings, sparsity: Sparsity, entry: Entry) -> tuple[Step, int]:
+    """A plan with the shares of columns that the steps of a record had, and the layers of its model."""
+    network, noise, cond = variant.shapes(settings, 1, entry["dtype"], entry["shape"]["text"])
+    stacks = network.stacks(noise.shape[1], cond)
+    layers = sum(stack.layers for stack in stacks.values())
+    if entry["shape"]["layers"] != layers:
+        raise InputError(f"steps of {entry['shape']['layers']} layers: expected all {layers} of {entry['model']}")
+    plain = lambda part: part and replace(part, full_step_schedule=None)  # two steps will do, whatever its schedule
+    plain = replace(sparsity, attention=plain(sparsity.attention), mlp=plain(sparsity.mlp), step_cache=None)
+    return plan_stacks(stacks, plain, 2, variant.grid(settings)), layers
+
+
+def _rescaled(work: Work, plan: Step, scale: float) -> Work:
+    """The parts that the plan has sparse `scale` times as large, the others so that all add up to 1."""
+    sparse = work.attention * bool(plan.attention) + work.mlp * bool(plan.mlp)
+    rest = (1 - scale * sparse) / (1 - sparse)
+    return Work(
+        work.attention * (scale if plan.attention else rest),
+        work.mlp * (scale if plan.mlp else rest),
+        work.other * rest,
     )
 
 

@@ -15,7 +15,7 @@ from chipmunk_jax.schedule import Step
 
 @dataclass(frozen=True)
 class Work:
-    """Parts of the matrix products of a dense step; they add up to 1."""
+    """Parts of a dense step, by its matrix products; they add up to 1."""
 
     attention: float  # q k^T and its product with v, of the attention that may be sparse
     mlp: float  # both products of the MLPs that may be sparse
