@@ -48,7 +48,9 @@ def test_a_published_model_s_own_sample_costs_what_its_steps_take(name):
     stacks = network.stacks(noise.shape[1], cond)
     own, found = plan_stacks(stacks, sparsity, 50, variant.grid(settings)), read_prices(RESULTS / f"{name}.jsonl")
     skipped = np.flatnonzero(own.skip)
-    assert found.delta(own, shape["layers"]) * ms["dense"] == pytest.approx(ms["delta"], rel=1e-9)
+    assert {kind: price * ms["dense"] for kind, price in found.of(own, shape["layers"]).items() if kind in ms} == (
+        pytest.approx(ms, rel=1e-9)
+    )
     expected = sum(ms[kind] for kind in step_kinds(own, 50, skipped)) / ms["dense"]
     assert found.cost(own, 50, skipped, shape["layers"]) == pytest.approx(expected, rel=1e-9)
     assert 1 <= found.column < 2  # a chosen column costs no less than one in a dense kernel
@@ -59,7 +61,7 @@ def test_a_dense_step_costs_one_and_a_skipped_one_what_was_measured(prices):
     ms = {entry["variant"]: entry["ms"] for entry in steps_of(FILES[0])}
     assert prices.cost(Step(), 7, (3, 5), LAYERS) == pytest.approx(5 + 2 * ms["skipped"] / ms["dense"])
     every, some = (prices.cost(plan(), 50, skipped, LAYERS) for skipped in ((), (4, 5)))
-    delta = prices.delta(plan(), LAYERS)
+    delta = prices.of(plan(), LAYERS)["delta"]
     assert every - some == pytest.approx(2 * (delta - ms["skipped"] / ms["dense"]), rel=1e-2)  # one selects neurons
 
 
@@ -80,7 +82,7 @@ def test_the_price_of_a_column_is_that_of_the_kernel_measured_alone(prices):
     assert prices.column == pytest.approx(kernel["shape"]["N"] / (kernel["shape"]["K"] * kernel["speedup"]), rel=0.02)
     for share in (0.07, 0.3, 0.6):
         one = plan(attention=AttentionSparsity(top_keys=share), mlp=None)
-        assert prices.delta(one, 60) == pytest.approx((3.2 + 20.3 * share) / 20.5, rel=0.03)
+        assert prices.of(one, 60)["delta"] == pytest.approx((3.2 + 20.3 * share) / 20.5, rel=0.03)
 
 
 def test_the_parts_of_a_dense_step_are_those_of_its_matrix_products():

@@ -52,12 +52,11 @@ class Prices:
     name: str  # of the model, its size and the device
     kinds: dict[str, float]  # of the steps that were measured
     work: Work  # parts of a dense step's time
-    column: float  # price of a chosen key or neuron, over that of one in a dense step
+    column: float  # price of a chosen key or neuron in a delta step, over that of one in a dense step
+    again: float  # the same in a full step, which computes it a second time
 
     def cost(self, plan: Step, steps: int, skipped: Collection[int], layers: int) -> float:
         """Sum of the prices of all steps of a sample, in dense steps.
-
-        Delta steps are priced by their shares of keys and neurons; dense, full, selecting and skipped ones cost what was measured.
 
         Args:
             plan: of plan_steps(), or a Step() for dense sampling.
@@ -65,15 +64,21 @@ class Prices:
             skipped: the steps that ran no block.
             layers: of the model that the plan is of.
         """
-        delta = self.delta(plan, layers)
-        extra = self.kinds.get("select neurons", self.kinds["delta"]) - self.kinds["delta"]
-        prices = self.kinds | {"delta": delta, "select neurons": delta + extra}
+        prices = self.of(plan, layers)
         return sum(prices[kind] for kind in step_kinds(plan, steps, skipped))
 
-    def delta(self, plan: Step, layers: int) -> float:
-        """Price of a delta step: that of a dense one, but for the layers whose keys or neurons are chosen."""
+    def of(self, plan: Step, layers: int) -> dict[str, float]:
+        """The price of each kind of step with a plan's shares of columns; what choosing columns takes, does not depend on them."""
         dense, chosen = _delta_parts(self.work, plan, layers)
-        return dense + self.column * chosen
+        full, delta = 1 + self.again * chosen, dense + self.column * chosen
+        return {
+            "dense": 1.0,
+            "full": full,
+            "select": full + self.kinds["select"] - self.kinds["full"],
+            "select neurons": delta + self.kinds.get("select neurons", self.kinds["delta"]) - self.kinds["delta"],
+            "delta": delta,
+            "skipped": self.kinds["skipped"],
+        }
 
 
 def read_prices(path: str | Path) -> Prices:
@@ -101,9 +106,10 @@ def prices_of(entries: Sequence[Entry]) -> Prices:
         delta = (1 - P) + column P K
         full  = 1 + column P K              dense, and the chosen columns a second time, for the residual
 
-    `column` is 1 where a kernel over columns is as fast, column by column, as the dense one. P is shared out between attention and
-    MLP, where both are sparse, and the rest between what else there is, by the FLOPs of the model at the record's size. Where the
-    MLP's cache is of activations, a full step copies these in place of computing columns twice: there P itself is by FLOPs.
+    So delta, full and selecting steps have a price for any share. `column` is 1 where a kernel over columns is as fast, column by
+    column, as the dense one. P is shared out between attention and MLP, where both are sparse, and the rest between what else there
+    is, by the FLOPs of the model at the record's size. Where the MLP's cache is of activations, a full step copies these in place
+    of computing columns twice: there P itself is by FLOPs, and only the delta step tells `column`.
 
     Raises:
         InputError: steps of several runs, a model that is not known, or shortened; a kind that has no time, or times that leave
@@ -135,6 +141,7 @@ def prices_of(entries: Sequence[Entry]) -> Prices:
         kinds=kinds,
         work=work,
         column=(kinds["delta"] - dense) / chosen,
+        again=(kinds["full"] - 1) / chosen,
     )
 
 

@@ -106,7 +106,7 @@ def judge_configurations(
                 "benchmark": "quality",
                 "variant": name,
                 "method": one.method(steps),
-                **{measure: values.tolist() for measure, values in likeness.items()},
+                **{measure: values.round(5).tolist() for measure, values in likeness.items()},
                 **_statistics(likeness, first),
                 **_shares(drawn, work, steps),
                 **(_cost(prices, pipeline, request, drawn, steps) if prices else {}),
