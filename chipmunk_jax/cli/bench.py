@@ -28,7 +28,7 @@ from chipmunk_jax.report.configurations import read_configurations
 from chipmunk_jax.report.perceptual import Weights, load_features
 from chipmunk_jax.report.plot import PLOTTED, check_plotting, plot
 from chipmunk_jax.report.price import read_prices
-from chipmunk_jax.report.quality import Samples, judge_configurations
+from chipmunk_jax.report.quality import Samples, compare_configurations, judge
 from chipmunk_jax.report.tables import kernel_table, quality_table, record_table, stages_text
 
 DESCRIPTION = """\
@@ -263,16 +263,18 @@ def run_quality(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench quality`."""
     _check(args, "prompts", "batch")
     configurations = read_configurations(args.configurations)
-    compared = dict(prices=args.cost_of and read_prices(args.cost_of), features=_features())
+    prices = args.cost_of and read_prices(args.cost_of)
     names = dict(
         num_frames="frames", num_inference_steps="steps", guidance_scale="guidance", height="height", width="width"
     )
     settings = {theirs: getattr(args, ours) for theirs, ours in names.items()}
     given = dict(count=args.prompts, at_once=args.batch, seed=args.seed, dtype=args.dtype)
+    samples = Samples(checkpoint=args.checkpoint, settings=settings, **given)
+    comparison = compare_configurations(samples, configurations)
+    features = _features()
     keep_compilations()
     entries = []
-    samples = Samples(checkpoint=args.checkpoint, settings=settings, **given)
-    for entry in judge_configurations(samples, configurations, **compared):
+    for entry in judge(comparison, prices=prices, features=features):
         entries.append(entry | ({"commit": args.commit} if args.commit else {}))
         if args.output:
             records.append(args.output, entries[-1:])

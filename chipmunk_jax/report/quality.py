@@ -21,7 +21,7 @@ from chipmunk_jax.report.verify import pixels_of
 from chipmunk_jax.report.work import Work, dense_work
 from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import Step
-from chipmunk_jax.sparsity import Sparsity, to_dict
+from chipmunk_jax.sparsity import to_dict
 
 SAME = 100.0  # dB, in place of more: samples that differ by rounding alone, or not at all
 
@@ -39,67 +39,69 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """Samples of all prompts, and how they were made."""
+class Comparison:
+    """Configurations that fit their model, and the dense samples that they are compared with."""
 
-    pixels: list[np.ndarray]  # of each prompt
-    outputs: list[PipelineOutput]  # of each batch
-    sizes: list[int]  # of each batch
-    seconds: float  # the transformer's, of one sample of a batch that compiled nothing, the median
+    pipeline: PixelPipeline
+    samples: Samples
+    prompts: list[str]
+    configurations: Mapping[str, Configuration]
+    requests: dict[str, Request]  # of the configurations, by name
+    reference: Request  # of the dense samples, but for their guidance, which is each configuration's own
 
-    def mean(self, number: Callable[[PipelineOutput], float]) -> float:
-        """A number over all samples."""
-        return float(np.average([number(out) for out in self.outputs], weights=self.sizes))
+    @property
+    def usual(self) -> dict[str, Any]:
+        """What calls for dense samples are given."""
+        return {name: value for name, value in self.samples.settings.items() if value is not None}
 
 
-def judge_configurations(
-    samples: Samples,
-    configurations: Mapping[str, Configuration],
-    *,
-    prices: Prices | None = None,
-    features: Weights | None = None,
-) -> Iterator[Entry]:
-    """A record of each configuration: likenesses of every prompt, how they differ from the first one's in the mean, and costs.
-
-    The dense samples that a configuration is compared with have its guidance, and all else as samples.settings say or as is usual.
-
-    Args:
-        samples: what is sampled.
-        configurations: by name.
-        prices: of a published model's steps, by which its cost there is told; None: it is not.
-        features: for the perceptual distance, of load_features(); None: without it.
+def compare_configurations(samples: Samples, configurations: Mapping[str, Configuration]) -> Comparison:
+    """What judge() goes through, checked; no weights are read.
 
     Raises:
-        InputError: a checkpoint, setting or schedule that does not fit, before any work.
+        InputError: a checkpoint, setting or schedule that does not fit.
     """
     pipeline = Pipeline.from_pretrained(samples.checkpoint, dtype=samples.dtype)
     if not isinstance(pipeline, PixelPipeline):
         raise InputError(f"{samples.checkpoint}: expected a model with a table of words to draw prompts from")
     check_seed(samples.seed, samples.count)
     prompts = pipeline.random_prompts(samples.count, samples.seed)
-    usual = {name: value for name, value in samples.settings.items() if value is not None}
-    reference = pipeline.check(prompts, **usual, seed=samples.seed, sparsity=None)
+    settings = samples.settings | {"seed": samples.seed}
+    reference = pipeline.check(prompts, **settings, sparsity=None)
     check_window(reference.settings["height"], reference.settings["width"])
     requests: dict[str, Request] = {}
     for name, one in configurations.items():
         with telling(name):
-            requests[name] = pipeline.check(prompts, **usual | one.given, seed=samples.seed, sparsity=one.sparsity)
-    work = dense_work(pipeline.variant, reference.settings)
+            requests[name] = pipeline.check(prompts, **settings | one.given, sparsity=one.sparsity)
+    return Comparison(
+        pipeline=pipeline, samples=samples, prompts=prompts, configurations=configurations, requests=requests,
+        reference=reference,
+    )  # fmt: skip
+
+
+def judge(comparison: Comparison, *, prices: Prices | None = None, features: Weights | None = None) -> Iterator[Entry]:
+    """A record of each configuration: likenesses of every prompt, how they differ from the first one's in the mean, and costs.
+
+    Dense samples are made once for each guidance.
+
+    Args:
+        comparison: of compare_configurations().
+        prices: of a published model's steps, by which its cost there is told; None: it is not.
+        features: for the perceptual distance, of load_features(); None: without it.
+    """
+    pipeline, requests, samples = comparison.pipeline, comparison.requests, comparison.samples
+    steps, work = comparison.reference.settings["steps"], dense_work(pipeline.variant, comparison.reference.settings)
     scales = {request.settings["guidance"] for request in requests.values()}
-    with tqdm(total=(len(scales) + len(requests)) * len(prompts), unit="sample", leave=False) as bar:
-
-        def draw(name: str, settings: Mapping[str, Any], sparsity: Sparsity | None) -> Drawn:
-            bar.set_postfix_str(name)
-            return _draw(pipeline, prompts, samples, dict(settings) | {"sparsity": sparsity}, bar)
-
-        dense: dict[float | None, Drawn] = {}
-        first = None
-        for name, one in configurations.items():
-            request, steps = requests[name], reference.settings["steps"]
-            scale = request.settings["guidance"]
+    dense: dict[float | None, Drawn] = {}
+    first = None
+    with tqdm(total=(len(scales) + len(requests)) * samples.count, unit="sample", leave=False) as bar:
+        for name, one in comparison.configurations.items():
+            request, scale = requests[name], requests[name].settings["guidance"]
             if scale not in dense:
-                dense[scale] = draw("dense", usual | {"guidance_scale": scale}, None)
-            drawn = draw(name, usual | one.given, one.sparsity)
+                bar.set_postfix_str("dense")
+                dense[scale] = _draw(comparison, {"guidance_scale": scale, "sparsity": None}, bar)
+            bar.set_postfix_str(name)
+            drawn = _draw(comparison, one.given | {"sparsity": one.sparsity}, bar)
             likeness = _likeness(drawn.pixels, dense[scale].pixels, features)
             first = first or likeness
             yield {
@@ -114,7 +116,7 @@ def judge_configurations(
                 "dense_seconds": dense[scale].seconds,
                 "batch": drawn.sizes[0],  # that was timed
                 "sparsity": one.sparsity and to_dict(one.sparsity),
-                "prompts": len(prompts),
+                "prompts": samples.count,
                 **pipeline.origin,
                 "solver": type(request.solver).__name__,
                 **drawn.outputs[-1].settings,
@@ -123,25 +125,40 @@ def judge_configurations(
             }
 
 
-def _draw(pipeline: Pipeline, prompts: Sequence[str], samples: Samples, options: dict[str, Any], bar: tqdm) -> Drawn:
-    """Samples of all prompts, some at once; where none but the first batch has its size, that one once more, for its time."""
-    starts = range(0, len(prompts), samples.at_once)
-    some = [prompts[start : start + samples.at_once] for start in starts]
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Samples of all prompts, and how they were made."""
 
-    def call(batch: int) -> PipelineOutput:
-        return pipeline(some[batch], seed=samples.seed + starts[batch], output_type="np", progress=False, **options)
+    pixels: list[np.ndarray]  # of each prompt
+    outputs: list[PipelineOutput]  # of each batch
+    sizes: list[int]  # of each batch
+    seconds: float  # the transformer's, of one sample of a batch that compiled nothing, the median
+
+    def mean(self, number: Callable[[PipelineOutput], float]) -> float:
+        """A number over all samples."""
+        return float(np.average([number(out) for out in self.outputs], weights=self.sizes))
+
+
+def _draw(comparison: Comparison, options: Mapping[str, Any], bar: tqdm) -> Drawn:
+    """Samples of all prompts, some at once; where none but the first batch has its size, that one once more, for its time."""
+    count, seed = comparison.samples.at_once, comparison.samples.seed
+    batches = {start: comparison.prompts[start : start + count] for start in range(0, len(comparison.prompts), count)}
+    given = comparison.usual | options
+
+    def call(start: int) -> PipelineOutput:
+        return comparison.pipeline(batches[start], **given, seed=seed + start, output_type="np", progress=False)
 
     outputs = []
-    for batch, of_batch in enumerate(some):
-        outputs.append(call(batch))
-        bar.update(len(of_batch))
-    timed = [out for out, of_batch in zip(outputs[1:], some[1:], strict=True) if len(of_batch) == len(some[0])]
-    seconds = [out.stages["transformer"].seconds for out in timed or [call(0)]]
+    for start, prompts in batches.items():
+        outputs.append(call(start))
+        bar.update(len(prompts))
+    sizes = list(map(len, batches.values()))
+    timed = [out for out, size in zip(outputs[1:], sizes[1:], strict=True) if size == sizes[0]] or [call(0)]
     return Drawn(
         pixels=[one for out in outputs for one in pixels_of(out)],
         outputs=outputs,
-        sizes=list(map(len, some)),
-        seconds=float(np.median(seconds)) / len(some[0]),
+        sizes=sizes,
+        seconds=float(np.median([out.stages["transformer"].seconds for out in timed])) / sizes[0],
     )
 
 
