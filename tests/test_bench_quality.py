@@ -12,7 +12,7 @@ from chipmunk_jax.cli.main import main
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.report import plot, quality, records
 from chipmunk_jax.report.configurations import read_configurations
-from chipmunk_jax.report.quality import SAME
+from chipmunk_jax.report.quality import SAME, Samples, compare_configurations
 from chipmunk_jax.report.tables import quality_table
 from chipmunk_jax.sparsity import PRESETS, load_sparsity, to_dict
 
@@ -148,16 +148,19 @@ def test_records_from_before_have_a_table():
     assert len(lines) == len(old) and "mean dB" in header and "SSIM" not in header and "cost" not in header
 
 
-def test_the_frontier_is_a_line_a_method(judged, tmp_path):
+def test_the_frontier_is_a_line_a_method(judged):
     entries = list(judged[0].values())
     series = plot._frontier(entries[:4])
     assert set(series) == {"sparse deltas", "fewer steps", "sparse and few", "skipped steps"}
     assert series["fewer steps"] == [(pytest.approx(200 / 3), entries[1]["mean_psnr"])]
     by_count = plot._frontier([{k: v for k, v in entry.items() if k != "cost"} for entry in entries[:1]])
     assert by_count["sparse deltas"][0][0] == pytest.approx(100 * entries[0]["executed"])
-    assert "sparse deltas, flux, guidance 2.0" in plot._frontier(entries)
+    assert "sparse deltas, guidance 2.0" in plot._frontier(entries)
+
+
+def test_the_frontier_is_drawn(judged, tmp_path):
     pytest.importorskip("matplotlib")
-    plot.plot(entries, tmp_path / "a.png")
+    plot.plot(list(judged[0].values()), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -210,3 +213,14 @@ def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint,
 def test_the_shipped_configurations_can_be_read():
     found = read_configurations(ROOT / "benchmarks/quality-mini-wan.yaml")
     assert next(iter(found.values())).sparsity == PRESETS["mini-wan"] and len(found) > 10
+
+
+@pytest.mark.parametrize("name", ["mini-wan", "mini-flux"])
+def test_the_shipped_frontiers_fit_their_models_and_show_the_rivals(name):
+    found = read_configurations(ROOT / f"benchmarks/frontier-{name}.yaml")
+    given = dict(checkpoint=str(ROOT / "examples" / name), count=1, at_once=1, seed=0, dtype=None, settings={})
+    comparison = compare_configurations(Samples(**given), found)
+    steps = comparison.reference.settings["steps"]
+    methods = [one.method(steps) for one in found.values()]
+    rivals = ("fewer steps", "skipped steps", "random keys", "sparse deltas", "sparse deltas + skipped steps")
+    assert all(methods.count(rival) >= 2 for rival in rivals), methods

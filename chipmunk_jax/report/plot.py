@@ -1,6 +1,7 @@
 """Speed-up against sparsity, with the line that nothing can pass without doing less; quality against cost, a line a method."""
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         _draw_speedups(axes, speedups)
     else:
         _draw_frontier(axes, frontier, records)
-    axes.set_title(", ".join(sorted({str(entry.get("device")) for entry in records})), fontsize="medium")
+    names = (
+        sorted({str(entry.get(key)) for entry in records}) for key in (("device",) if speedups else ("model", "device"))
+    )
+    axes.set_title(", ".join(itertools.chain(*names)), fontsize="medium")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     with whole(path) as partial:
@@ -78,23 +82,23 @@ def _draw_frontier(axes, series: Series, records: Sequence[dict[str, Any]]) -> N
         (line,) = axes.plot(*zip(*best, strict=True), "o-", label=name)
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), alpha=0.4)
     priced = sorted({entry["cost_of"] for entry in records if "cost_of" in entry})
-    cost = f"by the step times of {'; '.join(priced)}" if priced else "by count"
+    cost = "\n".join(["by the step times of", *priced]) if priced else "by count"
     axes.set(xlabel=f"cost, % of the dense sample, {cost}", ylabel="mean PSNR to the dense sample, dB")
 
 
 def _frontier(records: Sequence[dict[str, Any]]) -> Series:
-    """(cost in percent, mean PSNR) of each method and, where there are several, model and guidance.
+    """(cost in percent, mean PSNR) of each method and, where they differ, model and guidance.
 
     The cost is that of a published model or, where no record has one, by count. Samples that are the dense ones but for rounding
     are left out: they would need a scale of their own.
     """
     judged = [entry for entry in records if entry["benchmark"] == "quality" and "method" in entry]
     cost = "cost" if any("cost" in entry for entry in judged) else "executed"
-    of = lambda entry: f"{entry['model']}, guidance {entry['guidance']}"
-    several = len(set(map(of, judged))) > 1
+    of = lambda entry: {"model": entry["model"], "guidance": f"guidance {entry['guidance']}"}
+    differing = [key for key in ("model", "guidance") if len({of(entry)[key] for entry in judged}) > 1]
     series: Series = {}
     for entry in judged:
         if cost in entry and entry["mean_psnr"] < SAME:
-            name = f"{entry['method']}, {of(entry)}" if several else entry["method"]
+            name = ", ".join([entry["method"], *(of(entry)[key] for key in differing)])
             series.setdefault(name, []).append((100 * entry[cost], entry["mean_psnr"]))
     return {name: sorted(points) for name, points in series.items()}
