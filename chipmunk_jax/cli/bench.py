@@ -48,7 +48,7 @@ examples:
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench pipeline --model flux-dev --height 1024 --width 1024    from a prompt to pixels, stage by stage
   chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample of those steps would take
-  chipmunk bench quality mini-wan variants.yaml                          quality and cost of configurations of a trained model
+  chipmunk bench quality mini-wan variants.yaml                          quality and cost of many settings of a trained model
   chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity
   chipmunk bench plot quality.jsonl -o frontier.png                      quality against cost"""
 
@@ -63,18 +63,18 @@ decoder, of a first prompt, which reads weights and compiles, and of later ones.
 being read from a disk."""
 SCHEDULE = "Say what whole samples would take by the steps that `chipmunk bench step` timed, under any schedule; nothing is run."
 QUALITY = """\
-Sample the same prompts and seeds dense and by each configuration of a YAML file; print how near they come (PSNR, SSIM, perceptual
-distance) and at what cost: share of the dense work by count, measured seconds and, with --cost-of, the share of a dense sample's
-time that the same steps would take on a published model. A file:
+Sample the same prompts and seeds dense and by each configuration of a YAML file; print how near they come (PSNR, SSIM,
+perceptual distance) and at what cost: share of the dense work by count, measured seconds and, with --cost-of, the share of a
+dense sample's time that the same steps would take on a published model. A file:
   mini-wan: {}                                      a preset, by its name; the others change it by dotted names
   fewer keys: {attention.top_keys: 0.1}
   another: {preset: flux, attention: null}          or another preset that they name
   20 of 30 steps: {dense: true, steps: 20}          the rival: dense, in fewer steps
-  Euler, more guidance: {solver: euler, guidance: 6}     against dense samples of that guidance by the usual solver
-  random keys: {attention.top_keys: 0.01, attention.random_keys: 0.2, method: random keys}     a line of its own in a plot"""
+  more guidance: {guidance: 6, solver: euler}       against dense samples of that guidance by the usual solver
+  by chance: {attention.random_keys: 0.2, method: random keys}     in plots a line of its own"""
 PLOT = """\
-Draw the speed-up of column_attention and mlp against the columns left out, from records of `chipmunk bench kernels`; or quality
-against cost, a line a method, from records of `chipmunk bench quality`."""
+Draw the speed-up of column_attention and mlp against the columns left out, from records of `chipmunk bench kernels`; or
+quality against cost, a line a method, from records of `chipmunk bench quality`."""
 
 
 class Command(NamedTuple):
