@@ -35,7 +35,7 @@ class Samples:
     at_once: int  # in a batch
     seed: int
     dtype: str | None
-    settings: dict[str, Any]  # of the dense samples, as a call of the pipeline takes them
+    settings: dict[str, Any]  # of the dense samples, as a call of the pipeline takes them; None for the usual ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,6 @@ class Comparison:
     configurations: Mapping[str, Configuration]
     requests: dict[str, Request]  # of the configurations, by name
     reference: Request  # of the dense samples, but for their guidance, which is each configuration's own
-
-    @property
-    def usual(self) -> dict[str, Any]:
-        """What calls for dense samples are given."""
-        return {name: value for name, value in self.samples.settings.items() if value is not None}
 
 
 def compare_configurations(samples: Samples, configurations: Mapping[str, Configuration]) -> Comparison:
@@ -143,7 +138,7 @@ def _draw(comparison: Comparison, options: Mapping[str, Any], bar: tqdm) -> Draw
     """Samples of all prompts, some at once; where none but the first batch has its size, that one once more, for its time."""
     count, seed = comparison.samples.at_once, comparison.samples.seed
     batches = {start: comparison.prompts[start : start + count] for start in range(0, len(comparison.prompts), count)}
-    given = comparison.usual | options
+    given = comparison.samples.settings | options
 
     def call(start: int) -> PipelineOutput:
         return comparison.pipeline(batches[start], **given, seed=seed + start, output_type="np", progress=False)
