@@ -101,7 +101,7 @@ def test_a_dense_sample_costs_one_by_count_and_by_price(judged):
         assert entries["skipping"][cost] == pytest.approx(2 / 3, abs=1e-3)  # a skipped step runs the final layer
     # Its first two steps are full, the third is not; on that model the full ones are dearer than dense ones.
     assert entries["flux"]["executed"] < 1 < entries["flux"]["cost"]
-    assert "wan-1.3b 81x480x832" in entries["flux"]["cost_of"]
+    assert "wan-1.3b 480x832x81" in entries["flux"]["cost_of"]
 
 
 def test_samples_are_compared_with_dense_ones_of_their_guidance_by_the_usual_solver(judged):

@@ -140,6 +140,8 @@ def test_records_that_give_no_prices_are_one_sentence(change, message):
 def test_files_that_give_no_prices_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"records of column_attention.*; expected those of `chipmunk bench step`"):
         read_prices(RESULTS / "kernels-h100.jsonl")
+    with pytest.raises(InputError, match="line 1 is a record of quality, without a time"):
+        read_prices(RESULTS / "quality-rivals-h100.jsonl")
     with pytest.raises(InputError, match="no such file"):
         read_prices(tmp_path / "none.jsonl")
 

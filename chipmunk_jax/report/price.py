@@ -82,12 +82,12 @@ class Prices:
 
 
 def read_prices(path: str | Path) -> Prices:
-    """The prices by a file of `chipmunk bench step`; records of other benchmarks in it do not count.
+    """The prices by a file of `chipmunk bench step`; records of samples and kernels in it do not count.
 
     Raises:
         InputError: no such file, no steps in it, or what prices_of() refuses.
     """
-    entries = records.read(path, timed=False)
+    entries = records.read(path)
     if not (steps := [entry for entry in entries if entry["benchmark"] == "step"]):
         kinds = ", ".join(sorted({entry["benchmark"] for entry in entries}))
         raise InputError(f"{path}: records of {kinds}; expected those of `chipmunk bench step`")
@@ -137,7 +137,7 @@ def prices_of(entries: Sequence[Entry]) -> Prices:
             f"steps, over the dense one, of {times}: expected times that leave some for the chosen columns"
         )
     return Prices(
-        name=f"{first['model']} {'x'.join(str(settings[axis]) for axis in variant.axes)}, {first['device']}",
+        name=f"{first['model']} {'x'.join(map(str, variant.sizes(settings).values()))}, {first['device']}",
         kinds=kinds,
         work=work,
         column=(kinds["delta"] - dense) / chosen,

@@ -11,6 +11,7 @@ from chipmunk_jax.model import modulations_of
 from chipmunk_jax.pipelines import Variant
 from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.schedule import Step
+from chipmunk_jax.strictness import usual_modes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Work:
         return self.attention * density["attention"] + self.mlp * density["mlp"] + self.other * run
 
 
+@usual_modes()
 def dense_work(variant: Variant, settings: Settings) -> Work:
     """The parts of a dense step, counted in its trace; nothing is compiled and no weights are read.
 
