@@ -77,6 +77,7 @@ class Tensor:
     checksum: Checksum | None = None  # of the bytes among which it lies
     scale: "Tensor | None" = None  # of float8: values are the stored ones times this, one number or one per row
     twin: "Tensor | None" = None  # of another name, which must hold the same
+    axes: tuple[int, ...] | None = None  # as the file has them, the slowest first; None: in order
 
     def __post_init__(self) -> None:
         if not self.name.isprintable() or len(self.name) > NAME:
@@ -110,7 +111,9 @@ class Tensor:
             self.checksum.compare()
         if self.size == 0:
             return np.zeros(self.shape, self.dtype)
-        stored = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        axes = self.axes or range(len(self.shape))
+        stored = np.memmap(self.file, self.dtype, "r", self.offset, tuple(self.shape[axis] for axis in axes))
+        stored = stored.transpose(np.argsort(axes))
         if self.twin and not equal_bytes(stored, self.twin.read()):
             raise InputError(
                 f"{self.file}: {self.name} and {self.twin.name} differ, expected one tensor under two names"

@@ -186,13 +186,19 @@ def place(path: Path, runs: Mapping[str, Run], name: str, layout: Layout) -> Ten
     if layout.storage.key not in runs:
         raise InputError(f"{quoted(name)} lies in storage {quoted(layout.storage.key)}, which is not in the file")
     run = runs[layout.storage.key]
-    contiguous = [math.prod(layout.shape[axis + 1 :]) for axis in range(len(layout.shape))]
-    if len(layout.strides) != len(layout.shape) or any(
-        n > 1 and a != b for n, a, b in zip(layout.shape, layout.strides, contiguous, strict=True)
-    ):
-        raise InputError(f"{quoted(name)} {layout.shape} has strides {layout.strides}, expected contiguous ones")
+    if len(layout.strides) != len(layout.shape) or (axes := order_of(layout)) is None:
+        strides = f"strides {layout.strides}, expected contiguous ones, in any order of the axes"
+        raise InputError(f"{quoted(name)} {layout.shape} has {strides}")
     offset = layout.first * layout.dtype.itemsize
-    tensor = Tensor(name, path, layout.shape, layout.dtype, run.start + offset, run.checksum)
+    tensor = Tensor(name, path, layout.shape, layout.dtype, run.start + offset, run.checksum, axes=axes)
     if layout.first < 0 or offset + tensor.nbytes > run.size:
         raise InputError(f"{quoted(name)} {layout.shape} goes beyond its storage of {run.size:,} bytes")
     return tensor
+
+
+def order_of(layout: Layout) -> tuple[int, ...] | None:
+    """The axes as their elements lie in the storage, the slowest first; None where there are gaps, or an element counts twice."""
+    axes = tuple(sorted(range(len(layout.shape)), key=lambda axis: -layout.strides[axis]))
+    sizes = [layout.shape[axis] for axis in axes]
+    apart = (layout.strides[axis] == math.prod(sizes[place + 1 :]) for place, axis in enumerate(axes))
+    return axes if all(size <= 1 or one for size, one in zip(sizes, apart, strict=True)) else None

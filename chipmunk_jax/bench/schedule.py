@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.report.price import step_kinds
 from chipmunk_jax.report.records import Entry
-from chipmunk_jax.schedule import AttentionPhase, MlpPhase, attention_phases, check_schedules, mlp_phases
+from chipmunk_jax.schedule import check_schedules, plan_steps
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
-from chipmunk_jax.step_cache import skipped
 
 
 def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = None) -> list[Entry]:
@@ -77,21 +77,9 @@ def _settings(sparsity: Sparsity) -> dict[str, Any]:
 
 
 def kinds(sparsity: Sparsity, steps: int) -> list[str]:
-    """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest."""
-    attention, mlp = sparsity.attention, sparsity.mlp
-    attending = attention_phases(attention, steps) if attention else np.full(steps, AttentionPhase.DELTA)
-    feeding = mlp_phases(mlp, steps) if mlp else np.full(steps, MlpPhase.DELTA)
-    names = np.select(
-        [
-            skipped(sparsity.step_cache, steps) if sparsity.step_cache else np.zeros(steps, bool),
-            attending == AttentionPhase.SELECT,
-            (attending != AttentionPhase.DELTA) | (feeding == MlpPhase.FULL),
-            feeding == MlpPhase.SELECT_DELTA,
-        ],
-        ["skipped", "select", "full", "select neurons"],
-        "delta",
-    )
-    return names.tolist()
+    """The kind of every step, as of step_kinds()."""
+    plan = plan_steps(sparsity, steps, tokens=1, mlp_width=1)  # its phases are those of any size
+    return step_kinds(plan, steps, () if plan.skip is None else np.flatnonzero(plan.skip))
 
 
 def _ms(timed: dict[str, Entry], counts: Counter) -> float:

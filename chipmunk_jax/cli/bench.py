@@ -1,6 +1,7 @@
 """chipmunk bench: measured speed, against dense in one process."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -23,9 +24,12 @@ from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.pipelines.residents import Offload
 from chipmunk_jax.report import records
 from chipmunk_jax.report.compare import compare
+from chipmunk_jax.report.configurations import read_configurations
+from chipmunk_jax.report.perceptual import Weights, load_features
 from chipmunk_jax.report.plot import PLOTTED, check_plotting, plot
-from chipmunk_jax.report.quality import Samples, judge_configurations, quality_table, read_configurations
-from chipmunk_jax.report.tables import kernel_table, record_table, stages_text
+from chipmunk_jax.report.price import read_prices
+from chipmunk_jax.report.quality import Samples, compare_configurations, judge
+from chipmunk_jax.report.tables import kernel_table, quality_table, record_table, stages_text
 
 DESCRIPTION = """\
 Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
@@ -44,8 +48,9 @@ examples:
   chipmunk bench sample --model flux-dev --steps 50 -o flux-dev.jsonl    whole samples
   chipmunk bench pipeline --model flux-dev --height 1024 --width 1024    from a prompt to pixels, stage by stage
   chipmunk bench schedule steps.jsonl --sparsity wan-14b-step-cache      what a sample of those steps would take
-  chipmunk bench quality mini-wan variants.yaml                          PSNR of several configurations of a trained model
-  chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity"""
+  chipmunk bench quality mini-wan variants.yaml                          quality and cost of many settings of a trained model
+  chipmunk bench plot kernels.jsonl -o kernels.png                       speed-up against sparsity
+  chipmunk bench plot quality.jsonl -o frontier.png                      quality against cost"""
 
 KERNELS = "Time each kernel against its dense baseline, at the shapes of the published models on a GPU, at small ones elsewhere."
 STEP = """\
@@ -58,12 +63,18 @@ decoder, of a first prompt, which reads weights and compiles, and of later ones.
 being read from a disk."""
 SCHEDULE = "Say what whole samples would take by the steps that `chipmunk bench step` timed, under any schedule; nothing is run."
 QUALITY = """\
-Sample the same prompts and seeds dense and by each configuration of a YAML file; print the PSNR between them. A file:
+Sample the same prompts and seeds dense and by each configuration of a YAML file; print how near they come (PSNR, SSIM,
+perceptual distance) and at what cost: share of the dense work by count, measured seconds and, with --cost-of, the share of a
+dense sample's time that the same steps would take on a published model. A file:
   mini-wan: {}                                      a preset, by its name; the others change it by dotted names
   fewer keys: {attention.top_keys: 0.1}
   another: {preset: flux, attention: null}          or another preset that they name
-  20 of 30 steps: {dense: true, steps: 20}          the rival: dense, in fewer steps"""
-PLOT = "Draw the speed-up of column_attention and mlp against the columns left out, from records of `chipmunk bench kernels`."
+  20 of 30 steps: {dense: true, steps: 20}          the rival: dense, in fewer steps
+  more guidance: {guidance: 6, solver: euler}       against dense samples of that guidance by the usual solver
+  by chance: {attention.random_keys: 0.2, method: random keys}     in plots a line of its own"""
+PLOT = """\
+Draw the speed-up of column_attention and mlp against the columns left out, from records of `chipmunk bench kernels`; or
+quality against cost, a line a method, from records of `chipmunk bench quality`."""
 
 
 class Command(NamedTuple):
@@ -146,7 +157,10 @@ def _quality_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
     parser.add_argument("configurations", metavar="YAML", help="configurations by name")
     parser.add_argument("--prompts", type=int, default=16, help="drawn by chance (default: 16)")
-    parser.add_argument("--batch", type=int, default=16, help="samples at once (default: 16)")
+    parser.add_argument("--batch", type=int, default=4, help="samples at once (default: 4); the first is not timed")
+    parser.add_argument(
+        "--cost-of", metavar="RECORDS", help="file of `chipmunk bench step -o`, by whose times steps are priced, too"
+    )
     for name, kind in (("frames", int), ("height", int), ("width", int), ("steps", int), ("guidance", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
@@ -249,19 +263,32 @@ def run_quality(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench quality`."""
     _check(args, "prompts", "batch")
     configurations = read_configurations(args.configurations)
+    prices = args.cost_of and read_prices(args.cost_of)
     names = dict(
         num_frames="frames", num_inference_steps="steps", guidance_scale="guidance", height="height", width="width"
     )
     settings = {theirs: getattr(args, ours) for theirs, ours in names.items()}
     given = dict(count=args.prompts, at_once=args.batch, seed=args.seed, dtype=args.dtype)
+    samples = Samples(checkpoint=args.checkpoint, settings=settings, **given)
+    comparison = compare_configurations(samples, configurations)
+    features = _features()
     keep_compilations()
     entries = []
-    for entry in judge_configurations(Samples(checkpoint=args.checkpoint, settings=settings, **given), configurations):
+    for entry in judge(comparison, prices=prices, features=features):
         entries.append(entry | ({"commit": args.commit} if args.commit else {}))
         if args.output:
             records.append(args.output, entries[-1:])
     print(quality_table(entries))
     return 0
+
+
+def _features() -> Weights | None:
+    """For the perceptual distance; None, and one line, where they are not installed."""
+    try:
+        return load_features()
+    except InputError as error:
+        print(f"chipmunk: {error}", file=sys.stderr)
+        return None
 
 
 def run_plot(args: argparse.Namespace) -> int:
@@ -341,10 +368,10 @@ COMMANDS = {
     ),
     "quality": Command(
         "CKPT YAML ",
-        "how near sparse samples of a trained model come to dense ones",
+        "how near samples of a trained model come to dense ones, at what cost",
         QUALITY,
         _quality_flags,
         run_quality,
     ),
-    "plot": Command("RECORDS .. ", "draw speed-up against sparsity from records", PLOT, _plot_flags, run_plot),
+    "plot": Command("RECORDS .. ", "draw speed-up, or quality against cost, of records", PLOT, _plot_flags, run_plot),
 }

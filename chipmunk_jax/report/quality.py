@@ -1,25 +1,27 @@
-"""How near samples of several configurations come to the dense ones of the same prompts and seeds."""
+"""How near samples of several configurations come to the dense ones of the same prompts, seeds and guidance, and at what cost."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from chipmunk_jax.arguments import check_seed
-from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines import Pipeline, PipelineOutput
 from chipmunk_jax.pipelines.pixels import PixelPipeline
-from chipmunk_jax.quality import psnr
-from chipmunk_jax.report.records import machine
-from chipmunk_jax.report.tables import table
+from chipmunk_jax.pipelines.request import Request
+from chipmunk_jax.quality import check_window, psnr, ssim
+from chipmunk_jax.report.configurations import Configuration, telling
+from chipmunk_jax.report.perceptual import Weights, perceptual_distance
+from chipmunk_jax.report.price import Prices
+from chipmunk_jax.report.records import Entry, machine
 from chipmunk_jax.report.verify import pixels_of
-from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
+from chipmunk_jax.report.work import Work, dense_work
+from chipmunk_jax.sampling import plan_stacks
+from chipmunk_jax.schedule import Step
+from chipmunk_jax.sparsity import to_dict
 
 SAME = 100.0  # dB, in place of more: samples that differ by rounding alone, or not at all
 
@@ -33,132 +35,173 @@ class Samples:
     at_once: int  # in a batch
     seed: int
     dtype: str | None
-    settings: dict[str, Any]  # as a call of the pipeline takes them
+    settings: dict[str, Any]  # of the dense samples, as a call of the pipeline takes them; None for the usual ones
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """One way to sample."""
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Configurations that fit their model, and the dense samples that they are compared with."""
 
-    sparsity: Sparsity | None  # None: dense
-    steps: int | None  # None: as many as the dense samples that it is compared with
+    pipeline: PixelPipeline
+    samples: Samples
+    prompts: list[str]
+    configurations: Mapping[str, Configuration]
+    requests: dict[str, Request]  # of the configurations, by name
+    reference: Request  # of the dense samples, but for their guidance, which is each configuration's own
 
 
-def read_configurations(path: str | Path) -> dict[str, Configuration]:
-    """Configurations by name, of a YAML file such as
-
-        mini-wan: {}
-        fewer keys: {attention.top_keys: 0.1}
-        no attention: {preset: flux, attention: null}
-        20 of 30 steps: {dense: true, steps: 20}
-
-    Each changes the file's first one by dotted names, or where it names one, a preset; a dense one needs steps.
+def compare_configurations(samples: Samples, configurations: Mapping[str, Configuration]) -> Comparison:
+    """What judge() goes through, checked; no weights are read.
 
     Raises:
-        InputError: no such file, or what load_sparsity() refuses.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    holding = "names, and for each of them settings such as {attention.top_keys: 0.1}"
-    tree = read_config(path, holding)
-    named = lambda x: isinstance(x, dict) and all(isinstance(name, str) for name in x)
-    if not named(tree) or not all(map(named, tree.values())) or not tree:
-        raise InputError(f"{path}: expected {holding}")
-    found: dict[str, Configuration] = {}
-    for name, changes in tree.items():
-        with _telling(name):
-            found[name] = _configuration(name, dict(changes), next(iter(found.values()), None))
-    return found
-
-
-def _configuration(name: str, changes: dict[str, Any], first: Configuration | None) -> Configuration:
-    dense, steps = changes.pop("dense", False), changes.pop("steps", None)
-    if dense not in (True, False) or (dense and (changes or steps is None)):
-        raise InputError(f"dense={dense}: expected true with a number of steps and no other setting")
-    if dense:
-        return Configuration(None, steps)
-    base = str(changes.pop("preset", "")) or (first.sparsity if first and first.sparsity else name)
-    return Configuration(load_sparsity(base, changes), steps)
-
-
-@contextlib.contextmanager
-def _telling(name: str) -> Iterator[None]:
-    """Within, an error says of which configuration it is."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-def judge_configurations(samples: Samples, configurations: Mapping[str, Configuration]) -> Iterator[dict[str, Any]]:
-    """A record of each configuration: the PSNR of every prompt, and how it differs from the first one's in the mean.
-
-    Raises:
-        InputError: a checkpoint, setting or schedule that does not fit, before any work.
+        InputError: a checkpoint, setting or schedule that does not fit.
     """
     pipeline = Pipeline.from_pretrained(samples.checkpoint, dtype=samples.dtype)
     if not isinstance(pipeline, PixelPipeline):
         raise InputError(f"{samples.checkpoint}: expected a model with a table of words to draw prompts from")
     check_seed(samples.seed, samples.count)
     prompts = pipeline.random_prompts(samples.count, samples.seed)
-    settings = {name: value for name, value in samples.settings.items() if value is not None}
-    given = {
-        name: settings | ({"num_inference_steps": c.steps} if c.steps else {}) for name, c in configurations.items()
-    }
+    settings = samples.settings | {"seed": samples.seed}
+    reference = pipeline.check(prompts, **settings, sparsity=None)
+    check_window(reference.settings["height"], reference.settings["width"])
+    requests: dict[str, Request] = {}
     for name, one in configurations.items():
-        with _telling(name):
-            pipeline.check(prompts, **given[name], seed=samples.seed, sparsity=one.sparsity)
+        with telling(name):
+            requests[name] = pipeline.check(prompts, **settings | one.given, sparsity=one.sparsity)
+    return Comparison(
+        pipeline=pipeline, samples=samples, prompts=prompts, configurations=configurations, requests=requests,
+        reference=reference,
+    )  # fmt: skip
+
+
+def judge(comparison: Comparison, *, prices: Prices | None = None, features: Weights | None = None) -> Iterator[Entry]:
+    """A record of each configuration: likenesses of every prompt, how they differ from the first one's in the mean, and costs.
+
+    Dense samples are made once for each guidance.
+
+    Args:
+        comparison: of compare_configurations().
+        prices: of a published model's steps, by which its cost there is told; None: it is not.
+        features: for the perceptual distance, of load_features(); None: without it.
+    """
+    pipeline, requests, samples = comparison.pipeline, comparison.requests, comparison.samples
+    steps, work = comparison.reference.settings["steps"], dense_work(pipeline.variant, comparison.reference.settings)
+    scales = {request.settings["guidance"] for request in requests.values()}
+    dense: dict[float | None, Drawn] = {}
     first = None
-    with tqdm(total=(1 + len(configurations)) * len(prompts), unit="sample", leave=False) as bar:
-
-        def draw(name: str, settings: dict[str, Any], sparsity: Sparsity | None):
-            """Pixels of all prompts, and the last portion's output."""
+    with tqdm(total=(len(scales) + len(requests)) * samples.count, unit="sample", leave=False) as bar:
+        for name, one in comparison.configurations.items():
+            request, scale = requests[name], requests[name].settings["guidance"]
+            if scale not in dense:
+                bar.set_postfix_str("dense")
+                dense[scale] = _draw(comparison, {"guidance_scale": scale, "sparsity": None}, bar)
             bar.set_postfix_str(name)
-            pixels = []
-            for start in range(0, len(prompts), samples.at_once):
-                some = prompts[start : start + samples.at_once]
-                options = dict(sparsity=sparsity, output_type="np", progress=False)
-                out = pipeline(some, **settings, seed=samples.seed + start, **options)
-                pixels += [*pixels_of(out)]
-                bar.update(len(some))
-            return pixels, out
-
-        dense, _ = draw("dense", settings, None)
-        for name, one in configurations.items():
-            pixels, out = draw(name, given[name], one.sparsity)
-            levels = np.array([min(psnr(*pair), SAME) for pair in zip(pixels, dense, strict=True)])
-            first = levels if first is None else first
-            difference = levels - first
+            drawn = _draw(comparison, one.given | {"sparsity": one.sparsity}, bar)
+            likeness = _likeness(drawn.pixels, dense[scale].pixels, features)
+            first = first or likeness
             yield {
                 "benchmark": "quality",
                 "variant": name,
-                "psnr": levels.round(3).tolist(),
-                "median_psnr": float(np.median(levels)),
-                "mean_psnr": float(levels.mean()),
-                "difference": float(difference.mean()),  # of the mean PSNR to that of the first
-                "difference_error": float(difference.std(ddof=1) / len(levels) ** 0.5) if len(levels) > 1 else None,
-                "density": out.density,
-                "skipped_steps": len(out.skipped_steps),
+                "method": one.method(steps),
+                **{measure: values.round(5).tolist() for measure, values in likeness.items()},
+                **_statistics(likeness, first),
+                **_shares(drawn, work, steps),
+                **(_cost(prices, pipeline, request, drawn, steps) if prices else {}),
+                "seconds": drawn.seconds,  # a sample
+                "dense_seconds": dense[scale].seconds,
+                "batch": drawn.sizes[0],  # that was timed
                 "sparsity": one.sparsity and to_dict(one.sparsity),
-                "prompts": len(prompts),
-                "dtype": jax.tree.leaves(pipeline.model)[0].dtype.name if samples.dtype is None else samples.dtype,
-                **out.settings,
+                "prompts": samples.count,
+                **pipeline.origin,
+                "solver": type(request.solver).__name__,
+                **drawn.outputs[-1].settings,
                 "seed": samples.seed,
                 **machine(),
             }
 
 
-def quality_table(entries: list[dict[str, Any]]) -> str:
-    """Aligned lines under a header."""
-    error = lambda e: "" if e["difference_error"] is None else f" +- {e['difference_error']:.2f}"
-    columns = {
-        "variant": lambda e: e["variant"],
-        "steps": lambda e: f"{e['steps'] - e['skipped_steps']}",
-        "keys": lambda e: f"{100 * e['density']['attention']:.1f} %",
-        "neurons": lambda e: f"{100 * e['density']['mlp']:.1f} %",
-        "median dB": lambda e: f"{e['median_psnr']:.2f}",
-        "mean dB": lambda e: f"{e['mean_psnr']:.2f}",
-        "to the first": lambda e: f"{e['difference']:+.2f}{error(e)}",
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Samples of all prompts, and how they were made."""
+
+    pixels: list[np.ndarray]  # of each prompt
+    outputs: list[PipelineOutput]  # of each batch
+    sizes: list[int]  # of each batch
+    seconds: float  # the transformer's, of one sample of a batch that compiled nothing, the median
+
+    def mean(self, number: Callable[[PipelineOutput], float]) -> float:
+        """A number over all samples."""
+        return float(np.average([number(out) for out in self.outputs], weights=self.sizes))
+
+
+def _draw(comparison: Comparison, options: Mapping[str, Any], bar: tqdm) -> Drawn:
+    """Samples of all prompts, some at once; where none but the first batch has its size, that one once more, for its time."""
+    count, seed = comparison.samples.at_once, comparison.samples.seed
+    batches = {start: comparison.prompts[start : start + count] for start in range(0, len(comparison.prompts), count)}
+    given = comparison.samples.settings | options
+
+    def call(start: int) -> PipelineOutput:
+        return comparison.pipeline(batches[start], **given, seed=seed + start, output_type="np", progress=False)
+
+    outputs = []
+    for start, prompts in batches.items():
+        outputs.append(call(start))
+        bar.update(len(prompts))
+    sizes = list(map(len, batches.values()))
+    timed = [out for out, size in zip(outputs[1:], sizes[1:], strict=True) if size == sizes[0]] or [call(0)]
+    return Drawn(
+        pixels=[one for out in outputs for one in pixels_of(out)],
+        outputs=outputs,
+        sizes=sizes,
+        seconds=float(np.median([out.stages["transformer"].seconds for out in timed])) / sizes[0],
+    )
+
+
+def _likeness(
+    found: Sequence[np.ndarray], dense: Sequence[np.ndarray], features: Weights | None
+) -> dict[str, np.ndarray]:
+    """Measures by name, each of every prompt."""
+    measures = {"psnr": lambda *pair: min(psnr(*pair), SAME), "ssim": ssim}
+    if features is not None:
+        measures["perceptual"] = lambda *pair: perceptual_distance(features, *pair)
+    pairs = list(zip(found, dense, strict=True))
+    return {name: np.array([measure(*pair) for pair in pairs]) for name, measure in measures.items()}
+
+
+def _statistics(likeness: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """Means of all measures; of the PSNR median and worst, and the mean difference to the first with its standard error."""
+    levels = likeness["psnr"]
+    difference = levels - first["psnr"]
+    return {
+        **{f"mean_{name}": float(values.mean()) for name, values in likeness.items()},
+        "median_psnr": float(np.median(levels)),
+        "worst_psnr": float(levels.min()),
+        "difference": float(difference.mean()),
+        "difference_error": float(difference.std(ddof=1) / len(levels) ** 0.5) if len(levels) > 1 else None,
     }
-    return table(entries, columns)
+
+
+def _shares(drawn: Drawn, work: Work, dense_steps: int) -> dict[str, Any]:
+    """Shares of keys and neurons that its steps compute, and of all products of the dense sample, by count."""
+
+    def executed(out: PipelineOutput) -> float:
+        steps = out.settings["steps"]
+        return work.executed(out.density, 1 - len(out.skipped_steps) / steps) * steps / dense_steps
+
+    return {
+        "density": {part: drawn.mean(lambda out, part=part: out.density[part]) for part in ("attention", "mlp")},
+        "skipped_steps": drawn.mean(lambda out: len(out.skipped_steps)),
+        "reference_steps": dense_steps,
+        "executed": drawn.mean(executed),
+    }
+
+
+def _cost(prices: Prices, pipeline: Pipeline, request: Request, drawn: Drawn, dense_steps: int) -> dict[str, Any]:
+    """Cost of the plan on a published model, as a share of its dense sample, and which model that is."""
+    variant, settings = pipeline.variant, request.settings
+    network, noise, cond = variant.shapes(settings, 1, pipeline.network.dtype)
+    stacks, grid = network.stacks(noise.shape[1], cond), variant.grid(settings)
+    plan = plan_stacks(stacks, request.sparsity, settings["steps"], grid) if request.sparsity else Step()
+    layers = pipeline.layers(request)
+    price = lambda out: prices.cost(plan, settings["steps"], out.skipped_steps, layers) / dense_steps
+    return {"cost": drawn.mean(price), "cost_of": prices.name}

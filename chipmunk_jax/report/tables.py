@@ -75,6 +75,48 @@ def record_table(entries: Sequence[Entry]) -> str:
     return table(entries, WORDS | NUMBERS, lambda entry: entry["error"] and f"no time: {entry['error']}")
 
 
+def _share(number: float | None) -> str:
+    """In percent."""
+    return "" if number is None else f"{100 * number:.1f}"
+
+
+def _of_dense(entry: Entry, part: str) -> float:
+    """Share of the keys or neurons of a dense sample, whose steps may be more."""
+    return entry["density"][part] * entry["steps"] / entry.get("reference_steps", entry["steps"])
+
+
+def _change(entry: Entry) -> str:
+    """Of the mean PSNR from the first record, with its standard error."""
+    error = entry["difference_error"]
+    return f"{entry['difference']:+.2f}" + ("" if error is None else f" +- {error:.2f}")
+
+
+def _likeness(key: str, form: str) -> Callable[[Entry], str]:
+    return lambda entry: form.format(entry[key]) if key in entry else ""
+
+
+LIKENESS = {  # percentages are of what the dense samples compute
+    "variant": itemgetter("variant"),
+    "steps": lambda entry: f"{entry['steps'] - entry['skipped_steps']:g}",
+    "keys %": lambda entry: _share(_of_dense(entry, "attention")),
+    "MLP %": lambda entry: _share(_of_dense(entry, "mlp")),
+    "work %": lambda entry: _share(entry.get("executed")),
+    "cost %": lambda entry: _share(entry.get("cost")),
+    "s": _likeness("seconds", "{:.3g}"),
+    "mean dB": _likeness("mean_psnr", "{:.2f}"),
+    "median": _likeness("median_psnr", "{:.2f}"),
+    "worst": _likeness("worst_psnr", "{:.2f}"),
+    "to the first": _change,
+    "SSIM": _likeness("mean_ssim", "{:.3f}"),
+    "distance": _likeness("mean_perceptual", "{:.3f}"),
+}
+
+
+def quality_table(entries: Sequence[Entry]) -> str:
+    """A line a configuration: what it computes, what that costs, and how near it comes; without what was not recorded."""
+    return table(entries, LIKENESS)
+
+
 def stages_text(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """Seconds and peak memory of the stages of a pipeline, in one line."""
     peak = lambda stage: f" ({stage['peak_bytes'] / 1e9:.1f} GB)" if stage["peak_bytes"] else ""
