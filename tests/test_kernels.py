@@ -18,6 +18,7 @@ from pallas_kernels import (
     Columns,
     PinnedKeys,
     Scaled,
+    block_means,
     column_attention,
     column_fc1,
     column_fc2,
@@ -505,9 +506,12 @@ def flux_calls():
         pinned=PinnedKeys(ints(600_000), ints(932), 3),
         valid=ints(1),
     )
+    means_of = lambda k, v, columns, layer, pinned, valid, **_: block_means(
+        k, v, columns, layer, block=64, pinned=pinned, valid=valid, **kw
+    )
     return {
         "column_attention_of_a_video": (
-            lambda q, k, v, rest: column_attention(q, k, v, **rest, **attention),
+            lambda q, k, v, rest: column_attention(q, k, v, **rest, means=means_of(k, v, **rest), **attention),
             [*[video] * 3, of_video],
         ),
         "store_attention_residual_of_a_video": (
