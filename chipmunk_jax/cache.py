@@ -18,8 +18,8 @@ class AttentionCache:
     """Cache of the attention of L layers."""
 
     columns: Columns  # [L, B, H, G, K]: keys, a list for each head and query group
-    # bf16 [L, B, N, H, d], or 8 bits: dense output minus attention over the columns, at the last full step.
-    residual: jax.Array | Scaled
+    # bf16 [L, B, N, H, d], or 8 bits: dense output minus attention over the columns, at the last full step; None: it is not kept.
+    residual: jax.Array | Scaled | None
     lse: jax.Array  # f32 [L, B, H, N]: log-sum-exp of the scaled logits, natural logarithm, at the last measured step
 
 
@@ -50,14 +50,15 @@ def _stack_zeros(stack: Stack, sparsity: Sparsity, batch: int, dtype: jnp.dtype)
     attention = mlp = None
     lead = (stack.layers, batch)
     if config := sparsity.attention:
-        heads, residual = (*lead, stack.heads), (*lead, stack.tokens, stack.heads, stack.head_dim)
+        heads, values = (*lead, stack.heads), (*lead, stack.tokens, stack.heads, stack.head_dim)
+        residuals = {0: lambda: None, 8: lambda: Scaled.zeros(values), 16: lambda: jnp.zeros(values, dtype)}
         attention = AttentionCache(
             columns=Columns.empty(
                 (*heads, group_count(stack.tokens, config.group)),
                 config.capacity(stack.tokens),
                 packed=stack.tokens in PACKED_LENGTHS,
             ),
-            residual=Scaled.zeros(residual) if config.residual_bits == 8 else jnp.zeros(residual, dtype),
+            residual=residuals[config.residual_bits](),
             lse=jnp.zeros((*heads, stack.tokens), jnp.float32),
         )
     if config := sparsity.mlp:

@@ -88,6 +88,8 @@ def _dense_with_lse(q, k, v, step: Step, valid):
 
 
 def _store_residual(out, q, k, v, cache: AttentionCache, step: Step, valid) -> AttentionCache:
+    if cache.residual is None:
+        return cache
     options = _options(q, k, v, cache, step, valid)
     residual = store_attention_residual(out, q, k, v, cache.columns, step.layer, **options)
     residual, lse, columns = _together((residual, cache.lse, cache.columns))

@@ -98,7 +98,11 @@ class AttentionSparsity(_ColumnSparsity):
     query_stride: int = option(
         1, "score keys with every n-th query only, n a divisor of group; selection then takes 1/n of the time"
     )
-    residual_bits: int = option(16, "bits per cached residual value: 16, or 8 (float8, one scale per row)")
+    residual_bits: int = option(
+        16,
+        "bits per cached residual value: 16, or 8 (float8, one scale per row); 0 keeps none, so that a step gives its own keys' "
+        "attention alone, as methods without deltas do",
+    )
     fixed_random_keys: float = option(
         0.0, "probability that a key is computed whatever its attention, drawn once a sample: from 0 to below 1"
     )
@@ -131,7 +135,7 @@ class AttentionSparsity(_ColumnSparsity):
         require(fits, "query_stride", self.query_stride, f"a divisor of the group, {self.group}")
         odd = self.local_voxels == 0 or (self.local_voxels > 0 and self.local_voxels % 2 == 1)
         require(odd, "local_voxels", self.local_voxels, "an odd number, or 0 for none")
-        require(self.residual_bits in (8, 16), "residual_bits", self.residual_bits, "8 or 16")
+        require(self.residual_bits in (0, 8, 16), "residual_bits", self.residual_bits, "8 or 16, or 0 for none")
         require(0 <= self.local_1d_window <= 1, "local_1d_window", self.local_1d_window, "a fraction from 0 to 1")
         if self.full_step_schedule is not None:
             require(

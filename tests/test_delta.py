@@ -82,7 +82,7 @@ class NaiveAttention:
                     keys, values, times = self.chosen_and_means(at, k[b, :, h], v[b, :, h])
                     sparse = naive_softmax(q[b, rows, h] @ keys.T * D**-0.5, times) @ values
                     if phase == AttentionPhase.DELTA:
-                        out[b, rows, h] = self.residual[at] + sparse
+                        out[b, rows, h] = sparse + (self.residual[at] if self.config.residual_bits else 0)
                     else:
                         self.residual[at] = dense[rows] - sparse
             if phase in (AttentionPhase.MEASURE, AttentionPhase.SELECT):
@@ -98,9 +98,10 @@ class NaiveAttention:
         return mean(k), mean(v), np.array([1] * len(chosen) + [len(np.setdiff1d(keys, chosen)) for keys in blocks])
 
 
-@pytest.mark.parametrize(("recompute_mask", "block"), [(False, 64), (True, 0), (True, 128)])
-def test_attention_equals_a_naive_one_through_every_phase(recompute_mask, block):
-    config = AttentionSparsity(**(vars(ATTENTION) | {"recompute_mask": recompute_mask, "block_means": block}))
+@pytest.mark.parametrize(("recompute_mask", "block", "bits"), [(False, 64, 16), (True, 0, 16), (True, 128, 0)])
+def test_attention_equals_a_naive_one_through_every_phase(recompute_mask, block, bits):
+    changes = {"recompute_mask": recompute_mask, "block_means": block, "residual_bits": bits}
+    config = AttentionSparsity(**(vars(ATTENTION) | changes))
     cache, step = start(Sparsity(attention=config, mlp=None))
     naive, run = NaiveAttention(config), jax.jit(attend)
     seen = set()
@@ -111,7 +112,7 @@ def test_attention_equals_a_naive_one_through_every_phase(recompute_mask, block)
         np.testing.assert_allclose(out, expected, atol=2e-5)
         seen.add(phase)
     assert seen == {1, 2, 4} | (set() if recompute_mask else {3})
-    assert not np.asarray(cache.attention.residual[0]).any()  # other layers' entries are untouched
+    assert not np.asarray(cache.attention.lse[0]).any()  # other layers' entries are untouched
 
 
 @pytest.mark.parametrize("portions", [1, 2])
