@@ -61,7 +61,10 @@ def plan(
     solver: Solver | None = None,
     implementation: Implementation | None = None,
 ) -> Parts:
-    """Bytes by name of all that a sample holds on its device; the arguments are those of sample(), or their shapes alone."""
+    """Bytes by name of all that a sample holds on its device.
+
+    The arguments are those of sample(), or their shapes alone; sparsity is what fit() makes of it.
+    """
     sides = 1 if guidance is None else 2
     batch, tokens = sides * noise.shape[0], noise.shape[1]
     stacks = model.stacks(tokens, cond)

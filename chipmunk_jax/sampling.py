@@ -21,6 +21,7 @@ from chipmunk_jax import cache as caches
 from chipmunk_jax.arguments import check, check_settings, is_whole, parse_timesteps, placed
 from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.errors import InputError, NotFiniteError, listed
+from chipmunk_jax.fit import fit
 from chipmunk_jax.model import Condition, Model, Stack, modulations_of
 from chipmunk_jax.order import inverse, patch_order
 from chipmunk_jax.pinned_keys import pinned_keys
@@ -122,7 +123,7 @@ def start(
     expected = len(table.order), model.channels
     if noise.shape[1:] != expected or not jnp.issubdtype(noise.dtype, jnp.floating):
         raise InputError(f"noise {noise.dtype} {noise.shape}: expected floats [B, {expected[0]}, {expected[1]}]")
-    parts = ("attention", "mlp")
+    sparsity, parts = sparsity and fit(sparsity, len(table.times)), ("attention", "mlp")
     planned = [getattr(table.step, part) is not None for part in parts]
     if [bool(sparsity and getattr(sparsity, part)) for part in parts] != planned:
         raise InputError(f"sparsity={sparsity}: expected that of the table, as plan() was given it")
@@ -294,7 +295,8 @@ def sample(
     check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
     table = plan(model, noise, cond, **fixed)
-    with Reporter(len(table.times), "sparse" if sparsity else "dense", progress, seen) as reporter:
+    dense = sparsity is None or fit(sparsity, len(table.times)).saves_nothing
+    with Reporter(len(table.times), "dense" if dense else "sparse", progress, seen) as reporter:
         return run(model, noise, cond, table, reporter, uncond=uncond, sparsity=sparsity).x
 
 

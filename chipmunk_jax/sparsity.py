@@ -19,6 +19,7 @@ from chipmunk_jax.config_file import nest, read_layers
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.options import change, check_types, explained, option, require
 
+MOST_STEPS = 100_000  # a mistyped number must not be taken for work
 COLUMN_TILE = 64  # the kernels' step: keeping a multiple of it leaves no tile half used
 
 
@@ -34,9 +35,11 @@ class _ColumnSparsity:
         "recompiling; null for the number computed now",
     )
     first_n_dense_layers: int = option(2, "number of layers at the start of the model that are never sparse")
-    full_step_every: int = option(10, "number of steps from one full step, which computes everything, to the next")
+    full_step_every: int = option(
+        10, "number of steps from one full step, which computes everything, to the next, among schedule_steps"
+    )
     full_step_schedule: tuple[int, ...] | None = option(
-        None, "full steps by number, counted from 0, in place of full_step_every; null for none"
+        None, "full steps by number, counted from 0 among schedule_steps, in place of full_step_every; null for none"
     )
     group: int = option(
         128, "number of consecutive tokens that share a list of keys or neurons: a multiple of 64 up to 4096"
@@ -181,7 +184,7 @@ class StepCache:
 
     skip_steps: tuple[int, ...] = option(
         (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43),
-        "steps that run no block, by number, counted from 0; none of them a full one",
+        "steps that run no block, by number, counted from 0 among schedule_steps; none of them a full one",
     )
 
     def __post_init__(self):
@@ -201,6 +204,11 @@ class Sparsity:
     attention: AttentionSparsity | None = option(AttentionSparsity(), "sparse attention, or null for dense")
     mlp: MlpSparsity | None = option(MlpSparsity(), "sparse MLP, or null for dense")
     step_cache: StepCache | None = option(None, "steps to skip, or null to run every step")
+    schedule_steps: int | None = option(
+        None,
+        "number of steps of the sample that full_step_every, full_step_schedule and skip_steps are written for; in a sample of "
+        "another number they are stretched to the same times of the path; null to take them as they are in any sample",
+    )
     patches: tuple[int | tuple[int, ...], ...] = option(
         (8, 4),
         "sides, in tokens, of the nested patches that tokens are ordered by, the largest first: [8,4] for equal sides, "
@@ -209,7 +217,14 @@ class Sparsity:
 
     def __post_init__(self):
         check_types(self)
+        written = self.schedule_steps
+        require(written is None or 1 <= written <= MOST_STEPS, "schedule_steps", written, f"1 to {MOST_STEPS}, or null")
         require(_nested(self.patches), "patches", self.patches, "sides that divide each other, the largest first")
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether every step computes everything."""
+        return not (self.attention or self.mlp or self.step_cache)
 
 
 def _nested(patches: tuple[int | tuple[int, ...], ...]) -> bool:
@@ -282,4 +297,3 @@ class _Presets(Mapping[str, Sparsity]):
 
 
 PRESETS: Mapping[str, Sparsity] = _Presets()
-PRESET_STEPS = 50  # what presets that name steps by number are made for

@@ -33,7 +33,8 @@ def run(checkpoint, folder, text, *flags):
 
 
 def test_records_hold_every_prompt_and_the_mean_difference_to_the_first(checkpoint, tmp_path, capsys):
-    text = "all: {preset: flux, attention.top_keys: 1.0, mlp: null}\nhalf: {attention: null, mlp: {top_keys: 0.5, group: 64}}\n"
+    text = "all: {preset: flux, schedule_steps: null, attention.top_keys: 1.0, mlp: null}\n"
+    text += "half: {attention: null, mlp: {top_keys: 0.5, group: 64}}\n"
     everything, half = run(checkpoint, tmp_path, text, "--commit", "abc")
     assert all(level > 90 for level in everything["psnr"])  # all keys: equal but for rounding
     assert len(half["psnr"]) == half["prompts"] == 3 and half["mean_psnr"] == pytest.approx(
@@ -43,13 +44,13 @@ def test_records_hold_every_prompt_and_the_mean_difference_to_the_first(checkpoi
     assert half["difference_error"] > 0 and half["density"]["attention"] == 1 > half["density"]["mlp"]
     assert (half["variant"], half["steps"], half["seed"], half["commit"]) == ("half", 3, 0, "abc")
     assert half["sparsity"] == to_dict(
-        load_sparsity("flux", {"attention": None, "mlp": {"top_keys": 0.5, "group": 64}})
+        load_sparsity("flux", {"schedule_steps": None, "attention": None, "mlp": {"top_keys": 0.5, "group": 64}})
     )
     assert "to the first" in capsys.readouterr().out
 
 
 def test_the_batch_changes_nothing(checkpoint, tmp_path):
-    text = "flux: {mlp.random_keys: 0.0}\n"
+    text = "flux: {schedule_steps: null, mlp.random_keys: 0.0}\n"
     together, apart = (run(checkpoint, tmp_path, text, "--batch", n)[0]["psnr"] for n in ("3", "2"))
     np.testing.assert_allclose(together, apart, atol=0.1)
 
@@ -60,7 +61,9 @@ def test_a_dense_configuration_is_the_dense_sample(checkpoint, tmp_path):
 
 
 def test_fewer_steps_are_a_configuration_compared_with_all_of_them(checkpoint, tmp_path):
-    text = "flux: {mlp.random_keys: 0.0}\n2 of 3 steps: {dense: true, steps: 2}\nboth: {steps: 2}\n"
+    text = (
+        "flux: {schedule_steps: null, mlp.random_keys: 0.0}\n2 of 3 steps: {dense: true, steps: 2}\nboth: {steps: 2}\n"
+    )
     sparse, fewer, both = run(checkpoint, tmp_path, text)
     assert [entry["steps"] for entry in (sparse, fewer, both)] == [3, 2, 2]
     assert (
@@ -96,7 +99,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, message):
 
 
 def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint, tmp_path, capsys):
-    (tmp_path / "v.yaml").write_text("flux: {}\nlater: {attention.full_step_schedule: [0, 1, 9]}\n")
+    (tmp_path / "v.yaml").write_text("flux: {schedule_steps: null}\nlater: {attention.full_step_schedule: [0, 1, 9]}\n")
     given = ["bench", "quality", str(checkpoint), str(tmp_path / "v.yaml"), *SIZE, "-o", str(tmp_path / "out.jsonl")]
     assert main(given) != 0
     error = capsys.readouterr().err

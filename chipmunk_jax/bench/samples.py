@@ -27,7 +27,7 @@ def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
     """
     variant, steps, grid = work.variant, work.settings["steps"], work.variant.grid(work.settings)
     variant.check(work.settings, work.sparsity)
-    work.check_room(steps, work.sparsity)
+    work.check_room(steps, work.fitted)
     model = random_model(variant, jnp.dtype(work.dtype))
     noise, cond = random_inputs(variant, work.settings, work.batch)
     usual = dict(timesteps=variant.timesteps(work.settings), solver=variant.solver, guidance=variant.guidance)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.fit import check_schedules, fit
 from chipmunk_jax.report.records import Entry
-from chipmunk_jax.schedule import AttentionPhase, MlpPhase, attention_phases, check_schedules, mlp_phases
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, attention_phases, mlp_phases
 from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
 from chipmunk_jax.step_cache import skipped
 
@@ -64,7 +65,8 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     ]
 
 
-SCHEDULES = {"full_step_every", "full_step_schedule", "select_every", "step_cache"}  # settings that say when
+# Settings that say when.
+SCHEDULES = {"full_step_every", "full_step_schedule", "select_every", "step_cache", "schedule_steps"}
 
 
 def _settings(sparsity: Sparsity) -> dict[str, Any]:
@@ -78,12 +80,13 @@ def _settings(sparsity: Sparsity) -> dict[str, Any]:
 
 def kinds(sparsity: Sparsity, steps: int) -> list[str]:
     """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest."""
-    attention, mlp = sparsity.attention, sparsity.mlp
+    fitted = fit(sparsity, steps)
+    attention, mlp, step_cache = fitted.attention, fitted.mlp, fitted.step_cache
     attending = attention_phases(attention, steps) if attention else np.full(steps, AttentionPhase.DELTA)
     feeding = mlp_phases(mlp, steps) if mlp else np.full(steps, MlpPhase.DELTA)
     names = np.select(
         [
-            skipped(sparsity.step_cache, steps) if sparsity.step_cache else np.zeros(steps, bool),
+            skipped(step_cache, steps) if step_cache else np.zeros(steps, bool),
             attending == AttentionPhase.SELECT,
             (attending != AttentionPhase.DELTA) | (feeding == MlpPhase.FULL),
             feeding == MlpPhase.SELECT_DELTA,

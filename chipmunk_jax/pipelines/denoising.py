@@ -9,6 +9,7 @@ import numpy as np
 
 from chipmunk_jax import memory, sampling
 from chipmunk_jax.arguments import check, placed
+from chipmunk_jax.fit import fit
 from chipmunk_jax.model import Condition
 from chipmunk_jax.pipelines.request import Request, guides
 from chipmunk_jax.pipelines.residents import Residents
@@ -47,7 +48,7 @@ def plan_spans(
         implementation: of the kernels.
 
     Raises:
-        InputError: a sparsity that does not fit the steps of a network, or no room.
+        InputError: no room.
     """
     settings, solver = request.settings, request.solver
     steps, boundary = settings["steps"], variant.boundary
@@ -58,10 +59,10 @@ def plan_spans(
     for role, first, stop, scale in parts:
         if first == stop:
             continue
-        variant.check(settings | {"steps": stop - first}, request.sparsity)
         shapes = residents.shapes[role], noise, cond
         guidance = scale if guides(scale) else None
-        fixed = dict(sparsity=request.sparsity, guidance=guidance, solver=solver, implementation=implementation)
+        sparsity = request.sparsity and fit(request.sparsity, steps, (first, stop))
+        fixed = dict(sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
         memory.check_room(*shapes, placed=role in residents, spare=residents.releasable, steps=stop - first, **fixed)
         planned = memory.plan(*shapes, steps=stop - first, **fixed)
         # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
@@ -98,6 +99,12 @@ def run_spans(
         state = sampling.run(model, *arrays, span.table, reporter, **given)
         del model, arrays, other  # whose room the next one may need
     return np.asarray(state.x)
+
+
+def is_dense(spans: Sequence[Span]) -> bool:
+    """Whether every step of all networks computes everything."""
+    found = [span.options["sparsity"] for span in spans]
+    return all(sparsity is None or sparsity.saves_nothing for sparsity in found)
 
 
 def computed(spans: Sequence[Span], layers: int) -> dict[str, Any]:

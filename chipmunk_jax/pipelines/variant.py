@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.fit import check_schedules
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.leaves import abstract
 from chipmunk_jax.pinned_keys import check_grid
-from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import (
     Euler,
     Solver,
