@@ -110,7 +110,7 @@ BAD = [
         ["attention.full_step_schedule", "step 40", "mini-flux, fits"],
     ),
     (
-        ["--sparsity", "flux-step-cache", "--sparsity.schedule-steps", 40],
+        ["--sparsity", "flux", "--sparsity.schedule-steps", 40, "--sparsity.step-cache.skip-steps", "43"],
         ["step 43, but schedule_steps says 40 steps (0 to 39)", "; the model's own preset, mini-flux, fits"],
     ),
 ]
@@ -365,7 +365,7 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
 def test_a_sample_that_is_not_finite_is_one_sentence_exit_1_and_no_file(
     checkpoint, folder, capsys, monkeypatch, command
 ):
-    state = sampling.SampleState(x=None, solver=None, cache=None, hidden=None, broken=np.array([2]))
+    state = sampling.SampleState(x=None, solver=None, cache=None, kept=None, broken=np.array([2]))
     monkeypatch.setattr(sampling, "finished", lambda *_, **__: state)
     assert run(command, checkpoint, "-o", "out.png") == 1
     err = capsys.readouterr().err.splitlines()[-1]

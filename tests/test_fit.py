@@ -9,7 +9,7 @@ from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache, lo
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import fit
 from chipmunk_jax.schedule import density, full_steps, plan_steps
-from chipmunk_jax.sparsity import PRESETS
+from chipmunk_jax.sparsity import PAPER_SKIPS, PRESETS
 
 NUMBERS = (1, 2, 3, 4, 8, 13, 20, 28, 30, 40, 50, 100)
 SIZES = dict(tokens=10_000, mlp_width=10_000)
@@ -68,7 +68,7 @@ def test_as_many_steps_are_skipped_as_in_proportion_where_there_is_room(name, st
     skipped = np.flatnonzero(table.skip) if table.skip is not None else np.zeros(0, int)
     wanted = 25 * steps // 50
     # The times of the list, from the start of its first step to the end of its last, without what is full, the first and the last.
-    named, step = preset.step_cache.skip_steps, np.arange(steps)
+    named, step = PAPER_SKIPS, np.arange(steps)
     within = (step + 1) / steps > named[0] / 50 + 1e-9
     within &= step / steps < (named[-1] + 1) / 50 - 1e-9
     must = plan_steps(dataclasses.replace(preset, step_cache=None), steps, **SIZES)

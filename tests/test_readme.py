@@ -415,7 +415,7 @@ def test_the_table_of_the_models_in_the_repository_is_the_committed_records():
 
 def quality_cells(entry: dict, against: int) -> list[str]:
     """Steps that ran, shares of what a dense sample of so many steps computes, mean PSNR, and its change from the first."""
-    cache = (entry["sparsity"] or {}).get("step_cache") or {"skip_steps": []}
+    cache = (entry["sparsity"] or {}).get("step_cache") or {"skip_steps": []}  # of these records, all in a list
     shares = [percent(entry["density"][part] * entry["steps"] / against) for part in ("attention", "mlp")]
     change = f"{entry['difference']:+.1f} +- {entry['difference_error']:.1f}"
     return [str(entry["steps"] - len(cache["skip_steps"])), *shares, f"{entry['mean_psnr']:.1f}", change]

@@ -58,6 +58,7 @@ SPARSE = Sparsity(
     mlp=MlpSparsity(first_n_dense_layers=0, full_step_every=4, group=64),
 )
 SKIPPING = dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=(3, 5)))
+DECIDING = dataclasses.replace(SPARSE, step_cache=StepCache(gate="easy", threshold=9.0, predict="residual", order=1))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def modulations(model, t, cond):
 @jax.jit
 def hidden(model, x, cond, mods):
     """The tokens before the final layer, dense."""
-    return model.hidden(x, None, cond, model.positions(GRID), None, None, mods)[0]
+    return model.hidden(model.embed(x, cond), None, cond, model.positions(GRID), None, None, mods)[0]
 
 
 @jax.jit
@@ -187,7 +188,15 @@ def test_another_choice_of_skipped_steps_compiles_nothing(model, compilations):
     draw(model, *inputs(), sparsity=skipping(2))
     compilations.clear()
     draw(model, *inputs(), sparsity=skipping(3, 5), seed=9)
+    for gate in (dict(gate="share", share=0.3), dict(gate="mag", threshold=0.2, coefficients=(1.0, 0.9, 0.9))):
+        draw(model, *inputs(), sparsity=dataclasses.replace(SPARSE, step_cache=StepCache(**gate)))
     assert not compilations
+    deciding = dict(gate="tea", coefficients=(1.0, 0.0), threshold=0.2, warm_up=0.2, max_skips=1)
+    for change in ({}, dict(threshold=0.5), dict(coefficients=(2.0, 0.1)), dict(warm_up=0.4), dict(max_skips=3)):
+        found = StepCache(**deciding | change)
+        draw(model, *inputs(1), sparsity=Sparsity(attention=None, mlp=None, step_cache=found))
+        assert bool(compilations) == (not change)
+        compilations.clear()
     draw(model, *inputs(), timesteps=flux_timesteps(STEPS + 1, TOKENS))
     assert compilations
 
@@ -287,10 +296,10 @@ def table_of(model, noise, cond, sparsity=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "solver", "guidance"), [(None, Euler(), 2.0), (SKIPPING, UniPC(), None)], ids=["dense", "skipping"]
+    ("sparsity", "solver", "guidance"), [(None, Euler(), 2.0), (DECIDING, UniPC(), 2.0)], ids=["dense", "deciding"]
 )
 def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver, guidance):
-    noise, cond = inputs()
+    noise, cond = inputs(1)
     options = dict(timesteps=wan_timesteps(STEPS, 3.0), solver=solver, guidance=guidance)
     table = table_of(model, noise, cond, sparsity, **options)
     both = both_sides(model, cond) if guidance else cond
@@ -301,6 +310,7 @@ def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver, g
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.any(np.asarray(middle.x) != np.asarray(whole.x))
+    assert sparsity is None or whole.gate.skipped.tolist() == [False, False, True, True, False, False]
     np.testing.assert_array_equal(draw(model, noise, cond, sparsity=sparsity, **options), whole.x)
 
 

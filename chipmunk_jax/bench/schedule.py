@@ -11,7 +11,7 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import check_schedules, fit
 from chipmunk_jax.report.records import Entry
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, attention_phases, mlp_phases
-from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
+from chipmunk_jax.sparsity import PLANNED_GATES, Sparsity, load_sparsity, to_dict
 from chipmunk_jax.step_cache import skipped
 
 
@@ -82,6 +82,10 @@ def kinds(sparsity: Sparsity, steps: int) -> list[str]:
     """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest."""
     fitted = fit(sparsity, steps)
     attention, mlp, step_cache = fitted.attention, fitted.mlp, fitted.step_cache
+    if step_cache and step_cache.gate not in PLANNED_GATES:
+        raise InputError(
+            f"gate={step_cache.gate!r}: it decides in a sample; expected one of {', '.join(PLANNED_GATES)}"
+        )
     attending = attention_phases(attention, steps) if attention else np.full(steps, AttentionPhase.DELTA)
     feeding = mlp_phases(mlp, steps) if mlp else np.full(steps, MlpPhase.DELTA)
     names = np.select(

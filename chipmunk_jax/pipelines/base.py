@@ -280,7 +280,7 @@ class Pipeline:
                     f"{steps} steps: too few for this sparsity to save anything, sampled densely", file=sys.stderr
                 )
             with Reporter(steps, "dense" if dense else "sparse", progress, callback_on_step_end) as reporter:
-                tokens = run_spans(spans, self.residents, noise, cond, uncond, reporter)
+                tokens, spans = run_spans(spans, self.residents, noise, cond, uncond, reporter)
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings = request.settings
             made = self.to_latents(tokens, settings) if output_type == "latent" else self.decode(tokens, settings)

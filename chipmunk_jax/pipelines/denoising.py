@@ -1,7 +1,7 @@
 """The networks of a pipeline in turn: which steps each of them runs, planned and with room before anything is read; and the run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,6 +28,10 @@ class Span:
     table: sampling.Table
     need: int  # bytes that they take beside the weights
     options: dict[str, Any]  # arguments of sample()
+
+    def having_skipped(self, skipped: np.ndarray) -> "Span":
+        """The span with the steps, bool, that its gate has skipped."""
+        return replace(self, table=self.table.replace(step=self.table.step.replace(skip=skipped)))
 
 
 def plan_spans(
@@ -86,9 +90,12 @@ def run_spans(
     cond: Condition,
     uncond: Condition | None,
     reporter: Reporter,
-) -> np.ndarray:
-    """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample()."""
-    state = None
+) -> tuple[np.ndarray, list[Span]]:
+    """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample().
+
+    And the spans with the steps that were skipped, which a gate may have decided.
+    """
+    state, done = None, []
     for span in spans:
         reporter.pause("loading")
         model = residents.place(span.role, span.need)
@@ -97,8 +104,9 @@ def run_spans(
         reporter.first = span.first
         given = dict(uncond=other, sparsity=span.options["sparsity"], carried=state)
         state = sampling.run(model, *arrays, span.table, reporter, **given)
+        done.append(span if state.gate is None else span.having_skipped(np.asarray(state.gate.skipped)))
         del model, arrays, other  # whose room the next one may need
-    return np.asarray(state.x)
+    return np.asarray(state.x), done
 
 
 def is_dense(spans: Sequence[Span]) -> bool:

@@ -17,6 +17,7 @@ from chipmunk_jax.models.leaves import abstract
 from chipmunk_jax.pipelines.stages import working_set
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.sparsity import Sparsity
+from chipmunk_jax.step_cache import with_constants
 
 RESERVE = "reserve, a fortieth of these"  # what XLA or a GPU had in use was up to 2.3 % more (tests/test_memory.py)
 MORE = 0.95  # of a device, the most that is safe to give JAX: the rest is the driver's and the libraries'
@@ -38,7 +39,7 @@ class PlannedSample:
     @property
     def fitted(self) -> Sparsity | None:
         """The sparsity for these steps."""
-        return self.sparsity and fit(self.sparsity, self.settings["steps"])
+        return self.sparsity and fit(with_constants(self.sparsity, self.variant.name), self.settings["steps"])
 
     def stages(self) -> dict[str, memory.Parts]:
         """Role -> bytes by name, with a reserve, of each component while it works, in the order of their use."""
