@@ -175,11 +175,14 @@ def of_layers(
 
 def of_skipped(model: Model, stacks: dict[str, Stack], x: jax.ShapeDtypeStruct, batch: int, config: StepCache) -> int:
     """Bytes of what steps keep for those that are skipped, and of what gates that decide see of the step before and of this one."""
-    caching = caching_of(config, ())
+    caching, width = caching_of(config, ()), next(iter(stacks.values())).width
     kept = nbytes(jax.eval_shape(lambda: start_kept(caching, model, stacks, jnp.zeros(x.shape), batch)))
-    tokens = x.shape[0] * x.shape[1] * next(iter(stacks.values())).width
-    seen = {"tea": 2 * tokens * jnp.dtype(model.dtype).itemsize, "sea": 4 * tokens * 4, "easy": 4 * nbytes(x)}
-    return kept + seen.get(config.gate, 0)
+    itemsize = jnp.dtype(model.dtype).itemsize
+    guess = batch * x.shape[1] * width * itemsize if config.predict == "residual" else 0
+    tokens = x.shape[0] * x.shape[1] * width
+    return (
+        kept + guess + {"tea": 2 * tokens * itemsize, "sea": 4 * tokens * 4, "easy": 4 * nbytes(x)}.get(config.gate, 0)
+    )
 
 
 def summed(parts: Parts) -> Parts:

@@ -213,16 +213,19 @@ def denoise(
 
             def run(cache, kept, gate, _):
                 hidden, cache = compute(cache)
-                found = guided(hidden) if caching.predict == "velocity" else hidden
                 if caching.gate == "easy":
                     gate = ran(gate, state.x, model.velocity(hidden, mods)[: len(state.x)])
-                return cache, kept.after(found - tokens if caching.predict == "residual" else found, now), gate, found
+                if caching.predict == "residual":
+                    return cache, kept.after(hidden - tokens, now), gate, hidden
+                return cache, kept.after(guided(hidden) if caching.predict == "velocity" else hidden, now), gate, None
 
-            skip, gate, guess = step.skip, state.gate, state.kept.at(now)
+            skip, gate = step.skip, state.gate
             if gate is not None:
                 skip, gate = decide(caching, gate, skip, index, signal_of(model, table, state.x, tokens, mods, now))
-            guess = tokens + guess if caching.predict == "residual" else guess
-            cache, kept, gate, found = unless_skipped(skip, run, state.cache, state.kept, gate, guess)
+            # tokens + (hidden - tokens) is not hidden bit for bit, so a step that runs hands hidden on beside the residual.
+            hidden = tokens + state.kept.at(now) if caching.predict == "residual" else None
+            cache, kept, gate, hidden = unless_skipped(skip, run, state.cache, state.kept, gate, hidden)
+            found = kept.at(now) if hidden is None else hidden
             velocity = found if caching.predict == "velocity" else guided(found)
         x, solver = table.solver.step(state.x, state.solver, velocity, now, timesteps[index + 1])
         if on_step:

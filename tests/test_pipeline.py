@@ -197,6 +197,16 @@ def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
     assert (dense.full_steps, dense.density) == ((0, 1, 2), {"attention": 1.0, "mlp": 1.0})
 
 
+def test_steps_that_a_gate_skipped_are_known_after_the_run_and_are_in_the_shares(pipeline):
+    cache = {"gate": "easy", "threshold": 1e3, "warm_up": 0.25, "max_skips": 2}
+    options = SIZE | dict(num_inference_steps=8, sparsity={"attention": None, "mlp": None, "step_cache": cache})
+    out = pipeline(PROMPTS[0], **options)
+    # After two steps that ran the estimate is finite, and below the threshold.
+    assert (out.skipped_steps, out.full_steps) == ((2, 3, 5, 6), (0, 1, 4, 7))
+    assert out.density == {"attention": 0.5, "mlp": 0.5}
+    fails(lambda: pipeline(PROMPTS, **options), "gate='easy' with 3 samples", "expected one at a time")
+
+
 def test_the_callback_sees_step_time_latents_and_the_clean_ones(pipeline):
     seen = []
     options = SIZE | dict(sparsity=None, callback_on_step_end=lambda *args: seen.append(args))
@@ -246,6 +256,7 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
         (dict(seed=-1), ["seed=-1", "0 to"]),
         (dict(seed=2**32), [f"seed={2**32}", "0 to"]),
         (dict(sparsity=Sparsity(mlp=MlpSparsity(full_step_schedule=(0, 3)))), ["mlp.full_step_schedule", "step 3"]),
+        (dict(sparsity={"step_cache": {"gate": "tea"}}), ["gate='tea'", "no constants for", "only for flux-dev"]),
     ],
 )
 def test_a_bad_request_is_one_error_before_any_weights_are_read(checkpoint, monkeypatch, change, expected):

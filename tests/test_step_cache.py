@@ -318,7 +318,7 @@ def test_the_memory_plan_knows_what_is_kept(model):
     kept = {key: count(**options)["kept for skipped steps"] for key, options in WAYS.items()}
     tokens, latents = TOKENS * CONFIG.hidden_size * 4, TOKENS * CONFIG.in_channels * 4
     assert count()["kept for skipped steps"] == tokens + 4
-    assert (kept["tea"], kept["easy"]) == (2 * tokens + 4 + 2 * tokens, latents + 4 + 4 * latents)
+    assert (kept["tea"], kept["easy"]) == (2 * tokens + 4 + tokens + 2 * tokens, latents + 4 + 4 * latents)
     assert "kept for skipped steps" not in plan_memory(model, noise, cond, steps=STEPS, sparsity=ALONE)
 
 
