@@ -353,7 +353,7 @@ def test_steps_without_caches_want_no_room_for_them(folder, monkeypatch):
     )
     assert main([*STEP, "--only", "dense,skipped"]) == 0
     assert [entry["variant"] for entry in read(folder / "a.jsonl")] == ["dense", "skipped"]
-    assert "tokens for skipped steps" in rooms[0] and not any("residual" in name for name in rooms[0])
+    assert "kept for skipped steps" in rooms[0] and not any("residual" in name for name in rooms[0])
 
 
 def test_a_delta_step_timed_alone_has_neurons(folder):
@@ -398,7 +398,9 @@ def test_steps_without_a_time_or_of_two_models_make_no_sample():
     with pytest.raises(ValueError, match="steps of 0 models"):
         by_schedule([], 50)
     with pytest.raises(ValueError, match="but there are 30 steps"):
-        by_schedule(steps_of(dense=1.0), 30, load_sparsity("flux-step-cache", {"schedule_steps": None}))
+        by_schedule(
+            steps_of(dense=1.0), 30, load_sparsity("flux", {"schedule_steps": None, "step_cache.skip_steps": [43]})
+        )
     with pytest.raises(
         ValueError, match=r"^attention.top_keys=0.1: timed with 0.165; expected the sparsity of the timed"
     ):
