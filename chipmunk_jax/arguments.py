@@ -11,9 +11,9 @@ import numpy as np
 from chipmunk_jax import memory
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.finite import finite
+from chipmunk_jax.fit import fit
 from chipmunk_jax.model import LARGEST_GUIDANCE, Condition, Model
 from chipmunk_jax.pinned_keys import check_grid
-from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import Solver
 from chipmunk_jax.sparsity import Sparsity
 from pallas_kernels import Implementation
@@ -92,8 +92,7 @@ def check(
                 raise InputError(
                     f"uncond: condition {name} {x.shape}, expected {cond[name].shape}, as of cond: one batch holds both"
                 )
-    if sparsity is not None:
-        check_schedules(sparsity, steps)
+    sparsity = sparsity and fit(sparsity, steps)
     memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, steps=steps, **fixed)
 
 

@@ -21,8 +21,8 @@ from chipmunk_jax.delta import head_portions
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.model import Condition, Model, Stack, modulations_of
 from chipmunk_jax.solvers import Euler, Solver
-from chipmunk_jax.sparsity import Sparsity, load_sparsity
-from chipmunk_jax.step_cache import hidden_zeros
+from chipmunk_jax.sparsity import Sparsity, StepCache, load_sparsity
+from chipmunk_jax.step_cache import caching_of, start_kept
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import choose
 from pallas_kernels.groups import group_count
@@ -61,15 +61,17 @@ def plan(
     solver: Solver | None = None,
     implementation: Implementation | None = None,
 ) -> Parts:
-    """Bytes by name of all that a sample holds on its device; the arguments are those of sample(), or their shapes alone."""
+    """Bytes by name of all that a sample holds on its device.
+
+    The arguments are those of sample(), or their shapes alone; sparsity is what fit() makes of it.
+    """
     sides = 1 if guidance is None else 2
     batch, tokens = sides * noise.shape[0], noise.shape[1]
     stacks = model.stacks(tokens, cond)
     times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((sides * a.shape[0], *a.shape[1:]), a.dtype), cond)
     x = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
-    hidden = jax.eval_shape(lambda: hidden_zeros(model, stacks, batch, tokens))
-    state = jax.eval_shape((solver or Euler()).init, x)
+    state, caching = jax.eval_shape((solver or Euler()).init, x), sparsity and sparsity.step_cache
     return {
         "weights": nbytes(model),
         "noise and conditions": nbytes((noise, rows)),
@@ -77,7 +79,7 @@ def plan(
         "latents of the solver": 3 * nbytes(x) + nbytes(state),
         "modulations of all steps": nbytes(modulations_of.eval_shape(model, times, rows)),
         **caches.nbytes(stacks, sparsity, batch, model.dtype),
-        **({"tokens for skipped steps": nbytes(hidden)} if sparsity and sparsity.step_cache else {}),
+        **({"kept for skipped steps": of_skipped(model, stacks, x, batch, caching)} if caching else {}),
         **of_layers(stacks, sparsity, batch, model.dtype, implementation),
     }
 
@@ -169,6 +171,18 @@ def of_layers(
     if choose(implementation, dtype=dtype, head_dim=stack.head_dim) != "pallas":
         parts["scores of the reference attention"] = 2 * batch * stack.heads * stack.tokens**2 * 4
     return parts
+
+
+def of_skipped(model: Model, stacks: dict[str, Stack], x: jax.ShapeDtypeStruct, batch: int, config: StepCache) -> int:
+    """Bytes of what steps keep for those that are skipped, and of what gates that decide see of the step before and of this one."""
+    caching, width = caching_of(config, ()), next(iter(stacks.values())).width
+    kept = nbytes(jax.eval_shape(lambda: start_kept(caching, model, stacks, jnp.zeros(x.shape), batch)))
+    itemsize = jnp.dtype(model.dtype).itemsize
+    guess = batch * x.shape[1] * width * itemsize if config.predict == "residual" else 0
+    tokens = x.shape[0] * x.shape[1] * width
+    return (
+        kept + guess + {"tea": 2 * tokens * itemsize, "sea": 4 * tokens * 4, "easy": 4 * nbytes(x)}.get(config.gate, 0)
+    )
 
 
 def summed(parts: Parts) -> Parts:

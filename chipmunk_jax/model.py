@@ -29,7 +29,11 @@ class Stack:
 
 
 class Model(Protocol):
-    """A network of blocks and a final layer: a pytree of weights that gives the velocity dx/dt of noisy tokens."""
+    """A network of blocks and a final layer: a pytree of weights that gives the velocity dx/dt of noisy tokens.
+
+    For two gates of StepCache it may have more: signal(tokens, modulations), the modulated tokens [B, N, D] that the first block
+    attends with, which "sea" needs, and tea_signal(tokens, modulations), [B, ..], what the polynomial of "tea" was fitted to.
+    """
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -47,9 +51,12 @@ class Model(Protocol):
     def channels(self) -> int:
         """C, values of a token."""
 
+    def embed(self, x: jax.Array, cond: Condition, /) -> jax.Array:
+        """The tokens that enter the blocks, [B, N, D] in the model's dtype, of x [B, N, C]."""
+
     def hidden(
         self,
-        x: jax.Array,
+        tokens: jax.Array,
         t: jax.Array,
         cond: Condition,
         positions: jax.Array,
@@ -57,7 +64,7 @@ class Model(Protocol):
         step: Any,
         modulations: Any,
     ) -> tuple[jax.Array, Any]:
-        """The tokens after the last block, [B, N, D] in the model's dtype, at x [B, N, C] and t [B]; and the caches."""
+        """The tokens after the last block, [B, N, D] in the model's dtype, of those of embed() at t [B]; and the caches."""
 
     def velocity(self, hidden: jax.Array, modulations: Any, /) -> jax.Array:
         """[B, N, C], f32: what the final layer makes of the tokens after the last block."""

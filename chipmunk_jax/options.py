@@ -44,7 +44,12 @@ def check_types(config: Any) -> None:
         value = getattr(config, field.name)
         if not _fits(value, field.type):
             kind = next(kind for kind in _kinds(field.type) if kind is not NoneType)
-            expected = EXPECTED.get(get_origin(kind) or kind) or f"{kind.__name__} or None"
+            of_floats = get_origin(kind) is tuple and get_args(kind)[0] is float
+            expected = (
+                "a list of numbers"
+                if of_floats
+                else EXPECTED.get(get_origin(kind) or kind) or f"{kind.__name__} or None"
+            )
             raise InputError(f"{field.name}={value!r}: expected {expected}")
         if isinstance(value, (list, tuple)):
             frozen = tuple(tuple(x) if isinstance(x, list) else x for x in value)

@@ -21,6 +21,7 @@ from chipmunk_jax import cache as caches
 from chipmunk_jax.arguments import check, check_settings, is_whole, parse_timesteps, placed
 from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.errors import InputError, NotFiniteError, listed
+from chipmunk_jax.fit import fit
 from chipmunk_jax.model import Condition, Model, Stack, modulations_of
 from chipmunk_jax.order import inverse, patch_order
 from chipmunk_jax.pinned_keys import pinned_keys
@@ -29,7 +30,19 @@ from chipmunk_jax.progress import on_step as progress_of
 from chipmunk_jax.schedule import Step, by_kind, plan_steps
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
-from chipmunk_jax.step_cache import hidden_zeros, unless_skipped
+from chipmunk_jax.step_cache import (
+    Caching,
+    GateState,
+    Kept,
+    caching_of,
+    check_caching,
+    decide,
+    filtered,
+    ran,
+    start_gate,
+    start_kept,
+    unless_skipped,
+)
 from chipmunk_jax.strictness import key_of, usual_modes
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import COMPILER_OPTIONS
@@ -48,6 +61,7 @@ class Table:
     back: jax.Array  # i32 [N], the inverse of order
     positions: jax.Array  # [N, axes], in that order
     guidance: jax.Array | None  # f32 scalar, scale of two-sided guidance; None: there is one side
+    caching: Caching | None  # how steps are skipped; None: all run
     solver: Solver = struct.field(pytree_node=False)
 
 
@@ -56,10 +70,11 @@ class SampleState:
     """All that one step hands to the next."""
 
     x: jax.Array  # f32 [B, N, C], tokens in raster order
-    solver: Any  # state of the solver; its tokens are in the table's order, as are the next two's
+    solver: Any  # state of the solver; its tokens are in the table's order, as are the next three's
     cache: dict[str, LayerCache] | None  # of every stack of layers; None for dense sampling
-    hidden: jax.Array | None  # [B, N, D], tokens after the last block, for steps that run none; None: all do
+    kept: Kept | None  # of the last steps that ran, for those that run no block; None: all do
     broken: jax.Array  # i32 [B], the first step whose x is not finite, or -1
+    gate: GateState | None = None  # of a gate that decides which steps are skipped; None: there is none
 
 
 @usual_modes()
@@ -81,6 +96,10 @@ def plan(
     steps = len(timesteps) - 1
     fixed = dict(guidance=guidance, seed=seed, solver=solver, implementation=implementation)
     check_settings(noise, grid, sparsity=sparsity, **fixed)
+    fitted = sparsity and fit(sparsity, steps)
+    caching = fitted.step_cache and caching_of(fitted.step_cache, grid) if fitted else None
+    if caching:
+        check_caching(fitted.step_cache, model, len(noise))
     order = patch_order(grid, sparsity.patches if sparsity else ())
     step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
     return Table(
@@ -91,6 +110,7 @@ def plan(
         back=inverse(order),
         positions=model.positions(grid)[order],
         guidance=None if guidance is None else np.float32(guidance),
+        caching=caching,
         solver=solver,
     )
 
@@ -122,19 +142,22 @@ def start(
     expected = len(table.order), model.channels
     if noise.shape[1:] != expected or not jnp.issubdtype(noise.dtype, jnp.floating):
         raise InputError(f"noise {noise.dtype} {noise.shape}: expected floats [B, {expected[0]}, {expected[1]}]")
-    parts = ("attention", "mlp")
+    sparsity, parts = sparsity and fit(sparsity, len(table.times)), ("attention", "mlp")
     planned = [getattr(table.step, part) is not None for part in parts]
     if [bool(sparsity and getattr(sparsity, part)) for part in parts] != planned:
         raise InputError(f"sparsity={sparsity}: expected that of the table, as plan() was given it")
     x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
-    batch = _entries(x, table)
+    batch, caching = _entries(x, table), table.caching
     return SampleState(
         x=x,
         solver=table.solver.init(x[:, table.order]),
         cache=caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None,
-        hidden=hidden_zeros(model, stacks, batch, x.shape[1]) if table.step.skip is not None else None,
+        kept=start_kept(caching, model, stacks, x, batch) if caching else None,
         broken=jnp.full(len(x), -1, jnp.int32),
+        gate=start_gate(caching, len(table.times), x, partial(_first_signal, model, x, cond, table))
+        if caching
+        else None,
     )
 
 
@@ -174,29 +197,63 @@ def denoise(
     cond = {name: x[:, order] if name in model.on_grid else x for name, x in cond.items()}
     times = jnp.broadcast_to(jnp.asarray(table.times)[:, None], (steps, _entries(state.x, table)))
     modulations = modulations_of(model, times, cond)
-    timesteps = jnp.asarray(timesteps)
+    timesteps, caching = jnp.asarray(timesteps), table.caching
 
     def body(state: SampleState, index: jax.Array):
         t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
-        step = table.step.at_step(index)
-        x = state.x if guidance is None else jnp.concatenate([state.x, state.x])
-        network = lambda step, x, cache: model.hidden(x, t, cond, table.positions, cache, step, mods)
-        compute = lambda x, hidden, cache: by_kind(step, network, x, cache)
-        hidden, cache = unless_skipped(step.skip, compute, x, state.hidden, state.cache)
-        velocity = model.velocity(hidden, mods)
-        if guidance is not None:
-            prompted, other = jnp.split(velocity, 2)
-            velocity = other + guidance * (prompted - other)
-        x, solver = table.solver.step(state.x, state.solver, velocity, timesteps[index], timesteps[index + 1])
+        step, now = table.step.at_step(index), timesteps[index]
+        tokens = model.embed(state.x if guidance is None else jnp.concatenate([state.x, state.x]), cond)
+        network = lambda step, tokens, cache: model.hidden(tokens, t, cond, table.positions, cache, step, mods)
+        compute = lambda cache: by_kind(step, network, tokens, cache)
+        guided = lambda hidden: guide(model.velocity(hidden, mods), guidance)
+        if caching is None:
+            hidden, cache = compute(state.cache)
+            velocity, kept, gate = guided(hidden), None, None
+        else:
+
+            def run(cache, kept, gate, _):
+                hidden, cache = compute(cache)
+                if caching.gate == "easy":
+                    gate = ran(gate, state.x, model.velocity(hidden, mods)[: len(state.x)])
+                if caching.predict == "residual":
+                    return cache, kept.after(hidden - tokens, now), gate, hidden
+                return cache, kept.after(guided(hidden) if caching.predict == "velocity" else hidden, now), gate, None
+
+            skip, gate = step.skip, state.gate
+            if gate is not None:
+                skip, gate = decide(caching, gate, skip, index, signal_of(model, table, state.x, tokens, mods, now))
+            # tokens + (hidden - tokens) is not hidden bit for bit, so a step that runs hands hidden on beside the residual.
+            hidden = tokens + state.kept.at(now) if caching.predict == "residual" else None
+            cache, kept, gate, hidden = unless_skipped(skip, run, state.cache, state.kept, gate, hidden)
+            found = kept.at(now) if hidden is None else hidden
+            velocity = found if caching.predict == "velocity" else guided(found)
+        x, solver = table.solver.step(state.x, state.solver, velocity, now, timesteps[index + 1])
         if on_step:
-            clean = state.x - timesteps[index] * velocity
-            on_step(index, timesteps[index + 1], x[:, back], clean[:, back])
-        cache, hidden = (None if old is None else new for old, new in ((state.cache, cache), (state.hidden, hidden)))
+            on_step(index, timesteps[index + 1], x[:, back], (state.x - now * velocity)[:, back])
+        cache = None if state.cache is None else cache
         broken = jnp.where((state.broken < 0) & ~jnp.isfinite(x).all((1, 2)), index, state.broken)
-        return SampleState(x, solver, cache, hidden, broken), None
+        return SampleState(x, solver, cache, kept, broken, gate), None
 
     state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(*span, dtype=jnp.int32))
     return state.replace(x=state.x[:, back])
+
+
+def guide(velocity: jax.Array, guidance: jax.Array | None) -> jax.Array:
+    """The velocity of B samples, of those of both sides of guidance; None: there is one side."""
+    if guidance is None:
+        return velocity
+    prompted, other = jnp.split(velocity, 2)
+    return other + guidance * (prompted - other)
+
+
+def signal_of(model: Model, table: Table, x: jax.Array, tokens: jax.Array, mods: Any, t: jax.Array) -> jax.Array:
+    """What a gate that decides sees at time t of x [B, N, C], of its embedded tokens, or of the times: the prompt's side."""
+    match table.caching.gate:
+        case "tea":
+            return model.tea_signal(tokens, mods)[: len(x)]
+        case "sea":
+            return filtered(table.caching, model.signal(tokens, mods)[: len(x)], table.back, t)
+    return x
 
 
 def both_sides(model: Model, cond: Condition, uncond: Condition | None = None) -> Condition:
@@ -209,6 +266,14 @@ def both_sides(model: Model, cond: Condition, uncond: Condition | None = None) -
     """
     uncond = uncond or {name: jnp.zeros_like(x) if name in model.prompted else x for name, x in cond.items()}
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
+
+
+def _first_signal(model: Model, x: jax.Array, cond: Condition, table: Table) -> jax.Array:
+    """signal_of() the first step."""
+    rows = jnp.broadcast_to(table.times[:1, None], (1, _entries(x, table)))
+    mods = jax.tree.map(lambda a: a[0], model.modulations(rows, cond))
+    tokens = model.embed(x if table.guidance is None else jnp.concatenate([x, x]), cond)
+    return signal_of(model, table, x, tokens, mods, table.timesteps[0])
 
 
 def _entries(x: jax.Array, table: Table) -> int:
@@ -294,7 +359,8 @@ def sample(
     check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
     table = plan(model, noise, cond, **fixed)
-    with Reporter(len(table.times), "sparse" if sparsity else "dense", progress, seen) as reporter:
+    dense = sparsity is None or fit(sparsity, len(table.times)).saves_nothing
+    with Reporter(len(table.times), "dense" if dense else "sparse", progress, seen) as reporter:
         return run(model, noise, cond, table, reporter, uncond=uncond, sparsity=sparsity).x
 
 
@@ -333,7 +399,7 @@ def run(
         reporter.pause("compiling")
         state = finished(_run.lower(*given, report=reporter.kind), *given, started=reporter.resume)
     check_finite(np.asarray(state.broken), table, model.dtype, first=reporter.first)
-    return state.replace(cache=None, hidden=None)
+    return state.replace(cache=None, kept=None)
 
 
 # The caches alone are donated: the noise is the caller's.

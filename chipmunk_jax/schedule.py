@@ -14,8 +14,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from chipmunk_jax.errors import InputError
-from chipmunk_jax.sparsity import PRESET_STEPS, PRESETS, AttentionSparsity, MlpSparsity, Sparsity
+from chipmunk_jax.fit import fit
+from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
 from chipmunk_jax.step_cache import skipped
 from pallas_kernels import Implementation, PinnedKeys
 from pallas_kernels.dispatch import choose
@@ -145,8 +145,8 @@ def plan_steps(
     Raises:
         InputError: a schedule that the steps cannot follow.
     """
-    check_schedules(sparsity, steps)
-    attention, mlp = sparsity.attention, sparsity.mlp
+    fitted = fit(sparsity, steps)
+    attention, mlp, step_cache = fitted.attention, fitted.mlp, fitted.step_cache
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
     if share:
         chance = np.float32(attention.fixed_random_keys) if attention.fixed_random_keys else None
@@ -155,40 +155,8 @@ def plan_steps(
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
-        skip=sparsity.step_cache and skipped(sparsity.step_cache, steps),
+        skip=step_cache and skipped(step_cache, steps),
     )
-
-
-def check_schedules(sparsity: Sparsity, steps: int) -> None:
-    """Raises InputError where a schedule names a step that the sampler does not reach, or skips a full one."""
-    schedules = _schedules(sparsity)
-    latest = {name: max(numbers, default=0) for name, numbers in schedules.items()}
-    name = max(latest, key=latest.get)
-    if (last := latest[name]) >= steps:
-        of_preset = any(_schedules(preset).get(name) == schedules[name] for preset in PRESETS.values())
-        made = f"; it is made for {PRESET_STEPS} steps" if of_preset else ""
-        raise InputError(
-            f"{name} names step {last}, but there are {steps} steps (0 to {steps - 1}): expected {last + 1} or more, or "
-            f"another {name}{made}"
-        )
-    for part, config in _parts(sparsity).items():
-        full = map(int, np.flatnonzero(_filling(config, steps)))
-        if both := sorted(set(full) & set(schedules["step_cache.skip_steps"])):
-            raise InputError(
-                f"step_cache.skip_steps names step {both[0]}: expected none that the {part} computes in full"
-            )
-
-
-def _schedules(sparsity: Sparsity) -> dict[str, tuple[int, ...]]:
-    """The steps that a config names, by the option that names them."""
-    named = {f"{part}.full_step_schedule": config.full_step_schedule or () for part, config in _parts(sparsity).items()}
-    return named | {"step_cache.skip_steps": sparsity.step_cache.skip_steps if sparsity.step_cache else ()}
-
-
-def _parts(sparsity: Sparsity) -> dict[str, AttentionSparsity | MlpSparsity]:
-    """Those of attention and MLP that are sparse."""
-    parts = {"attention": sparsity.attention, "mlp": sparsity.mlp}
-    return {name: config for name, config in parts.items() if config}
 
 
 def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns: int) -> Share:
@@ -248,13 +216,6 @@ def _full(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
     if config.full_step_schedule:
         return np.isin(np.arange(steps), config.full_step_schedule)
     return np.arange(steps) % config.full_step_every == 0
-
-
-def _filling(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
-    """bool[steps]: full steps, and attention's second, which chooses its keys."""
-    if isinstance(config, AttentionSparsity):
-        return attention_phases(config, steps) != AttentionPhase.DELTA
-    return _full(config, steps)
 
 
 def attention_phases(config: AttentionSparsity, steps: int) -> np.ndarray:

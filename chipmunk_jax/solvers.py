@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.sparsity import MOST_STEPS
 
 
 class Solver(Protocol):
@@ -114,9 +115,6 @@ def _growth(t, t_next):
     # Bounded for float32: at t = 0 all is signal, at 1 all is noise.
     log_ratio = lambda t: jnp.log1p(-jnp.minimum(t, 1 - 1e-7)) - jnp.log(jnp.maximum(t, 1e-30))
     return log_ratio(t_next) - log_ratio(t)
-
-
-MOST_STEPS = 100_000  # a mistyped number must not be taken for work
 
 
 def flux_timesteps(steps: int, tokens: int, *, shift: bool = True) -> np.ndarray:

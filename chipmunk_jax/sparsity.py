@@ -8,18 +8,19 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from chipmunk_jax.config_file import nest, read_layers
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.options import change, check_types, explained, option, require
-from pallas_kernels.block_means import BLOCKS
 
+MOST_STEPS = 100_000  # a mistyped number must not be taken for work
 COLUMN_TILE = 64  # the kernels' step: keeping a multiple of it leaves no tile half used
 
 
@@ -35,9 +36,11 @@ class _ColumnSparsity:
         "recompiling; null for the number computed now",
     )
     first_n_dense_layers: int = option(2, "number of layers at the start of the model that are never sparse")
-    full_step_every: int = option(10, "number of steps from one full step, which computes everything, to the next")
+    full_step_every: int = option(
+        10, "number of steps from one full step, which computes everything, to the next, among schedule_steps"
+    )
     full_step_schedule: tuple[int, ...] | None = option(
-        None, "full steps by number, counted from 0, in place of full_step_every; null for none"
+        None, "full steps by number, counted from 0 among schedule_steps, in place of full_step_every; null for none"
     )
     group: int = option(
         128, "number of consecutive tokens that share a list of keys or neurons: a multiple of 64 up to 4096"
@@ -130,7 +133,7 @@ class AttentionSparsity(_ColumnSparsity):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.block_means in (0, *BLOCKS), "block_means", self.block_means, "64, 128, or 0 for none")
+        require(self.block_means in (0, 64, 128), "block_means", self.block_means, "64, 128, or 0 for none")
         fits = self.query_stride >= 1 and self.group % self.query_stride == 0
         require(fits, "query_stride", self.query_stride, f"a divisor of the group, {self.group}")
         odd = self.local_voxels == 0 or (self.local_voxels > 0 and self.local_voxels % 2 == 1)
@@ -182,23 +185,74 @@ class MlpSparsity(_ColumnSparsity):
             )  # fmt: skip
 
 
+# Of the original, for 50 steps: half of them, none at the start and the end.
+PAPER_STEPS, PAPER_SKIPS = (
+    50,
+    (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43),
+)
+PLANNED_GATES = ("list", "share", "mag")  # known before anything is computed; the others decide while a sample runs
+Gate = Literal["list", "share", "mag", "tea", "sea", "easy"]
+Predict = Literal["hidden", "residual", "velocity"]
+
+
 @explained
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
-    """Skips all blocks at some steps: the final layer, which knows the new time, gets the tokens of the last step that ran them.
+    """Skips all blocks at some steps: a gate says at which, and what they would give is predicted from the last steps that ran.
 
-    Default: the original's fixed schedule for 50 steps, half of them, none at the start and the end.
+    A full step of the other parts always runs. Default: the original's fixed schedule, with the last tokens after the blocks.
     """
 
-    skip_steps: tuple[int, ...] = option(
-        (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43),
-        "steps that run no block, by number, counted from 0; none of them a full one",
+    gate: Gate = option(
+        "list",
+        "which steps are skipped: those of a 'list', a 'share' of them evenly, or those up to which an estimate of change, summed, "
+        "stays below the threshold: that of 'mag' (MagCache), 'tea' (TeaCache), 'sea' (SeaCache) or 'easy' (EasyCache); the last "
+        "three take one sample at a time, and decide by the prompt's side of guidance for both",
+    )
+    predict: Predict = option(
+        "hidden",
+        "what a skipped step takes from the steps that ran: the 'hidden' tokens after the last block, for the final layer at the "
+        "new time (the paper's), the 'residual' that the blocks added to their tokens, or the guided 'velocity'",
+    )
+    order: int = option(0, "0 to take that from the last step that ran as it is, 1 to extrapolate the last two in time")
+    skip_steps: tuple[int, ...] | None = option(
+        None,
+        "steps that run no block, by number, counted from 0 among schedule_steps, none of them a full one; with a gate other than "
+        "'list' those that it may skip; null for the paper's 25 of 50, or for all after warm_up but the last",
+    )
+    share: float = option(0.5, "fraction of the steps that the gate 'share' skips: above 0 and below 1")
+    warm_up: float = option(0.1, "fraction of the steps, at the start, that gates other than 'list' run: from 0 to 1")
+    max_skips: int = option(4, "most steps in a row that gates other than 'list' skip")
+    threshold: float | None = option(
+        None, "estimated change up to which steps are skipped; null for what was published for the gate and the model"
+    )
+    coefficients: tuple[float, ...] | None = option(
+        None,
+        "of the gate 'tea' a polynomial, highest power first, of 'mag' a ratio for each step; null for what was published for "
+        "the model",
     )
 
     def __post_init__(self):
         check_types(self)
-        object.__setattr__(self, "skip_steps", tuple(sorted(set(self.skip_steps))))
-        require(min(self.skip_steps, default=0) > 0, "skip_steps", self.skip_steps, "at least one, none before step 1")
+        for name, kind in (("gate", Gate), ("predict", Predict)):
+            value = getattr(self, name)
+            require(value in get_args(kind), name, value, f"one of {', '.join(get_args(kind))}")
+        require(self.order in (0, 1), "order", self.order, "0 or 1")
+        require(0 < self.share < 1, "share", self.share, "a fraction above 0 and below 1")
+        require(0 <= self.warm_up <= 1, "warm_up", self.warm_up, "a fraction from 0 to 1")
+        require(1 <= self.max_skips < 2**31, "max_skips", self.max_skips, "at least 1")
+        fits = self.threshold is None or 0 <= self.threshold < math.inf
+        require(fits, "threshold", self.threshold, "0 or more, or null")
+        if self.coefficients is not None:
+            finite = self.coefficients and all(map(math.isfinite, self.coefficients))
+            require(bool(finite), "coefficients", self.coefficients, "at least one finite number, or null")
+            positive = self.gate != "mag" or min(self.coefficients) > 0
+            require(positive, "coefficients", self.coefficients, "ratios above 0")
+        if self.skip_steps is not None:
+            object.__setattr__(self, "skip_steps", tuple(sorted(set(self.skip_steps))))
+            require(
+                min(self.skip_steps, default=0) > 0, "skip_steps", self.skip_steps, "at least one, none before step 1"
+            )
 
 
 PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity, "step_cache": StepCache}
@@ -212,6 +266,11 @@ class Sparsity:
     attention: AttentionSparsity | None = option(AttentionSparsity(), "sparse attention, or null for dense")
     mlp: MlpSparsity | None = option(MlpSparsity(), "sparse MLP, or null for dense")
     step_cache: StepCache | None = option(None, "steps to skip, or null to run every step")
+    schedule_steps: int | None = option(
+        None,
+        "number of steps of the sample that full_step_every, full_step_schedule and skip_steps are written for; in a sample of "
+        "another number they are stretched to the same times of the path; null to take them as they are in any sample",
+    )
     patches: tuple[int | tuple[int, ...], ...] = option(
         (8, 4),
         "sides, in tokens, of the nested patches that tokens are ordered by, the largest first: [8,4] for equal sides, "
@@ -220,7 +279,14 @@ class Sparsity:
 
     def __post_init__(self):
         check_types(self)
+        written = self.schedule_steps
+        require(written is None or 1 <= written <= MOST_STEPS, "schedule_steps", written, f"1 to {MOST_STEPS}, or null")
         require(_nested(self.patches), "patches", self.patches, "sides that divide each other, the largest first")
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether every step computes everything."""
+        return not (self.attention or self.mlp or self.step_cache)
 
 
 def _nested(patches: tuple[int | tuple[int, ...], ...]) -> bool:
@@ -293,4 +359,3 @@ class _Presets(Mapping[str, Sparsity]):
 
 
 PRESETS: Mapping[str, Sparsity] = _Presets()
-PRESET_STEPS = 50  # what presets that name steps by number are made for

@@ -72,10 +72,13 @@ class Own(Network):
         vec = jax.nn.silu(self.time_in(time_embedding(t)) + self.text_in(cond["text"].mean(1)))
         return each_layer(self.blocks.modulation, vec, axis=t.ndim - 1)
 
+    def embed(self, x, cond):
+        return self.token_in(x.astype(self.dtype))
+
     def hidden(self, x, t, cond, positions, cache, step, modulations):
         half = self.config.width // self.config.heads // 2
         rope = rotary_table(positions, (half, half), 10_000)
-        args = self.blocks, self.token_in(x.astype(self.dtype)), cache and cache["blocks"], rope
+        args = self.blocks, x, cache and cache["blocks"], rope
         x, blocks = run_layers(*args, step=step, per_layer=[modulations])
         return x, {"blocks": blocks}
 

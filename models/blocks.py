@@ -60,9 +60,10 @@ class Network(_Network):
         step: Step | None = None,
         modulations: Any = None,
     ) -> tuple[jax.Array, Caches]:
-        """velocity [B, N, C], f32, and the caches; modulations are those of self.modulations(t, cond), the rest as in hidden()."""
+        """velocity [B, N, C], f32, and the caches, of x [B, N, C] and of self.modulations(t, cond); the rest as in hidden()."""
         modulations = self.modulations(t, cond) if modulations is None else modulations
-        hidden, cache = self.hidden(x, t, cond, positions, cache, step, modulations)
+        tokens = self.embed(x, cond)
+        hidden, cache = self.hidden(tokens, t, cond, positions, cache, step, modulations)
         return self.velocity(hidden, modulations), cache
 
     def check(self, noise: jax.Array, cond: Condition) -> None:

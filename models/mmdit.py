@@ -106,6 +106,16 @@ class MMDiT(Network):
         """[B, T, D], and how many of them are valid, i32 [B]; None where all are, as they must be if text stands first."""
         raise NotImplementedError
 
+    def embed(self, img: jax.Array, cond: Condition) -> jax.Array:
+        """The tokens of the image or video that enter the blocks, [B, N, D], of img [B, N, channels]."""
+        return self.img_in(img.astype(self.dtype))
+
+    def signal(self, img: jax.Array, mods: Modulations) -> jax.Array:
+        """The modulated tokens that the first block attends with, [B, N, D], of those of embed()."""
+        return modulate(img, *jnp.split(mods["double"][0][0], 6, axis=-1)[:2])
+
+    tea_signal = signal
+
     def hidden(
         self,
         img: jax.Array,
@@ -119,7 +129,7 @@ class MMDiT(Network):
         """The tokens of the image or video after the last block, [B, N, D], and the caches.
 
         Args:
-            img: [B, N, channels], tokens in any order that positions follow.
+            img: [B, N, D] of embed(), tokens in any order that positions follow.
             t: [B], f32, 1 (noise) to 0 (image).
             cond: of the names and shapes of self.conditions(..), B in front.
             positions: [N, 3], f32 or i32: coordinates of every token; text stands at (0, 0, 0).
@@ -128,7 +138,6 @@ class MMDiT(Network):
             mods: of self.modulations(t, cond).
         """
         cache, tokens = cache or {"double": None, "single": None}, img.shape[1]
-        img = self.img_in(img.astype(self.dtype))
         txt, valid = self.text_tokens(cond, t, step)
         args = self.rotations(positions, txt.shape[1]), None if valid is None else tokens + valid
         run = partial(run_layers, step=step, unroll=self.unroll)

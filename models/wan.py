@@ -113,6 +113,21 @@ class Wan(Network):
         """Values of a token."""
         return self.config.patch * self.config.out_dim
 
+    def embed(self, x: jax.Array, cond: Condition) -> jax.Array:
+        """The tokens that enter the blocks, [B, N, D], of x [B, N, patch out_dim] and of the latents of an image."""
+        if "latents" in cond:
+            parts = (a.reshape(*a.shape[:2], self.config.patch, -1) for a in (x, cond["latents"]))
+            x = jnp.concatenate(list(parts), axis=-1).reshape(*x.shape[:2], -1)
+        return self.patch_in(x.astype(self.dtype))
+
+    def signal(self, x: jax.Array, mods: dict[str, jax.Array]) -> jax.Array:
+        """The modulated tokens that the first block attends with, [B, N, D], of those of embed()."""
+        return modulate(x, *jnp.split(self.blocks.modulation[...][0] + mods["blocks"], 6, axis=-2)[:2])
+
+    def tea_signal(self, x: jax.Array, mods: dict[str, jax.Array]) -> jax.Array:
+        """The embedding of the time, f32 [B, 1, D], as TeaCache's polynomials of Wan take it."""
+        return mods["final"]
+
     def hidden(
         self,
         x: jax.Array,
@@ -126,7 +141,7 @@ class Wan(Network):
         """The tokens after the last block, [B, N, D], and the caches.
 
         Args:
-            x: [B, N, patch out_dim], tokens in any order that positions follow.
+            x: [B, N, D] of embed(), tokens in any order that positions follow.
             t: [B], f32, 1 for noise and 0 for the video.
             cond: "text" [B, T, text_dim], all of whose rows are attended to (512 in the published models, zeros
                 after the prompt); with image_dim also "image" [B, M, image_dim], tokens of CLIP; where in_dim is above
@@ -136,12 +151,8 @@ class Wan(Network):
             step: what this step computes; None for the dense network.
             mods: of self.modulations(t, cond).
         """
-        if "latents" in cond:
-            parts = (a.reshape(*a.shape[:2], self.config.patch, -1) for a in (x, cond["latents"]))
-            x = jnp.concatenate(list(parts), axis=-1).reshape(*x.shape[:2], -1)
         text = self.text_out(jax.nn.gelu(self.text_in(cond["text"].astype(self.dtype)), approximate=True))
         image = self.image_in(cond["image"].astype(self.dtype)) if self.image_in else None
-        x = self.patch_in(x.astype(self.dtype))
         args = (mods["blocks"], text, image, self.rotations(positions))
         x, blocks = run_layers(self.blocks, x, cache and cache["blocks"], *args, step=step, unroll=self.unroll)
         return x, {"blocks": blocks}

@@ -22,7 +22,7 @@ from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.report import records
 from chipmunk_jax.report.compare import compare
 from chipmunk_jax.report.tables import kernel_table, record_table
-from chipmunk_jax.sparsity import PRESETS, Sparsity, load_sparsity, to_dict
+from chipmunk_jax.sparsity import PRESETS, load_sparsity, to_dict
 from pallas_kernels import Columns
 
 REPEATS = ["--repeats", "1"]
@@ -321,7 +321,7 @@ def test_bench_step_times_each_kind(stepped):
     assert all(entry.keys() == KEYS for entry in entries)
     for entry in entries:
         assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "layers": 4, "text": 16}
-        assert entry["ms"] > 0 and entry["sparsity"] == to_dict(Sparsity()) and entry["model"] == "flux-tiny"
+        assert entry["ms"] > 0 and entry["sparsity"] == to_dict(PRESETS["flux"]) and entry["model"] == "flux-tiny"
     assert entries[0]["rel_err"] == 0 and all(
         entry["rel_err"] > 0 for entry in entries[2:5]
     )  # a full step may be exact
@@ -353,7 +353,7 @@ def test_steps_without_caches_want_no_room_for_them(folder, monkeypatch):
     )
     assert main([*STEP, "--only", "dense,skipped"]) == 0
     assert [entry["variant"] for entry in read(folder / "a.jsonl")] == ["dense", "skipped"]
-    assert "tokens for skipped steps" in rooms[0] and not any("residual" in name for name in rooms[0])
+    assert "kept for skipped steps" in rooms[0] and not any("residual" in name for name in rooms[0])
 
 
 def test_a_delta_step_timed_alone_has_neurons(folder):
@@ -368,7 +368,7 @@ def test_a_delta_step_timed_alone_has_neurons(folder):
 
 def steps_of(**ms):
     common = {"model": "flux-dev", "peak_bytes": None, "benchmark": "step", "dtype": "bfloat16", "kernels": []}
-    common |= {"shape": {"height": 32}, "sparsity": to_dict(Sparsity())}
+    common |= {"shape": {"height": 32}, "sparsity": to_dict(PRESETS["flux"])}
     return [common | {"variant": kind.replace("_", " "), "ms": value} for kind, value in ms.items()]
 
 
@@ -398,13 +398,15 @@ def test_steps_without_a_time_or_of_two_models_make_no_sample():
     with pytest.raises(ValueError, match="steps of 0 models"):
         by_schedule([], 50)
     with pytest.raises(ValueError, match="but there are 30 steps"):
-        by_schedule(steps_of(dense=1.0), 30, PRESETS["flux-step-cache"])
+        by_schedule(
+            steps_of(dense=1.0), 30, load_sparsity("flux", {"schedule_steps": None, "step_cache.skip_steps": [43]})
+        )
     with pytest.raises(
         ValueError, match=r"^attention.top_keys=0.1: timed with 0.165; expected the sparsity of the timed"
     ):
         by_schedule(steps_of(dense=1.0), 50, load_sparsity(other))
     with pytest.raises(ValueError, match=r"^mlp=None: timed with some; expected the sparsity"):
-        by_schedule(steps_of(dense=1.0), 50, dataclasses.replace(Sparsity(), mlp=None))
+        by_schedule(steps_of(dense=1.0), 50, dataclasses.replace(PRESETS["flux"], mlp=None))
 
 
 def test_bench_schedule_reads_the_steps_that_were_timed(stepped, folder, capsys):
@@ -426,13 +428,16 @@ def test_a_wrong_step_has_no_time(folder, monkeypatch):
 
 
 def test_bench_sample_times_dense_and_sparse(folder):
-    assert main(["bench", "sample", *TINY, "--steps", "3"]) == 0
+    assert main(["bench", "sample", *TINY, "--steps", "3", "--sparsity.schedule-steps", "null"]) == 0
     dense, sparse = read(folder / "a.jsonl")
     assert (dense["variant"], sparse["variant"], dense["speedup"], dense["rel_err"]) == ("dense", "sparse", 1, 0)
     for entry in (dense, sparse):
         assert entry.keys() == KEYS | {"density", "ms_per_step", "first_call_s"}
         assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "steps": 3, "text": 16}
-        assert entry["sparsity"] == to_dict(Sparsity()) and entry["ms_per_step"] == entry["ms"] / 3
+        assert (
+            records.sparsity_of(entry) == load_sparsity("flux", {"schedule_steps": None})
+            and entry["ms_per_step"] == entry["ms"] / 3
+        )
     assert sparse["density"]["attention"] < 1
 
 
@@ -627,11 +632,17 @@ BAD = [
     (["step", "--sparsity", "fluks"], ["'fluks'", "one of flux"]),
     (["sample", "--width", "0"], ["width=0", "positive multiple of 16"]),
     (["sample", "--steps", "0"], ["--steps 0", "at least 1"]),
-    (["sample", "--steps", "3", "--sparsity.mlp.full-step-schedule", "0,7"], ["mlp.full_step_schedule", "step 7"]),
+    (
+        ["sample", "--steps", "3", "--sparsity.mlp.full-step-schedule", "0,7", "--sparsity.schedule-steps", "null"],
+        ["mlp.full_step_schedule", "step 7"],
+    ),
     (["sample", "--steps", "1000000"], ["steps=1000000", "at most 100000"]),
     (["sample", "--model", "wan-14b", "--frames", "80"], ["frames=80", "multiple of 4, and one"]),
     (["sample", "--frames", "5"], ["frames=5", "expected none, as this model makes images"]),
-    (["sample", "--model", "hunyuan-tiny", "--steps", "9"], ["attention.full_step_schedule names step 40"]),
+    (
+        ["sample", "--model", "hunyuan-tiny", "--steps", "9", "--sparsity.schedule-steps", "null"],
+        ["attention.full_step_schedule names step 40"],
+    ),
     (["sample", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
     (["step", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
     (["step", "--sparsity", "wan-14b"], ["patch (4, 4, 8): expected 2 sides", "own preset, flux, fits"]),

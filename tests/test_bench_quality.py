@@ -39,7 +39,8 @@ def run(checkpoint, folder, text, *flags):
 
 
 def test_records_hold_every_prompt_and_the_mean_difference_to_the_first(checkpoint, tmp_path, capsys):
-    text = "all: {preset: flux, attention.top_keys: 1.0, mlp: null}\nhalf: {attention: null, mlp: {top_keys: 0.5, group: 64}}\n"
+    text = "all: {preset: flux, schedule_steps: null, attention.top_keys: 1.0, mlp: null}\n"
+    text += "half: {attention: null, mlp: {top_keys: 0.5, group: 64}}\n"
     everything, half = run(checkpoint, tmp_path, text, "--commit", "abc")
     assert all(level > 90 for level in everything["psnr"])  # all keys: equal but for rounding
     assert len(half["psnr"]) == half["prompts"] == 3 and half["mean_psnr"] == pytest.approx(
@@ -49,19 +50,19 @@ def test_records_hold_every_prompt_and_the_mean_difference_to_the_first(checkpoi
     assert half["difference_error"] > 0 and half["density"]["attention"] == 1 > half["density"]["mlp"]
     assert (half["variant"], half["steps"], half["seed"], half["commit"]) == ("half", 3, 0, "abc")
     assert half["sparsity"] == to_dict(
-        load_sparsity("flux", {"attention": None, "mlp": {"top_keys": 0.5, "group": 64}})
+        load_sparsity("flux", {"schedule_steps": None, "attention": None, "mlp": {"top_keys": 0.5, "group": 64}})
     )
     assert "to the first" in capsys.readouterr().out
 
 
 def test_the_batch_changes_nothing(checkpoint, tmp_path):
-    text = "flux: {mlp.random_keys: 0.0}\n"
+    text = "flux: {schedule_steps: null, mlp.random_keys: 0.0}\n"
     together, apart = (run(checkpoint, tmp_path, text, "--batch", n)[0]["psnr"] for n in ("3", "2"))
     np.testing.assert_allclose(together, apart, atol=0.1)
 
 
 VARIANTS = """
-flux: {mlp.random_keys: 0.0}
+flux: {schedule_steps: null, mlp.random_keys: 0.0}
 2 of 3 steps: {dense: true, steps: 2}
 both: {steps: 2, method: sparse and few}
 skipping: {attention: null, mlp: null, step_cache.skip_steps: [2]}
@@ -190,7 +191,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, message):
 
 
 def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint, tmp_path, capsys):
-    (tmp_path / "v.yaml").write_text("flux: {}\nlater: {attention.full_step_schedule: [0, 1, 9]}\n")
+    (tmp_path / "v.yaml").write_text("flux: {schedule_steps: null}\nlater: {attention.full_step_schedule: [0, 1, 9]}\n")
     given = ["bench", "quality", str(checkpoint), str(tmp_path / "v.yaml"), *SIZE, "-o", str(tmp_path / "out.jsonl")]
     assert main(given) != 0
     error = capsys.readouterr().err

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from chipmunk_jax import Sparsity, load_sparsity, sampling
+from chipmunk_jax import load_sparsity, sampling
 from chipmunk_jax.cli import commands, sample, verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
@@ -101,14 +101,17 @@ BAD = [
         ["local_voxels=3", "at most 1", "; --sparsity.attention.local-voxels 1 fits"],
     ),
     (["--sparsity.attention.local-1d-window", 1.5], ["attention.local_1d_window=1.5", "from 0 to 1"]),
-    (["--sparsity.mlp.full-step-schedule", "0,3"], ["mlp.full_step_schedule", "step 3", "3 steps (0 to 2)"]),
+    (
+        ["--sparsity.schedule-steps", "null", "--sparsity.mlp.full-step-schedule", "0,3"],
+        ["mlp.full_step_schedule", "step 3", "3 steps (0 to 2)"],
+    ),
     (
         ["--sparsity.attention.full-step-schedule", "0,1,40"],
         ["attention.full_step_schedule", "step 40", "mini-flux, fits"],
     ),
     (
-        ["--sparsity", "flux-step-cache"],
-        ["step 43, but there are 3 steps", "; it is made for 50 steps; the model's own"],
+        ["--sparsity", "flux", "--sparsity.schedule-steps", 40, "--sparsity.step-cache.skip-steps", "[43]"],
+        ["step 43, but schedule_steps says 40 steps (0 to 39)", "; the model's own preset, mini-flux, fits"],
     ),
 ]
 
@@ -148,7 +151,10 @@ def test_bad_input_of_one_command_is_one_sentence_too(command, flags, words, che
     ("tree", "words"),
     [
         ({"attention": {"topkeys": 0.2}}, ["sparsity.attention: unknown key topkeys", "known are top_keys"]),
-        ({"atention": None}, ["sparsity: unknown key atention", "known are attention, mlp, step_cache, patches"]),
+        (
+            {"atention": None},
+            ["sparsity: unknown key atention", "known are attention, mlp, step_cache, schedule_steps, patches"],
+        ),
         ({"mlp": {"top_keys": "0.2"}}, ["sparsity.mlp.top_keys='0.2'", "a number"]),
         ([1, 2], ["bad.yaml", "expected keys"]),
     ],
@@ -342,7 +348,7 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
         text, pixels = image.text, np.asarray(image)
     assert (text["prompt"], text["negative_prompt"], text["seed"]) == (PROMPT, other, "7")
     settings = json.loads(text["settings"])
-    expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7, "sparsity": to_dict(Sparsity())}
+    expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7, "sparsity": to_dict(PRESETS["flux"])}
     made = {
         "model": "flux",
         "checkpoint": "tiny",
@@ -359,7 +365,7 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
 def test_a_sample_that_is_not_finite_is_one_sentence_exit_1_and_no_file(
     checkpoint, folder, capsys, monkeypatch, command
 ):
-    state = sampling.SampleState(x=None, solver=None, cache=None, hidden=None, broken=np.array([2]))
+    state = sampling.SampleState(x=None, solver=None, cache=None, kept=None, broken=np.array([2]))
     monkeypatch.setattr(sampling, "finished", lambda *_, **__: state)
     assert run(command, checkpoint, "-o", "out.png") == 1
     err = capsys.readouterr().err.splitlines()[-1]
@@ -368,21 +374,25 @@ def test_a_sample_that_is_not_finite_is_one_sentence_exit_1_and_no_file(
 
 
 def test_a_sample_is_sparse_by_the_models_own_preset_and_says_what_it_computed(checkpoint, folder, capsys):
-    flags = ["--steps", 7, "--guidance", 1]
+    flags = ["--steps", 10, "--guidance", 1]
     assert run("sample", checkpoint, "-o", "a.png", *flags) == 0
     captured = capsys.readouterr()
     # Of three layers two are dense: see test_pipeline.py for the shares.
-    shares = "sparse: 97.0 % of the keys, 88.1 % of the neurons"
-    assert f"s, compilation included, {shares}\nof 7 steps (0 to 6) full 0, 1, 5\n" in captured.out
+    shares = "sparse: 98.4 % of the keys, 93.3 % of the neurons"
+    assert f"s, compilation included, {shares}\nof 10 steps (0 to 9) full 0, 1, 2, 4, 5, 7, 9\n" in captured.out
     assert "sparse: compiling" in captured.err and "sparse: sampling" in captured.err
     with Image.open("a.png") as image:
         assert json.loads(image.text["settings"])["sparsity"] == to_dict(PRESETS["mini-flux"])
-    skipping = ["--sparsity.step-cache.skip-steps", "[3,6]"]
+    skipping = ["--sparsity.step-cache.skip-steps", "[8,9,11,17,18,19,21,22]"]
     assert run("sample", checkpoint, "-o", "b.png", *flags, *skipping) == 0
-    assert "full 0, 1, 5, skipped 3, 6\n" in capsys.readouterr().out
+    assert "full 0, 1, 2, 4, 5, 7, 9, skipped 6, 8\n" in capsys.readouterr().out
     assert run("sample", checkpoint, "-o", "c.png", *flags, "--dense") == 0
     captured = capsys.readouterr()
     assert "s, compilation included, dense\n" in captured.out and "dense: sampling" in captured.err
+    assert run("sample", checkpoint, "-o", "d.png", "--guidance", 1) == 0
+    captured = capsys.readouterr()
+    assert "s, compilation included, dense\n" in captured.out
+    assert "3 steps: too few for this sparsity to save anything, sampled densely\n" in captured.err
 
 
 def test_a_batch_is_numbered_files_with_seeds_of_their_own(checkpoint, folder):
@@ -570,7 +580,7 @@ def parse(*flags, preset="flux"):
 
 
 def test_sparsity_flags_reach_the_config(tmp_path):
-    assert parse() == parse("--sparsity", "flux") == Sparsity()
+    assert parse() == parse("--sparsity", "flux") == PRESETS["flux"]
     assert parse("--sparsity.attention.top-keys", "0.2") == load_sparsity("flux", {"attention.top_keys": 0.2})
     found = parse(
         *("--sparsity.attention.recompute-mask", "true"),
@@ -592,21 +602,30 @@ def test_single_flags_start_from_the_models_own_preset():
     assert parse(preset="mini-wan") == load_sparsity("mini-wan")
     found = parse("--sparsity.attention.top-keys", "0.4", preset="mini-wan")
     assert found == load_sparsity("mini-wan", {"attention.top_keys": 0.4})
-    assert parse("--sparsity", "flux", preset="mini-wan") == Sparsity()
+    assert parse("--sparsity", "flux", preset="mini-wan") == PRESETS["flux"]
 
 
 def test_every_field_has_a_flag():
     tree = to_dict(PRESETS["flux-step-cache"])
     assert all(isinstance(tree[part], dict) for part in PARTS)
-    for name in [f"{part}.{name}" for part in PARTS for name in tree[part]] + ["patches"]:
+    for name in [f"{part}.{name}" for part in PARTS for name in tree[part]] + ["schedule_steps", "patches"]:
         part, _, field = name.partition(".")
-        value = tree[part][field] if field else [4]
+        value = tree[part][field] if field else {"patches": [4], "schedule_steps": 60}[name]
         found = parse(f"--sparsity.{name.replace('_', '-')}", json.dumps(value))
         assert found == load_sparsity("flux", {name: value}) and (name != "patches" or found.patches == (4,))
 
 
 # In three layers, of which a preset's first two are dense.
-VERIFY = ["--sparsity.mlp.first-n-dense-layers", 0, "--prompt", PROMPT, "--prompt", "blue plain ring on night"]
+LITERAL = ["--sparsity.schedule-steps", "null"]
+VERIFY = [
+    *LITERAL,
+    "--sparsity.mlp.first-n-dense-layers",
+    0,
+    "--prompt",
+    PROMPT,
+    "--prompt",
+    "blue plain ring on night",
+]
 VERIFIED = {
     *(
         "model",
@@ -633,7 +652,9 @@ def test_verify_writes_its_sheet_and_numbers(checkpoint, folder, capsys):
     report = json.loads((folder / "numbers.json").read_text())
     assert report.keys() == VERIFIED
     assert report["prompts"] == [PROMPT, "blue plain ring on night"]
-    assert report["sparsity"] == to_dict(load_sparsity("mini-flux", {"mlp.first_n_dense_layers": 0}))
+    assert report["sparsity"] == to_dict(
+        load_sparsity("mini-flux", {"schedule_steps": None, "mlp.first_n_dense_layers": 0})
+    )
     assert (report["steps"], report["jax"]) == (3, jax.__version__)
     assert len(report["psnr"]) == 2 and report["median_psnr"] == pytest.approx(np.mean(report["psnr"]))
     # Attention: 1 of 3 layers in 1 of 3 steps keeps 64 of 76 keys. MLP: 2 of 3 steps keep 64 of 128 neurons.
@@ -656,6 +677,13 @@ def test_the_prompts_of_verify_are_sentences_of_the_words_that_the_help_of_sampl
     assert set(listed) == {"shape", "colour", "texture", "background"}
     for prompt in verify.PROMPTS:
         assert all(len(words & set(prompt.split())) == 1 for words in listed.values()), prompt
+
+
+def test_a_plan_of_too_few_steps_to_save_anything_is_the_dense_one(capsys):
+    size = ["--model", "flux-dev", "--height", 64, "--width", 64, "--steps", 4]
+    assert plan(*size) == plan(*size, "--dense") == 0
+    sparse, dense = capsys.readouterr().out.split("flux-dev: ")[1:]
+    assert sparse == dense and "4, bfloat16, dense" in dense
 
 
 def plan(*flags):
@@ -790,8 +818,8 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
         (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["frames=6", "multiple of 4"]),
         (["inspect", "--plan", "--model", "hunyuan-video", "--frames", "-3"], ["frames=-3", "multiple of 4, and one"]),
         (
-            ["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20"],
-            ["names step 40", "there are 20 steps", "made for 50 steps; dense sampling does without\n"],
+            ["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20", "--sparsity.schedule-steps", "null"],
+            ["names step 40", "there are 20 steps", "the model's own preset, hunyuan-video, fits\n"],
         ),
         (["inspect", "--plan", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
         (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides"]),

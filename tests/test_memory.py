@@ -26,7 +26,7 @@ def tiny(name, batch=1, sparsity="preset", steps=5):
     """A tiny model, the settings of a sample, its sparsity, and the plan of it."""
     variant = VARIANTS[name]
     settings = variant.complete(**dict(zip(("height", "width", "frames"), TINY[name], strict=False)), steps=steps)
-    overrides = {"attention.group": 64, "attention.local_voxels": 0}
+    overrides = {"attention.group": 64, "attention.local_voxels": 0, "schedule_steps": None}
     sparsity = load_sparsity(variant.preset, overrides) if sparsity == "preset" else sparsity
     return variant, settings, sparsity, planned(variant, settings, batch, sparsity)
 

@@ -180,14 +180,14 @@ def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(pipeline
 
 
 def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
-    """The model's own preset where nothing is said: full every 5 steps, groups of 64; two of three layers are dense."""
-    options = SIZE | dict(num_inference_steps=7, guidance_scale=1, seed=3)
+    """The model's own preset where nothing is said: full every 5 of 28 steps, groups of 64; two of three layers are dense."""
+    options = SIZE | dict(num_inference_steps=10, guidance_scale=1, seed=3)
     out = pipeline(PROMPTS[0], **options, num_images_per_prompt=2)
     assert [image.size for image in out.images] == [(12, 20)] * 2 and out.frames is None and out.seconds > 0
-    assert (out.full_steps, out.skipped_steps) == ((0, 1, 5), ())
-    # Attention: 1 of 3 layers in 4 of 7 steps keeps 64 of 76 keys. MLP: in 4 steps 64 of 128 neurons, and in step 1.
-    assert out.density == pytest.approx({"attention": 1 - 4 / 7 / 3 * 12 / 76, "mlp": 1 - 5 / 7 / 3 / 2})
-    assert out.settings == {"height": 20, "width": 12, "steps": 7, "guidance": 1, "seed": 3}
+    assert (out.full_steps, out.skipped_steps) == ((0, 1, 2, 4, 5, 7, 9), ())
+    # Attention: 1 of 3 layers in 3 of 10 steps keeps 64 of 76 keys. MLP: in 3 steps 64 of 128 neurons, and in step 1.
+    assert out.density == pytest.approx({"attention": 1 - 3 / 10 / 3 * 12 / 76, "mlp": 1 - 4 / 10 / 3 / 2})
+    assert out.settings == {"height": 20, "width": 12, "steps": 10, "guidance": 1, "seed": 3}
     pixels = pipeline([PROMPTS[0]] * 2, **options, output_type="np").images
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image in out.images]), np.round(255 * pixels))
     latents = pipeline([PROMPTS[0]] * 2, **options, output_type="latent").images
@@ -195,6 +195,16 @@ def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
     np.testing.assert_array_equal(pipeline.decode(latents, pipeline.variant.complete(height=20, width=12)), pixels)
     dense = pipeline(PROMPTS[0], **SIZE, sparsity=None)
     assert (dense.full_steps, dense.density) == ((0, 1, 2), {"attention": 1.0, "mlp": 1.0})
+
+
+def test_steps_that_a_gate_skipped_are_known_after_the_run_and_are_in_the_shares(pipeline):
+    cache = {"gate": "easy", "threshold": 1e3, "warm_up": 0.25, "max_skips": 2}
+    options = SIZE | dict(num_inference_steps=8, sparsity={"attention": None, "mlp": None, "step_cache": cache})
+    out = pipeline(PROMPTS[0], **options)
+    # After two steps that ran the estimate is finite, and below the threshold.
+    assert (out.skipped_steps, out.full_steps) == ((2, 3, 5, 6), (0, 1, 4, 7))
+    assert out.density == {"attention": 0.5, "mlp": 0.5}
+    fails(lambda: pipeline(PROMPTS, **options), "gate='easy' with 3 samples", "expected one at a time")
 
 
 def test_the_callback_sees_step_time_latents_and_the_clean_ones(pipeline):
@@ -246,6 +256,7 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
         (dict(seed=-1), ["seed=-1", "0 to"]),
         (dict(seed=2**32), [f"seed={2**32}", "0 to"]),
         (dict(sparsity=Sparsity(mlp=MlpSparsity(full_step_schedule=(0, 3)))), ["mlp.full_step_schedule", "step 3"]),
+        (dict(sparsity={"step_cache": {"gate": "tea"}}), ["gate='tea'", "no constants for", "only for flux-dev"]),
     ],
 )
 def test_a_bad_request_is_one_error_before_any_weights_are_read(checkpoint, monkeypatch, change, expected):

@@ -10,10 +10,11 @@ import pytest
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.report.price import prices_of, read_prices, step_kinds
+from chipmunk_jax.report.records import sparsity_of
 from chipmunk_jax.report.work import dense_work
 from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import Step, plan_steps
-from chipmunk_jax.sparsity import PRESETS, AttentionSparsity, MlpSparsity, Sparsity, load_sparsity
+from chipmunk_jax.sparsity import PRESETS, AttentionSparsity, MlpSparsity, Sparsity
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 FILES = ("hunyuan-video-720x1280x129-h100", "wan-1.3b-480x832x81-h100", "flux-dev-step-1280x768-h100")
@@ -41,7 +42,7 @@ def test_a_published_model_s_own_sample_costs_what_its_steps_take(name):
     """The price at the record's own shares is that of its own delta step; so a sample costs what its measured steps add up to."""
     entries = steps_of(name)
     ms = {entry["variant"]: entry["ms"] for entry in entries}
-    variant, sparsity = VARIANTS[entries[0]["model"]], load_sparsity(entries[0]["sparsity"])
+    variant, sparsity = VARIANTS[entries[0]["model"]], sparsity_of(entries[0])
     shape = entries[0]["shape"]
     settings = variant.complete(**{axis: shape[axis] for axis in variant.axes})
     network, noise, cond = variant.shapes(settings, 1, "bfloat16")

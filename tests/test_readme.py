@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chipmunk_jax.sparsity import PRESETS, load_sparsity
+from chipmunk_jax.fit import fit
+from chipmunk_jax.report.records import sparsity_of
+from chipmunk_jax.sparsity import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README, BENCHMARKS, NOTES = (
@@ -408,12 +410,13 @@ def test_the_table_of_the_models_in_the_repository_is_the_committed_records():
         shares = [percent(entry["density"][part]) for part in ("attention", "mlp")]
         assert row[1:] == [*shares, ", ".join(f"{level:.1f}" for level in entry["psnr"])], name
     for name in ("mini-flux", "mini-wan"):
-        assert load_sparsity(record(f"benchmarks/results/{name}-demo-cpu.json")["sparsity"]) == PRESETS[name]
+        entry = record(f"benchmarks/results/{name}-demo-cpu.json")
+        assert fit(sparsity_of(entry), entry["steps"]) == fit(PRESETS[name], entry["steps"])
 
 
 def quality_cells(entry: dict, against: int) -> list[str]:
     """Steps that ran, shares of what a dense sample of so many steps computes, mean PSNR, and its change from the first."""
-    cache = (entry["sparsity"] or {}).get("step_cache") or {"skip_steps": []}
+    cache = (entry["sparsity"] or {}).get("step_cache") or {"skip_steps": []}  # of these records, all in a list
     shares = [percent(entry["density"][part] * entry["steps"] / against) for part in ("attention", "mlp")]
     change = f"{entry['difference']:+.1f} +- {entry['difference_error']:.1f}"
     return [str(entry["steps"] - len(cache["skip_steps"])), *shares, f"{entry['mean_psnr']:.1f}", change]

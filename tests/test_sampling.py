@@ -58,6 +58,7 @@ SPARSE = Sparsity(
     mlp=MlpSparsity(first_n_dense_layers=0, full_step_every=4, group=64),
 )
 SKIPPING = dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=(3, 5)))
+DECIDING = dataclasses.replace(SPARSE, step_cache=StepCache(gate="easy", threshold=9.0, predict="residual", order=1))
 
 
 def make() -> Flux:
@@ -103,7 +104,7 @@ def modulations(model, t, cond):
 @jax.jit
 def hidden(model, x, cond, mods):
     """The tokens before the final layer, dense."""
-    return model.hidden(x, None, cond, model.positions(GRID), None, None, mods)[0]
+    return model.hidden(model.embed(x, cond), None, cond, model.positions(GRID), None, None, mods)[0]
 
 
 @jax.jit
@@ -134,9 +135,15 @@ def test_all_columns_kept_equals_dense_in_any_order_of_tokens(model, cache):
 
 
 def test_a_schedule_of_full_steps_equals_dense(model):
-    noise, cond = inputs()
-    full = Sparsity(attention=AttentionSparsity(full_step_every=1), mlp=MlpSparsity(full_step_every=1))
-    np.testing.assert_allclose(draw(model, noise, cond, sparsity=full), plain_euler(model, noise, cond), **CLOSE)
+    """Up to the last step, as a schedule without any delta step keeps no caches."""
+    (noise, cond), full, seen = inputs(), dict(full_step_schedule=tuple(range(STEPS - 1)), group=64), []
+    sparsity = Sparsity(attention=AttentionSparsity(**full), mlp=MlpSparsity(**full))
+    draw(model, noise, cond, sparsity=sparsity, callback=lambda *args: seen.append(args))
+    dense = draw(model, noise, cond, callback=lambda *args: seen.append(args))
+    for (_, _, x), (_, _, expected) in zip(seen[: STEPS - 1], seen[STEPS:], strict=False):
+        np.testing.assert_allclose(x, expected, **CLOSE)
+    every = Sparsity(attention=AttentionSparsity(full_step_every=1), mlp=MlpSparsity(full_step_every=1))
+    np.testing.assert_allclose(draw(model, noise, cond, sparsity=every), dense, **CLOSE)
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0])
@@ -185,7 +192,15 @@ def test_another_choice_of_skipped_steps_compiles_nothing(model, compilations):
     draw(model, *inputs(), sparsity=skipping(2))
     compilations.clear()
     draw(model, *inputs(), sparsity=skipping(3, 5), seed=9)
+    for gate in (dict(gate="share", share=0.3), dict(gate="mag", threshold=0.2, coefficients=(1.0, 0.9, 0.9))):
+        draw(model, *inputs(), sparsity=dataclasses.replace(SPARSE, step_cache=StepCache(**gate)))
     assert not compilations
+    deciding = dict(gate="tea", coefficients=(1.0, 0.0), threshold=0.2, warm_up=0.2, max_skips=1)
+    for change in ({}, dict(threshold=0.5), dict(coefficients=(2.0, 0.1)), dict(warm_up=0.4), dict(max_skips=3)):
+        found = StepCache(**deciding | change)
+        draw(model, *inputs(1), sparsity=Sparsity(attention=None, mlp=None, step_cache=found))
+        assert bool(compilations) == (not change)
+        compilations.clear()
     draw(model, *inputs(), timesteps=flux_timesteps(STEPS + 1, TOKENS))
     assert compilations
 
@@ -286,10 +301,10 @@ def table_of(model, noise, cond, sparsity=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "solver", "guidance"), [(None, Euler(), 2.0), (SKIPPING, UniPC(), None)], ids=["dense", "skipping"]
+    ("sparsity", "solver", "guidance"), [(None, Euler(), 2.0), (DECIDING, UniPC(), 2.0)], ids=["dense", "deciding"]
 )
 def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver, guidance):
-    noise, cond = inputs()
+    noise, cond = inputs(1)
     options = dict(timesteps=wan_timesteps(STEPS, 3.0), solver=solver, guidance=guidance)
     table = table_of(model, noise, cond, sparsity, **options)
     both = both_sides(model, cond) if guidance else cond
@@ -300,6 +315,7 @@ def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver, g
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.any(np.asarray(middle.x) != np.asarray(whole.x))
+    assert sparsity is None or whole.gate.skipped.tolist() == [False, False, True, True, False, False]
     np.testing.assert_array_equal(draw(model, noise, cond, sparsity=sparsity, **options), whole.x)
 
 

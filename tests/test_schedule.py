@@ -90,24 +90,6 @@ def test_a_schedule_beyond_the_steps_is_one_error(sparsity):
     plan_steps(sparsity, 29, tokens=100, mlp_width=100)
 
 
-@pytest.mark.parametrize("preset", [name for name, sparsity in PRESETS.items() if sparsity.step_cache])
-def test_a_preset_that_skips_steps_beyond_the_steps_says_how_many_it_takes(preset):
-    """40 steps are what Wan's image to video usually has."""
-    sizes = dict(tokens=1000, mlp_width=1000)
-    with pytest.raises(InputError, match=r"there are 40 steps \(0 to 39\): expected 44 or more, or another") as error:
-        plan_steps(PRESETS[preset], 40, **sizes)
-    plan_steps(PRESETS[preset], 44, **sizes)
-    assert "\n" not in str(error.value) and str(error.value).endswith("; it is made for 50 steps")
-
-
-def test_a_schedule_of_no_preset_is_made_for_no_steps_that_are_known():
-    own = Sparsity(attention=AttentionSparsity(full_step_schedule=(0, 1, 10, 41)), mlp=None)
-    preset = Sparsity(attention=PRESETS["hunyuan-video"].attention, mlp=None)
-    for sparsity, made in ((own, ""), (preset, "; it is made for 50 steps")):
-        with pytest.raises(InputError, match=rf"or another attention.full_step_schedule{made}$"):
-            plan_steps(sparsity, 40, tokens=1000, mlp_width=1000)
-
-
 def test_a_plan_skips_the_steps_that_are_named_and_no_others():
     caching = StepCache(skip_steps=(7, 5, 5))
     table = plan_steps(Sparsity(step_cache=caching), 9, tokens=100, mlp_width=100)

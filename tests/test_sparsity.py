@@ -18,7 +18,7 @@ from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.schedule import AttentionPhase, attention_phases
 from chipmunk_jax.sparsity import PARTS as CONFIGS
-from chipmunk_jax.sparsity import PRESET_STEPS, PRESETS, to_dict
+from chipmunk_jax.sparsity import PRESETS, to_dict
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +37,7 @@ OTHER = Sparsity(
     ),
     mlp=MlpSparsity(top_keys=1.0, random_keys=0.0, full_step_schedule=(0, 5), select_every=3, cache="residual"),
     step_cache=StepCache(skip_steps=(3, 4)),
+    schedule_steps=12,
     patches=(6, 3, 1),
 )
 
@@ -79,7 +80,17 @@ NEURONS = {
     "select_every": 2,
     "cache": "activations",
 }
-SKIPPED = [7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43]
+SKIPPING = {
+    "gate": "list",
+    "predict": "hidden",
+    "order": 0,
+    "skip_steps": None,
+    "share": 0.5,
+    "warm_up": 0.1,
+    "max_skips": 4,
+    "threshold": None,
+    "coefficients": None,
+}
 OF_VIDEOS = {"recompute_mask": True, "query_stride": 2, "random_keys": 0.01, "fixed_random_keys": 0.01}
 OF_HUNYUAN = {"top_keys": 0.05, "text_keys": True, "text_queries": True, "full_step_schedule": [0, 1, 10, 40]}
 OF_MINIS = {"group": 64, "full_step_every": 5}
@@ -105,8 +116,9 @@ def test_the_presets_are_these():
 @pytest.mark.parametrize("name", VALUES | STEP_CACHES)
 def test_every_field_of_the_presets_is_as_it_was_measured(name):
     attention, mlp, patches = (VALUES | STEP_CACHES)[name]
-    step_cache = {"skip_steps": SKIPPED} if name in STEP_CACHES else None
-    assert to_dict(PRESETS[name]) == {"attention": attention, "mlp": mlp, "step_cache": step_cache, "patches": patches}
+    step_cache = SKIPPING if name in STEP_CACHES else None
+    rest = {"schedule_steps": {"mini-flux": 28, "mini-wan": 30}.get(name, 50), "patches": patches}
+    assert to_dict(PRESETS[name]) == {"attention": attention, "mlp": mlp, "step_cache": step_cache} | rest
     assert load_sparsity(name) == PRESETS[name]
 
 
@@ -126,12 +138,6 @@ def test_a_preset_file_names_its_source_and_a_measurement_that_is_there(file):
     assert all((file.parent / base).is_file() for base in bases)
 
 
-def test_presets_that_name_steps_fit_into_the_steps_that_they_are_made_for():
-    last = [max(p.attention.full_step_schedule or (0,)) for p in PRESETS.values()]
-    last += [max(p.step_cache.skip_steps) for p in PRESETS.values() if p.step_cache]
-    assert max(last) < PRESET_STEPS
-
-
 def test_the_flux_preset_has_the_values_of_the_paper():
     attention, mlp = PRESETS["flux"].attention, PRESETS["flux"].mlp
     assert (attention.top_keys, attention.random_keys, attention.recompute_mask) == (0.165, 0.0, False)
@@ -140,7 +146,8 @@ def test_the_flux_preset_has_the_values_of_the_paper():
         assert (part.first_n_dense_layers, part.full_step_every, part.full_step_schedule) == (2, 10, None)
         assert (part.group, part.max_keys) == (128, None)
     assert PRESETS["flux"].patches == (8, 4)
-    assert PRESETS["flux"] == Sparsity(attention=AttentionSparsity(block_means=0)) == load_sparsity("flux")
+    paper = AttentionSparsity(block_means=0)
+    assert PRESETS["flux"] == Sparsity(attention=paper, schedule_steps=50) == load_sparsity("flux")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,8 @@ def test_a_file_may_change_a_preset_or_another_file(tmp_path, monkeypatch):
     assert load_sparsity("a.yaml") == a and load_sparsity("folder/b.json") == b
     assert load_sparsity({"preset": "folder/b.json", "patches": []}) == dataclasses.replace(b, patches=())
     source = {"preset": "flux", "attention": None}
-    assert load_sparsity(source) == Sparsity(attention=None) and source == {"preset": "flux", "attention": None}
+    assert load_sparsity(source) == dataclasses.replace(PRESETS["flux"], attention=None)
+    assert source == {"preset": "flux", "attention": None}
     assert load_sparsity({"preset": None}) == Sparsity()
 
 
@@ -336,20 +344,25 @@ def test_overrides_by_dotted_names_win():
     expected = Sparsity(
         attention=AttentionSparsity(top_keys=0.4, block_means=0),
         mlp=MlpSparsity(cache="residual", full_step_schedule=(0, 5)),
+        schedule_steps=50,
         patches=(),
     )
     source = {"attention": {"top_keys": 0.1, "block_means": 0}, "mlp": None}
-    assert load_sparsity(source, overrides) == load_sparsity("flux", overrides) == expected
+    assert load_sparsity(source, overrides | {"schedule_steps": 50}) == load_sparsity("flux", overrides) == expected
     assert source == {"attention": {"top_keys": 0.1, "block_means": 0}, "mlp": None}  # the caller's own is left alone
-    assert load_sparsity("flux", {"mlp": None}) == Sparsity(attention=AttentionSparsity(block_means=0), mlp=None)
+    paper = AttentionSparsity(block_means=0)
+    assert load_sparsity("flux", {"mlp": None, "schedule_steps": None}) == Sparsity(attention=paper, mlp=None)
     assert load_sparsity(OTHER, {"attention.max_keys": None}).attention.max_keys is None
-    assert load_sparsity("flux", {"attention.block_means": 64}) == Sparsity()
 
 
 @pytest.mark.parametrize(
     ("source", "overrides", "words"),
     [
-        ({"atention": {}}, {}, ["sparsity: unknown key atention", "attention, mlp, step_cache, patches"]),
+        (
+            {"atention": {}},
+            {},
+            ["sparsity: unknown key atention", "attention, mlp, step_cache, schedule_steps, patches"],
+        ),
         ({"attention": {"topkeys": 1}}, {}, ["sparsity.attention: unknown key topkeys", "top_keys", "recompute_mask"]),
         ({"mlp": {"recompute_mask": True, 7: 7}}, {}, ["sparsity.mlp: unknown key recompute_mask, 7", "select_every"]),
         ("flux", {"mlp.keys": 1}, ["sparsity.mlp: unknown key keys", "top_keys"]),
@@ -429,7 +442,7 @@ def test_values_out_of_range_are_one_error_in_code_and_in_files(kind, name, valu
         (lambda: StepCache(skip_steps=()), ["skip_steps=()", "at least one"]),
         (lambda: StepCache(skip_steps=(0, 2)), ["skip_steps=(0, 2)", "none before step 1"]),
         (lambda: StepCache(skip_steps=3), ["skip_steps=3", "list of whole numbers"]),
-        (lambda: load_sparsity({"step_cache": [3]}), ["sparsity.step_cache=[3]", "skip_steps"]),
+        (lambda: load_sparsity({"step_cache": [3]}), ["sparsity.step_cache=[3]", "expected keys such as gate"]),
     ],
 )
 def test_values_of_one_part_are_checked_too(make, words):

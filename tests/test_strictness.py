@@ -44,7 +44,7 @@ CHANCE = dict(random_keys=0.1, full_step_every=4, group=64)
 SPARSE = Sparsity(
     attention=AttentionSparsity(first_n_dense_layers=1, residual_bits=8, recompute_mask=True, text_keys=True, **CHANCE),
     mlp=MlpSparsity(first_n_dense_layers=0, **CHANCE),
-    step_cache=StepCache(skip_steps=(2,)),
+    step_cache=StepCache(gate="tea", threshold=0.1, coefficients=(1.0, 0.0), predict="residual", order=1),
 )
 
 
@@ -80,7 +80,7 @@ def programs(monkeypatch):
         found.append(
             re.sub(r" {tf.aliasing_output = \d+ : i32}", "", program.as_text())
         )  # jax_debug_nans donates nothing
-        return sampling.SampleState(x=jnp.zeros(()), solver=None, cache=None, hidden=None, broken=np.full(1, -1))
+        return sampling.SampleState(x=jnp.zeros(()), solver=None, cache=None, kept=None, broken=np.full(1, -1))
 
     monkeypatch.setattr(sampling, "finished", keep)
     return found

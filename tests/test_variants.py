@@ -196,7 +196,6 @@ def test_a_config_of_no_model_is_refused():
     ("name", "sparsity", "change", "advice"),
     [
         ("flux-dev", "wan-14b", {}, "the model's own preset, flux, fits"),
-        ("hunyuan-video", "hunyuan-video", dict(steps=20), "dense sampling does without"),
     ],
 )
 def test_a_sparsity_that_does_not_fit_is_told_with_what_does(name, sparsity, change, advice):

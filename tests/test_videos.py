@@ -108,7 +108,7 @@ def test_what_is_not_given_is_the_models_usual():
         (dict(sparsity=load_sparsity("wan-14b")), "local_voxels=5: expected at most 1, as the grid has"),
         (dict(sparsity=load_sparsity("wan-14b", {"patches": []})), "local_voxels=5 with tokens in rows"),
         (dict(sparsity=load_sparsity("flux", {"patches": [[8, 4]]})), r"patch \(8, 4\): expected 3 sides for the grid"),
-        (dict(sparsity=load_sparsity("flux", {"mlp.full_step_schedule": [0, 30]})), "step 30"),
+        (dict(sparsity=load_sparsity("flux", {"schedule_steps": None, "mlp.full_step_schedule": [0, 30]})), "step 30"),
     ],
 )
 def test_a_bad_request_is_one_error_before_any_weights_are_read(video_checkpoint, monkeypatch, change, expected):

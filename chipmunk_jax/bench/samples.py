@@ -13,6 +13,7 @@ from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.quality import relative_l2
 from chipmunk_jax.sampling import plan_stacks, sample
 from chipmunk_jax.schedule import density
+from chipmunk_jax.sparsity import PLANNED_GATES
 
 
 def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
@@ -27,12 +28,12 @@ def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
     """
     variant, steps, grid = work.variant, work.settings["steps"], work.variant.grid(work.settings)
     variant.check(work.settings, work.sparsity)
-    work.check_room(steps, work.sparsity)
+    work.check_room(steps, work.fitted)
     model = random_model(variant, jnp.dtype(work.dtype))
     noise, cond = random_inputs(variant, work.settings, work.batch)
     usual = dict(timesteps=variant.timesteps(work.settings), solver=variant.solver, guidance=variant.guidance)
     draw = partial(sample, model, noise, cond, grid=grid, **usual)
-    calls = {"dense": draw, "sparse": partial(draw, sparsity=work.sparsity)}
+    calls = {"dense": draw, "sparse": partial(draw, sparsity=work.fitted)}
     first, outputs = {}, {}  # seconds of the first call of each, which compiles and warms up; and what it gives
     with tqdm(total=len(calls) * (1 + repeats), unit="sample", leave=False) as bar:
         for kind, call in calls.items():
@@ -44,7 +45,10 @@ def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
         bar.set_postfix_str("timing")
         right = {kind: Timed(call) for kind, call in calls.items() if np.isfinite(outputs[kind]).all()}
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
-    shares = density(plan_stacks(work.stacks, work.sparsity, steps, grid), work.layers)
+    # Of a gate that decides in the sample as if it skipped nothing, which sample() does not tell.
+    table = plan_stacks(work.stacks, work.fitted, steps, grid)
+    decides = work.fitted.step_cache and work.fitted.step_cache.gate not in PLANNED_GATES
+    shares = density(table.replace(skip=None) if decides else table, work.layers)
 
     record = partial(work.record, seconds=seconds, sizes={"steps": steps}, benchmark="sample")
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.fit import check_schedules, fit
 from chipmunk_jax.report.price import step_kinds
-from chipmunk_jax.report.records import Entry
-from chipmunk_jax.schedule import check_schedules, plan_steps
-from chipmunk_jax.sparsity import Sparsity, load_sparsity, to_dict
+from chipmunk_jax.report.records import Entry, sparsity_of
+from chipmunk_jax.schedule import plan_steps
+from chipmunk_jax.sparsity import PLANNED_GATES, Sparsity, to_dict
 
 
 def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = None) -> list[Entry]:
@@ -31,7 +32,7 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     runs = {json.dumps([entry[key] for key in ("model", "shape", "dtype", "sparsity")]) for entry in entries}
     if len(runs) != 1:
         raise InputError(f"steps of {len(runs)} models, sizes, dtypes or sparsities: expected those of one")
-    measured = load_sparsity(entries[0]["sparsity"])
+    measured = sparsity_of(entries[0])
     sparsity = sparsity or measured
     given, timed_with = _settings(sparsity), _settings(measured)
     if names := [name for name in given if name in timed_with and given[name] != timed_with[name]]:
@@ -64,7 +65,8 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
     ]
 
 
-SCHEDULES = {"full_step_every", "full_step_schedule", "select_every", "step_cache"}  # settings that say when
+# Settings that say when.
+SCHEDULES = {"full_step_every", "full_step_schedule", "select_every", "step_cache", "schedule_steps"}
 
 
 def _settings(sparsity: Sparsity) -> dict[str, Any]:
@@ -78,7 +80,12 @@ def _settings(sparsity: Sparsity) -> dict[str, Any]:
 
 def kinds(sparsity: Sparsity, steps: int) -> list[str]:
     """The kind of every step, as of step_kinds()."""
-    plan = plan_steps(sparsity, steps, tokens=1, mlp_width=1)  # its phases are those of any size
+    fitted = fit(sparsity, steps)
+    if fitted.step_cache and fitted.step_cache.gate not in PLANNED_GATES:
+        raise InputError(
+            f"gate={fitted.step_cache.gate!r}: it decides in a sample; expected one of {', '.join(PLANNED_GATES)}"
+        )
+    plan = plan_steps(fitted, steps, tokens=1, mlp_width=1)  # its phases are those of any size
     return step_kinds(plan, steps, () if plan.skip is None else np.flatnonzero(plan.skip))
 
 

@@ -74,7 +74,7 @@ def read_sample(args: argparse.Namespace) -> tuple[str, PlannedSample]:
 def table(name: str, sample: PlannedSample, parts: memory.Parts, sum_of: str) -> str:
     """A line a part of the network, and their sum."""
     sizes = sample.variant.sizes(sample.settings) | {"batch": sample.batch, "steps": sample.settings["steps"]}
-    kind = "sparse" if sample.sparsity else "dense"
+    kind = "dense" if sample.fitted is None or sample.fitted.saves_nothing else "sparse"
     rows = memory.summed(parts) | {sum_of: total_of(parts)}
     width = max(map(len, rows))
     lines = [f"  {part:<{width}}  {size / 1e9:9,.3f} GB" for part, size in rows.items()]

@@ -200,5 +200,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(numbers(out, files, made | {"seed": args.seed}), indent=1))
         return 0
     print(*(file["path"] for file in files), sep="\n")
-    print(summary(out, count, "video" if variant.video else "image", dense=requests[0].sparsity is None))
+    print(summary(out, count, "video" if variant.video else "image"))
     return 0

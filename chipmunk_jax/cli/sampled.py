@@ -58,11 +58,11 @@ def numbers(out: PipelineOutput, files: Sequence[dict[str, Any]], settings: dict
     }
 
 
-def summary(out: PipelineOutput, count: int, kind: str, *, dense: bool) -> str:
+def summary(out: PipelineOutput, count: int, kind: str) -> str:
     """Seconds, shares computed, and which steps were full or skipped."""
     stages = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in out.stages.items())
     first = f"{count} {kind}{'s' * (count > 1)} in {out.seconds:.1f} s, compilation included, "
-    if dense:
+    if set(out.density.values()) == {1.0}:
         return f"{first}dense\n{stages}"
     steps = out.settings["steps"]
     shares = f"{100 * out.density['attention']:.1f} % of the keys, {100 * out.density['mlp']:.1f} % of the neurons"

@@ -1,5 +1,6 @@
 """Pipeline: a checkpoint, prompts in, pixels out, in the words of diffusers: check, encode, denoise, decode."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from chipmunk_jax.arguments import check_implementation
 from chipmunk_jax.convert import Folder, open_folder, open_source, read
@@ -23,7 +25,7 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
-from chipmunk_jax.pipelines.denoising import computed, plan_spans, run_spans
+from chipmunk_jax.pipelines.denoising import computed, is_dense, plan_spans, run_spans
 from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
@@ -272,9 +274,13 @@ class Pipeline:
         with self._timed(stages, "text"), phase("text", progress):
             noise, cond, uncond = self._inputs(request)
         with self._timed(stages, "transformer"):
-            title = "sparse" if request.sparsity else "dense"
-            with Reporter(request.settings["steps"], title, progress, callback_on_step_end) as reporter:
-                tokens = run_spans(spans, self.residents, noise, cond, uncond, reporter)
+            steps, dense = request.settings["steps"], is_dense(spans)
+            if dense and request.sparsity and progress:
+                tqdm.write(
+                    f"{steps} steps: too few for this sparsity to save anything, sampled densely", file=sys.stderr
+                )
+            with Reporter(steps, "dense" if dense else "sparse", progress, callback_on_step_end) as reporter:
+                tokens, spans = run_spans(spans, self.residents, noise, cond, uncond, reporter)
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings = request.settings
             made = self.to_latents(tokens, settings) if output_type == "latent" else self.decode(tokens, settings)

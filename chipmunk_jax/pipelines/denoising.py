@@ -1,7 +1,7 @@
 """The networks of a pipeline in turn: which steps each of them runs, planned and with room before anything is read; and the run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from chipmunk_jax import memory, sampling
 from chipmunk_jax.arguments import check, placed
+from chipmunk_jax.fit import fit
 from chipmunk_jax.model import Condition
 from chipmunk_jax.pipelines.request import Request, guides
 from chipmunk_jax.pipelines.residents import Residents
@@ -27,6 +28,10 @@ class Span:
     table: sampling.Table
     need: int  # bytes that they take beside the weights
     options: dict[str, Any]  # arguments of sample()
+
+    def having_skipped(self, skipped: np.ndarray) -> "Span":
+        """The span with the steps, bool, that its gate has skipped."""
+        return replace(self, table=self.table.replace(step=self.table.step.replace(skip=skipped)))
 
 
 def plan_spans(
@@ -47,7 +52,7 @@ def plan_spans(
         implementation: of the kernels.
 
     Raises:
-        InputError: a sparsity that does not fit the steps of a network, or no room.
+        InputError: no room.
     """
     settings, solver = request.settings, request.solver
     steps, boundary = settings["steps"], variant.boundary
@@ -58,10 +63,10 @@ def plan_spans(
     for role, first, stop, scale in parts:
         if first == stop:
             continue
-        variant.check(settings | {"steps": stop - first}, request.sparsity)
         shapes = residents.shapes[role], noise, cond
         guidance = scale if guides(scale) else None
-        fixed = dict(sparsity=request.sparsity, guidance=guidance, solver=solver, implementation=implementation)
+        sparsity = request.sparsity and fit(request.sparsity, steps, (first, stop))
+        fixed = dict(sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
         memory.check_room(*shapes, placed=role in residents, spare=residents.releasable, steps=stop - first, **fixed)
         planned = memory.plan(*shapes, steps=stop - first, **fixed)
         # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
@@ -85,9 +90,12 @@ def run_spans(
     cond: Condition,
     uncond: Condition | None,
     reporter: Reporter,
-) -> np.ndarray:
-    """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample()."""
-    state = None
+) -> tuple[np.ndarray, list[Span]]:
+    """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample().
+
+    And the spans with the steps that were skipped, which a gate may have decided.
+    """
+    state, done = None, []
     for span in spans:
         reporter.pause("loading")
         model = residents.place(span.role, span.need)
@@ -96,8 +104,15 @@ def run_spans(
         reporter.first = span.first
         given = dict(uncond=other, sparsity=span.options["sparsity"], carried=state)
         state = sampling.run(model, *arrays, span.table, reporter, **given)
+        done.append(span if state.gate is None else span.having_skipped(np.asarray(state.gate.skipped)))
         del model, arrays, other  # whose room the next one may need
-    return np.asarray(state.x)
+    return np.asarray(state.x), done
+
+
+def is_dense(spans: Sequence[Span]) -> bool:
+    """Whether every step of all networks computes everything."""
+    found = [span.options["sparsity"] for span in spans]
+    return all(sparsity is None or sparsity.saves_nothing for sparsity in found)
 
 
 def computed(spans: Sequence[Span], layers: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from chipmunk_jax.finite import finite
 from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import Euler, Solver, UniPC
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.step_cache import with_constants
 
 MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
 MOST_TOKENS = 512  # of a prompt: no published model was trained with more
@@ -137,7 +138,7 @@ def read_request(pipeline: Reader, given: Arguments) -> Request:
         raise InputError(f"max_sequence_length={length!r}: expected a whole number from 1 to {MOST_TOKENS}")
     check_seed(given.seed, samples * count)
     found = variant.preset if isinstance(given.sparsity, str) and given.sparsity == "auto" else given.sparsity
-    found = None if found is None else load_sparsity(found)
+    found = None if found is None else with_constants(load_sparsity(found), variant.name)
     variant.check(settings, found)
     request = Request(
         batch=samples * count,

@@ -10,12 +10,14 @@ from chipmunk_jax import memory
 from chipmunk_jax.convert.folder import ROLES, open_folder
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.fit import fit
 from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.models.checkpoint import describe, is_checkpoint
 from chipmunk_jax.models.leaves import abstract
 from chipmunk_jax.pipelines.stages import working_set
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.sparsity import Sparsity
+from chipmunk_jax.step_cache import with_constants
 
 RESERVE = "reserve, a fortieth of these"  # what XLA or a GPU had in use was up to 2.3 % more (tests/test_memory.py)
 MORE = 0.95  # of a device, the most that is safe to give JAX: the rest is the driver's and the libraries'
@@ -34,6 +36,11 @@ class PlannedSample:
         default_factory=dict
     )  # role -> config, of the text encoders and the VAE that are planned too
 
+    @property
+    def fitted(self) -> Sparsity | None:
+        """The sparsity for these steps."""
+        return self.sparsity and fit(with_constants(self.sparsity, self.variant.name), self.settings["steps"])
+
     def stages(self) -> dict[str, memory.Parts]:
         """Role -> bytes by name, with a reserve, of each component while it works, in the order of their use."""
         network, found = self.parts(), {}
@@ -50,7 +57,7 @@ class PlannedSample:
         """Bytes by name, with a reserve, of the network."""
         shapes = self.variant.shapes(self.settings, self.batch, self.dtype)
         guidance, solver = self.variant.guidance, self.variant.solver
-        fixed = dict(steps=self.settings["steps"], sparsity=self.sparsity, guidance=guidance, solver=solver)
+        fixed = dict(steps=self.settings["steps"], sparsity=self.fitted, guidance=guidance, solver=solver)
         try:
             parts = memory.plan(*shapes, **fixed, implementation="pallas")
         except NotImplementedError:  # the kernels cannot take it: a GPU, too, runs the reference

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.fit import check_schedules
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.leaves import abstract
 from chipmunk_jax.pinned_keys import check_grid
-from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import (
     Euler,
     Solver,
@@ -26,6 +26,7 @@ from chipmunk_jax.solvers import (
     wan_timesteps,
 )
 from chipmunk_jax.sparsity import PRESETS, Sparsity
+from chipmunk_jax.step_cache import with_constants
 
 MOST_SIDE = 2**20  # pixels or frames: a mistyped number must not be taken for work
 SIZES = ("frames", "height", "width")  # of a video; the last two of an image
@@ -164,6 +165,7 @@ class Variant:
         """
         grid, steps = self.grid(settings), settings["steps"]
         self.timesteps(settings)
+        sparsity = sparsity and with_constants(sparsity, self.name)
         if sparsity is not None and (error := _misfit(sparsity, grid, steps if schedules else None)):
             own = _misfit(PRESETS[self.preset], grid, steps) is None
             advice = f"the model's own preset, {self.preset}, fits" if own else "dense sampling does without"

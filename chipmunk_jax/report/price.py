@@ -11,11 +11,11 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import VARIANTS, Variant
 from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.report import records
-from chipmunk_jax.report.records import Entry
+from chipmunk_jax.report.records import Entry, sparsity_of
 from chipmunk_jax.report.work import Work, dense_work
 from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, density
-from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.sparsity import Sparsity
 
 NEEDED = ("dense", "full", "select", "delta", "skipped")  # kinds of steps, as `chipmunk bench step` names them
 
@@ -123,7 +123,7 @@ def prices_of(entries: Sequence[Entry]) -> Prices:
     if (variant := VARIANTS.get(first.get("model"))) is None:
         raise InputError(f"steps of {first.get('model')}: expected one of {', '.join(VARIANTS)}")
     settings = variant.complete(**{axis: first["shape"][axis] for axis in variant.axes})
-    sparsity = load_sparsity(first["sparsity"])
+    sparsity = sparsity_of(first)
     plan, layers = _plan_of(variant, settings, sparsity, first)
     kinds = {kind: time / ms["dense"] for kind, time in ms.items() if time}
     work = dense_work(variant, settings)

@@ -12,9 +12,16 @@ import jaxlib
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.memory import device_bytes
+from chipmunk_jax.sparsity import Sparsity, load_sparsity
 from chipmunk_jax.whole import whole
 
 Entry = dict[str, Any]  # a record as its file has it
+
+
+def sparsity_of(entry: Entry) -> Sparsity:
+    """The settings of a record; one that does not name block means was measured before there were any."""
+    part = entry["sparsity"]["attention"]
+    return load_sparsity(entry["sparsity"] | {"attention": part and {"block_means": 0} | part})
 
 
 def machine(commit: str | None = None) -> Entry:

@@ -55,7 +55,8 @@ def dense_work(variant: Variant, settings: Settings) -> Work:
 def _velocity(network, x, t, cond, positions, modulations):
     """A dense step whose every product can be seen: on a GPU attention would be one call of cuDNN."""
     step = Step(implementation="reference")
-    return network.velocity(network.hidden(x, t, cond, positions, None, step, modulations)[0], modulations)
+    tokens = network.embed(x, cond)
+    return network.velocity(network.hidden(tokens, t, cond, positions, None, step, modulations)[0], modulations)
 
 
 def _flops(jaxpr) -> int:

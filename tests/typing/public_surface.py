@@ -97,7 +97,7 @@ def sparsities() -> dict[str, Sparsity]:
     own = Sparsity(
         attention=AttentionSparsity(top_keys=0.2, group=64, full_step_schedule=(0, 1, 10), query_stride=2),
         mlp=MlpSparsity(top_keys=0.3, random_keys=0.05, cache="residual"),
-        step_cache=StepCache(skip_steps=(7, 11)),
+        step_cache=StepCache(gate="tea", threshold=0.2, coefficients=(1.0, 0.0), predict="residual", order=1),
         patches=((4, 4, 8),),
     )
     assert_type(own.attention, AttentionSparsity | None)
