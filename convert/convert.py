@@ -202,7 +202,8 @@ def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: 
     """The model with its weights, leaf by leaf on the default device."""
     model = abstract(source.layout.model, source.config, dtype)
     leaves = leaves_of(model)
-    with tqdm(total=bytes_of(source, dtype), unit="B", unit_scale=True, desc="reading", disable=not progress) as bar:
+    size, shown = bytes_of(source, dtype), f"reading {source.weights.path.name}"
+    with tqdm(total=size, unit="B", unit_scale=True, desc=shown, disable=not progress, leave=None) as bar:
         filled = {path: jax.device_put(array) for path, array in fill(found, leaves, bar.update)}
     return with_arrays(model, filled)
 

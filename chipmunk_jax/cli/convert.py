@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from chipmunk_jax.cli.inspect import sampled
+from chipmunk_jax.cli.inspect import missing, sampled, strange_tokenizer
 from chipmunk_jax.cli.parser import Parser
-from chipmunk_jax.convert import PipelineInspection, convert, inspect
+from chipmunk_jax.convert import Inspection, PipelineInspection, convert, inspect, open_folder
+from chipmunk_jax.errors import InputError
 
 DESCRIPTION = """\
 Write a PyTorch checkpoint as a folder that `chipmunk sample` and `Pipeline.from_pretrained` read, without PyTorch.
@@ -59,6 +60,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk convert`."""
+    found = open_folder(args.source)
+    if args.component is None and found.several:
+        check_whole(inspect(found.path), args.quiet)
     options = dict(component=args.component, dtype=args.dtype, progress=not args.quiet, overwrite=args.overwrite)
     convert(args.source, args.target, **options)
     if not args.quiet:
@@ -68,3 +72,17 @@ def run(args: argparse.Namespace) -> int:
             if depths := sampled(one).get("depths"):
                 print(f"{one.path}: {depths}", file=sys.stderr)
     return 0
+
+
+def check_whole(found: Inspection | PipelineInspection, quiet: bool) -> None:
+    """Says which components a pipeline lacks, and what that forbids, before any work.
+
+    Raises:
+        InputError: a tokenizer of another model, or a damaged one.
+    """
+    if not isinstance(found, PipelineInspection):
+        return
+    if strange := strange_tokenizer(found):
+        raise InputError(strange)
+    for name, forbids in missing(found).items() if not quiet else ():
+        print(f"{name}  {forbids}", file=sys.stderr)

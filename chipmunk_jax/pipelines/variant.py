@@ -13,7 +13,7 @@ import numpy as np
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.leaves import abstract
-from chipmunk_jax.pinned_keys import check_grid
+from chipmunk_jax.pinned_keys import check_grid, fitted
 from chipmunk_jax.schedule import check_schedules
 from chipmunk_jax.solvers import (
     Euler,
@@ -165,7 +165,7 @@ class Variant:
         grid, steps = self.grid(settings), settings["steps"]
         self.timesteps(settings)
         if sparsity is not None and (error := _misfit(sparsity, grid, steps if schedules else None)):
-            own = _misfit(PRESETS[self.preset], grid, steps) is None
+            own = _misfit(fitted(PRESETS[self.preset], grid), grid, steps) is None
             advice = f"the model's own preset, {self.preset}, fits" if own else "dense sampling does without"
             raise InputError(f"{error}; {advice}")
 

@@ -106,9 +106,10 @@ def judge_configurations(samples: Samples, configurations: Mapping[str, Configur
     given = {
         name: settings | ({"num_inference_steps": c.steps} if c.steps else {}) for name, c in configurations.items()
     }
+    requests = {}
     for name, one in configurations.items():
         with _telling(name):
-            pipeline.check(prompts, **given[name], seed=samples.seed, sparsity=one.sparsity)
+            requests[name] = pipeline.check(prompts, **given[name], seed=samples.seed, sparsity=one.sparsity)
     first = None
     with tqdm(total=(1 + len(configurations)) * len(prompts), unit="sample", leave=False) as bar:
 
@@ -143,7 +144,7 @@ def judge_configurations(samples: Samples, configurations: Mapping[str, Configur
                 "sparsity": one.sparsity and to_dict(one.sparsity),
                 "prompts": len(prompts),
                 "dtype": jax.tree.leaves(pipeline.model)[0].dtype.name if samples.dtype is None else samples.dtype,
-                **out.settings,
+                **requests[name].settings,
                 "seed": samples.seed,
                 **machine(),
             }
