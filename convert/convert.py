@@ -28,7 +28,7 @@ from chipmunk_jax.models.checkpoint import (
 )
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import Leaf
-from chipmunk_jax.paths import as_path
+from chipmunk_jax.paths import as_path, check_parent
 from chipmunk_jax.strictness import check_untraced, usual_modes
 from chipmunk_jax.whole import check_space, whole
 
@@ -63,6 +63,7 @@ def convert(
         InputError: a bad source, one that does not fit its model, or a target that cannot be written.
     """
     dtype, found, target = parse_dtype(dtype), open_folder(source), as_path(target)
+    check_parent(target)
     if component is None and not found.several:
         check_not_converted(found.path)
         convert_one(open_source(found.path), target, dtype, progress, overwrite)

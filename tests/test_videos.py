@@ -166,8 +166,8 @@ def test_an_mp4_without_pyav_says_what_to_install(command, video_checkpoint, fol
     ("flags", "words"),
     [
         (["-o", "clip.webp"], ["clip.webp", "ends in .png"]),
-        (["--frames", 4], ["frames=4", "makes images"]),
-        (["--fps", 8], ["fps=8", "makes images"]),
+        (["--frames", 4], ["--frames 4", "makes images"]),
+        (["--fps", 8], ["--fps 8", "makes images"]),
     ],
 )
 def test_what_is_of_videos_is_refused_for_images(command, flags, words, checkpoint, folder, monkeypatch, capsys):
@@ -190,7 +190,8 @@ def test_sample_writes_a_clip_at_its_familys_rate_that_says_how_it_was_made(vide
             image.load()
             assert image.info["duration"] == 125
             np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(clip[4]))
-        settings = dict(frames=5, height=20, width=12, steps=3, guidance=3.0, seed=3 + i, sparsity=None)
+        settings = dict(num_frames=5, height=20, width=12, num_inference_steps=3, guidance_scale=3.0)
+        settings |= dict(seed=3 + i, sparsity=None)
         assert text == {"prompt": PROMPTS[0], "seed": 3 + i, "settings": pipeline.origin | settings}
         assert (pipeline.origin["model"], pipeline.origin["solver"]) == ("wan", "UniPC")
 

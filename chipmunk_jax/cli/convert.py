@@ -16,7 +16,8 @@ SOURCE is one of
   a whole release      FLUX.1-dev/ or Wan2.1-T2V-1.3B-Diffusers/, as diffusers saves them, or the original team's folder:
                        each component, text encoders, transformer, VAE, becomes a folder of TARGET, beside the tokenizers
   hf:owner/name        such a release on Hugging Face, or hf:owner/name@revision: what conversion needs of it is downloaded
-                       to Hugging Face's cache (needs pip install 'huggingface_hub>=1.0'; honours HF_HUB_OFFLINE)
+                       to Hugging Face's cache (honours HF_HUB_OFFLINE; FLUX.1-dev first wants its terms accepted on its
+                       page, and `hf auth login`)
   a folder             of one network, one file or shards: Wan2.1's, or diffusers' transformer/;
                        of two networks (Wan2.2-A14B) TARGET holds both, in transformer/ and transformer_2/
   a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.; or .pt and .pth, of
