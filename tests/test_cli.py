@@ -402,7 +402,7 @@ def test_inspect_says_how_a_checkpoint_is_usually_sampled(checkpoint, video_chec
     out = capsys.readouterr().out
     assert "  height 64, width 64, 28 steps of Euler, guidance 2, shift by size, preset mini-flux\n" in out
     assert (
-        "  frames 16, height 64, width 64, 30 steps of UniPC, guidance 3, shift 3, as it has no scheduler that says another, preset mini-wan\n"
+        "  frames 16, height 64, width 64, 30 steps of UniPC, guidance 3, shift 3 as usual (no scheduler says one), preset mini-wan\n"
         in out
     )
 

@@ -166,7 +166,7 @@ def usual(found: Variant, shift: float | None) -> str:
     if shift is not None:
         times = f"shift {shift:g} of its scheduler"
     elif found.shift is not None:
-        times = f"shift {found.shift:g}, as it has no scheduler that says another"
+        times = f"shift {found.shift:g} as usual (no scheduler says one)"
     else:
         times = "shift by size"
     return f"{sizes}, {found.steps} steps of {type(found.solver).__name__}{scales}, {times}, preset {found.preset}"
