@@ -127,6 +127,13 @@ def test_a_callback_returns_nothing_and_what_changes_pixels_is_in_the_settings(c
     assert said == "callback_on_step_end returned a dict: latents cannot be changed between steps, expected None"
 
 
+def test_weights_are_read_with_a_bar_only_where_the_call_shows_one(folders, capsys):
+    pipe = Pipeline.from_pretrained(folders["schnell"])
+    assert pipe.load("vae") and capsys.readouterr().err == ""
+    pipe.residents.progress = True
+    assert pipe.load("vae") and "reading vae: " in capsys.readouterr().err
+
+
 def test_tiles_of_the_vae_are_told_once_and_whole_frames_are_not(folders, monkeypatch, capsys):
     pipe = Pipeline.from_pretrained(folders["wan"])
     settings = pipe.variant.complete(frames=5, height=480, width=832)

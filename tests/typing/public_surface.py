@@ -169,7 +169,7 @@ def kernels(scores: jax.Array) -> Columns:
 
 def mistakes(pipe: Pipeline) -> None:
     """Each line has an error that the checker must see: an ignored one that is not there is an error, too."""
-    pipe("red striped heart on meadow", steps=28)  # type: ignore[call-arg]
+    pipe("red striped heart on meadow", steps=28)  # type: ignore[arg-type]
     pipe("red striped heart on meadow", output_type="jpeg")  # type: ignore[arg-type]
     MlpSparsity(cache="outputs")  # type: ignore[arg-type]
     Sparsity(mlp=AttentionSparsity())  # type: ignore[arg-type]
