@@ -103,7 +103,7 @@ def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint,
     assert "later: attention.full_step_schedule names step 9, but there are 3 steps" in error
     assert main([*given, "--seed", "-1"]) != 0
     assert (
-        "seed=-1: expected a whole number from 0 to" in capsys.readouterr().err
+        "--seed -1: expected a whole number from 0 to" in capsys.readouterr().err
         and not (tmp_path / "out.jsonl").exists()
     )
 
