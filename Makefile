@@ -18,6 +18,7 @@ demo: .venv/installed
 demo-video: .venv/installed
 	@mkdir -p demo
 	$(BIN)/chipmunk convert --overwrite examples/mini-wan demo/mini-wan
+	@echo "sampling a clip twice, dense and sparse: on a CPU some minutes"
 	$(BIN)/chipmunk verify demo/mini-wan --prompt "$(VIDEO_PROMPT)" \
 		-o demo/video.webp -o demo/video.png --json demo/video.json
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from chipmunk_jax.models import FluxConfig, HunyuanVideoConfig, Network, WanConfig
     from chipmunk_jax.models.checkpoint import load, save
     from chipmunk_jax.pipelines import Pipeline, PipelineOutput, Variant, register, variant_of
+    from chipmunk_jax.pipelines.flux import FluxPipeline
+    from chipmunk_jax.pipelines.wan import WanPipeline
     from chipmunk_jax.sampling import denoise, plan, sample, start
     from chipmunk_jax.solvers import Euler, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
     from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity, StepCache, load_sparsity
@@ -28,6 +30,8 @@ _EXPORTS = {
     "models": ("FluxConfig", "HunyuanVideoConfig", "Network", "WanConfig"),
     "models.checkpoint": ("load", "save"),
     "pipelines": ("Pipeline", "PipelineOutput", "Variant", "register", "variant_of"),
+    "pipelines.flux": ("FluxPipeline",),
+    "pipelines.wan": ("WanPipeline",),
     "sampling": ("denoise", "plan", "sample", "start"),
     "solvers": ("Euler", "UniPC", "flux_timesteps", "shifted_timesteps", "wan_timesteps"),
     "sparsity": ("AttentionSparsity", "MlpSparsity", "Sparsity", "StepCache", "load_sparsity"),
@@ -38,6 +42,7 @@ __all__ = [
     "AttentionSparsity",
     "Euler",
     "FluxConfig",
+    "FluxPipeline",
     "HunyuanVideoConfig",
     "InputError",
     "Layout",
@@ -54,6 +59,7 @@ __all__ = [
     "UniPC",
     "Variant",
     "WanConfig",
+    "WanPipeline",
     "attend",
     "denoise",
     "flux_timesteps",

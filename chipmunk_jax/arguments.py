@@ -125,11 +125,11 @@ def check_implementation(implementation: Implementation | None) -> None:
         raise InputError(f"implementation={implementation!r}: expected None or one of {', '.join(known)}")
 
 
-def check_guidance(guidance: float | None) -> None:
-    """Raises InputError unless the scale of true guidance is None or a number that makes sense."""
+def check_guidance(guidance: float | None, name: str = "guidance") -> None:
+    """Raises InputError, which names it, unless the scale of guidance is None or a number that makes sense."""
     number = isinstance(guidance, numbers.Real) and not isinstance(guidance, (bool, np.bool_))
     if guidance is not None and not (number and abs(guidance) <= LARGEST_GUIDANCE):
-        raise InputError(f"guidance={guidance!r}: expected a number, the plain scale, up to {LARGEST_GUIDANCE:g}")
+        raise InputError(f"{name}={guidance!r}: expected a number, the plain scale, up to {LARGEST_GUIDANCE:g}")
 
 
 def parse_timesteps(given: Any) -> np.ndarray:

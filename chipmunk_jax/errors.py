@@ -1,6 +1,9 @@
 """Errors of what users gave and of what numbers became: the command line prints them in a sentence, and ours with a traceback."""
 
+import difflib
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 SHOWN = 5  # names of a kind that a message lists
 # Characters that a message repeats of a text in a file, of any value given, and of a word; and that it has itself.
@@ -46,3 +49,39 @@ def quoted(text: str, most: int = TEXT) -> str:
     """A text of a file as a part of one line: shortened, and escaped where it cannot be printed."""
     text = shortened(text, most)
     return text if text.isprintable() else ascii(text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question for what was meant; "" where nothing is near."""
+    names = {name.lstrip("-"): name for name in known}  # dashes alike would make any two flags near
+    word = word.lstrip("-")
+    tails = [name for name in names if name.endswith(f".{word}")]  # top-keys of sparsity.mlp.top-keys
+    found = [names[name] for name in tails or difflib.get_close_matches(word, names, n=1)]
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Within, an InputError calls arguments what its reader calls them; see renamed()."""
+    try:
+        yield
+    except InputError as error:
+        error.args = (renamed(str(error), names),)
+        raise
+
+
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """The message with other names of arguments: before a value, as in "steps=3", and of those with an underscore anywhere.
+
+    Text in quotes and parts of paths stay as they are. A name that is a flag stands before its value without "=".
+    """
+
+    def rename(found: re.Match[str]) -> str:
+        name, sign = found["name"], found["sign"]
+        if name is None or not (sign or "_" in name):
+            return found.group()
+        return names[name] + (" " if sign and names[name].startswith("--") else sign)
+
+    known = "|".join(map(re.escape, names)) or "(?!)"
+    quoted = r"(?<!\w)(?P<quote>['\"]).*?(?P=quote)(?!\w)"
+    return re.sub(rf"{quoted}|(?<![\w./-])(?P<name>{known})(?![\w./-])(?P<sign>=?)", rename, message)

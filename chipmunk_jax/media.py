@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.paths import as_path
+from chipmunk_jax.paths import as_path, check_parent
 from chipmunk_jax.whole import is_stream, locked, whole
 
 IMAGES = (".png",)
@@ -106,8 +106,7 @@ def check_writable(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
     path = as_path(path)
     if suffixes and path.suffix.lower() not in suffixes:
         raise InputError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: no folder {path.parent}")
+    check_parent(path)
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise InputError(f"{path}: cannot be written")
     if path.is_file() or not path.exists():  # else a device

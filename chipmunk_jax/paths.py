@@ -22,3 +22,9 @@ def as_path(given: Any) -> Path:
     except (OSError, ValueError) as error:  # a name that is too long; a zero byte within it
         raise InputError(f"{given}: {getattr(error, 'strerror', None) or error}") from error
     return Path(given)
+
+
+def check_parent(path: Path) -> None:
+    """Raises InputError where there is no folder for a file or a folder that is to be written."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no folder {path.parent}")

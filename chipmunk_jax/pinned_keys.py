@@ -88,6 +88,15 @@ def check_grid(sparsity: Sparsity, grid: Sequence[int]) -> None:
         check_voxels(sparsity.attention.local_voxels, grid, sparsity.patches)
 
 
+def fitted(sparsity: Sparsity, grid: Sequence[int]) -> Sparsity:
+    """The sparsity with neighbourhoods of no more voxels than a grid has."""
+    attention = sparsity.attention
+    if not attention or not attention.local_voxels or not sparsity.patches:
+        return sparsity
+    side = min(attention.local_voxels, _most_voxels(grid, sparsity.patches))
+    return dataclasses.replace(sparsity, attention=dataclasses.replace(attention, local_voxels=side))
+
+
 def check_voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
     """Sides, in tokens, of the voxels of which a neighbourhood has `side` along each axis.
 
@@ -97,14 +106,24 @@ def check_voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequenc
     if not patches:
         raise InputError(f"local_voxels={side} with tokens in rows: expected patches, such as [[4,4,8]]")
     voxel = patch_sides(grid, patches)[0]
-    voxels = [group_count(n, sides) for n, sides in zip(grid, voxel, strict=True)]
-    if side > max(voxels):
-        odd = max(voxels) - 1 + max(voxels) % 2  # a neighbourhood has a middle
+    if side > (odd := _most_voxels(grid, patches)):
+        voxels = _voxels_of(grid, voxel)
         fits = f"--sparsity.attention.local-voxels {odd} fits (in Python attention.local_voxels)"
         raise InputError(
             f"local_voxels={side}: expected at most {odd}, as the grid has {voxels} voxels of {voxel}; {fits}"
         )
     return voxel
+
+
+def _most_voxels(grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> int:
+    """Along each axis of the largest neighbourhood, an odd number, as it has a middle."""
+    most = max(_voxels_of(grid, patch_sides(grid, patches)[0]))
+    return most - 1 + most % 2
+
+
+def _voxels_of(grid: Sequence[int], voxel: Sequence[int]) -> list[int]:
+    """How many a grid has along each axis."""
+    return [group_count(n, sides) for n, sides in zip(grid, voxel, strict=True)]
 
 
 def _voxels(side: int, grid: Sequence[int], patches: Sequence[int | Sequence[int]]) -> Near:

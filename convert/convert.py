@@ -28,7 +28,7 @@ from chipmunk_jax.models.checkpoint import (
 )
 from chipmunk_jax.models.leaves import abstract, leaves_of, parse_dtype, with_arrays
 from chipmunk_jax.models.weights import Leaf
-from chipmunk_jax.paths import as_path
+from chipmunk_jax.paths import as_path, check_parent
 from chipmunk_jax.strictness import check_untraced, usual_modes
 from chipmunk_jax.whole import check_space, whole
 
@@ -63,6 +63,7 @@ def convert(
         InputError: a bad source, one that does not fit its model, or a target that cannot be written.
     """
     dtype, found, target = parse_dtype(dtype), open_folder(source), as_path(target)
+    check_parent(target)
     if component is None and not found.several:
         check_not_converted(found.path)
         convert_one(open_source(found.path), target, dtype, progress, overwrite)
@@ -202,7 +203,8 @@ def materialize(source: Source, found: Match, dtype: jax.numpy.dtype, progress: 
     """The model with its weights, leaf by leaf on the default device."""
     model = abstract(source.layout.model, source.config, dtype)
     leaves = leaves_of(model)
-    with tqdm(total=bytes_of(source, dtype), unit="B", unit_scale=True, desc="reading", disable=not progress) as bar:
+    size, shown = bytes_of(source, dtype), f"reading {source.weights.path.name}"
+    with tqdm(total=size, unit="B", unit_scale=True, desc=shown, disable=not progress, leave=None) as bar:
         filled = {path: jax.device_put(array) for path, array in fill(found, leaves, bar.update)}
     return with_arrays(model, filled)
 

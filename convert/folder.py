@@ -39,6 +39,36 @@ ALIASES = {
     "transformer_2": ("low_noise_model",),
     "tokenizer": ("google/umt5-xxl",),
 }
+# The scheduler of diffusers whose samples the pipeline of a network makes, and what acts on them in its config: name -> the only
+# value that is followed. A config may leave any of them out.
+EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+SCHEDULERS = {"flux": EULER, "hunyuan_video": EULER, "wan": UNIPC}
+FOLLOWED = {
+    "disable_corrector": [],
+    "final_sigmas_type": "zero",
+    "invert_sigmas": False,
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "predict_x0": True,
+    "prediction_type": "flow_prediction",
+    "shift_terminal": None,
+    "solver_order": 2,
+    "solver_p": None,
+    "solver_type": "bh2",
+    "stochastic_sampling": False,
+    "thresholding": False,
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_flow_sigmas": True,
+    "use_karras_sigmas": False,
+}
+BY_SIZE = {  # where use_dynamic_shifting is on
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "time_shift_type": "exponential",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +122,7 @@ def open_folder(path: str | Path) -> Folder:
     found, absent = find_components(path), absent_of(path)
     if found.keys() <= {"transformer"} and not absent:  # all that can be wrong is then told of one network
         network = open_source(path).layout.model
-        return Folder(path, network, {"transformer": path}, find_tokenizers(path), shift=shift_of(path))
+        return Folder(path, network, {"transformer": path}, find_tokenizers(path), shift=shift_of(path, network))
     if "transformer" not in found:
         check_pair(path)
         raise InputError(f"{path}: holds {listed(sorted(found))}, and no transformer that they belong to")
@@ -102,7 +132,15 @@ def open_folder(path: str | Path) -> Folder:
         if (model := model_of(place)) != roles.get(role):
             raise InputError(f"{place}: {model or 'unknown tensors'}, expected {roles.get(role, 'none')} as the {role}")
     boundary = boundary_of(path, network.config) if absent or "transformer_2" in found else None
-    return Folder(path, network.layout.model, found, find_tokenizers(path), boundary, shift_of(path))
+    return Folder(
+        path, network.layout.model, found, find_tokenizers(path), boundary, shift_of(path, network.layout.model)
+    )
+
+
+def lack(path: Path, name: str) -> str:
+    """How a sentence says that a component is missing."""
+    what = "tokenizer" if name in TOKENIZERS.values() else "weights"
+    return f"{name}/ holds no {what}" if (path / name).is_dir() else f"no {name}"
 
 
 def find_components(path: Path) -> dict[str, Path]:
@@ -147,20 +185,30 @@ def find_tokenizers(path: Path) -> dict[str, Path]:
     return {name: place for name, folders in places.items() if (place := next(filter(holds, folders), None))}
 
 
-def shift_of(path: Path) -> float | None:
+def shift_of(path: Path, network: str) -> float | None:
     """The shift of times that the scheduler of a diffusers folder says; None where there is none, or it follows the size.
 
     Raises:
-        InputError: it is no number.
+        InputError: it is no number, or the scheduler would make other samples than the pipeline of the network does.
     """
     file = path / "scheduler/scheduler_config.json"
     if not file.is_file():
         return None
     stated = read_json(file)
-    value = None if stated.get("use_dynamic_shifting") else stated.get("flow_shift", stated.get("shift"))
-    if value is not None and not is_shift(value):
-        raise InputError(f"{file}: shift {value!r}, expected a positive number")
-    return value
+    dynamic = stated.get("use_dynamic_shifting")
+    followed = FOLLOWED | (BY_SIZE if dynamic else {})
+    if network in SCHEDULERS:
+        followed = followed | {"_class_name": SCHEDULERS[network]}
+    for name, value in followed.items():
+        if name in stated and stated[name] != value and (stated[name] or value):
+            raise InputError(
+                f"{file}: {name}={stated[name]!r}: expected {value!r}, as another scheduler makes other samples; without this "
+                "file the model's usual one is taken, and solver= and sigmas= of a call give another"
+            )
+    shift = None if dynamic else stated.get("flow_shift", stated.get("shift"))
+    if shift is not None and not is_shift(shift):
+        raise InputError(f"{file}: shift {shift!r}, expected a positive number")
+    return shift
 
 
 def model_of(path: Path) -> str | None:

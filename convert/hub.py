@@ -1,6 +1,7 @@
 """hf:owner/name: a repository of Hugging Face as a folder, by the package huggingface_hub and in its cache."""
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ LEFT_OUT = (
     "*.fp16-*",
     ".*",
 )  # copies in half precision, which lie beside the weights themselves; hidden files
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)  # owner/name, which may also be a path
 PIP = "pip install 'huggingface_hub>=1.0'"
 
 
@@ -31,10 +33,13 @@ def local_path(source: str | Path, components: Sequence[str]) -> Path:
         components: names of the folders whose weights are wanted, of a repository in diffusers' layout.
 
     Raises:
-        InputError: a bad name, huggingface_hub is not installed, or it cannot give the files.
+        InputError: a bad name, a name without "hf:" in front, huggingface_hub is not installed, or it cannot give the files.
     """
     if not isinstance(source, str) or not source.startswith(PREFIX):
-        return as_path(source)
+        path = as_path(source)
+        if isinstance(source, str) and REPOSITORY.fullmatch(source) and not path.parent.exists():
+            raise InputError(f"{source}: no such file or folder; on Hugging Face it is {PREFIX}{source}")
+        return path
     name, at, revision = source.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")) or (at and not revision):
         raise InputError(f"{source}: expected hf:owner/name or hf:owner/name@revision")

@@ -45,6 +45,7 @@ class PipelineInspection:
     tokenizers: dict[str, Path]  # by name
     missing: list[str]  # components that its pipeline needs
     boundary: float | None  # time at which transformer_2 takes over
+    shift: float | None  # of the times of a sample, where the release says it
 
     @property
     def whole(self) -> bool:
@@ -73,6 +74,7 @@ def inspect(path: str | Path) -> Inspection | PipelineInspection:
         tokenizers=dict(found.tokenizers),
         missing=found.missing,
         boundary=found.boundary,
+        shift=found.shift,
     )
 
 

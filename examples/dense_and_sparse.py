@@ -37,4 +37,6 @@ def main(folder: str, prompt: str, presets: tuple[str, ...] = ("auto",), **setti
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], seed=0)
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/dense_and_sparse.py FOLDER PROMPT")
+    main(*sys.argv[1:], seed=0)

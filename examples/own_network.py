@@ -145,3 +145,8 @@ register(
                     configure=configure)],
     variants={"own-small": usual(config=OwnConfig(), matches=lambda config: True, height=32, width=32)},
 )  # fmt: skip
+
+if __name__ == "__main__":
+    print(
+        "registered the network own and its variant own-small, which a program that imports this file converts and samples"
+    )

@@ -22,4 +22,6 @@ def main(folder: str, prompt: str, output: str, **settings: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], seed=0)
+    if len(sys.argv) != 4:
+        sys.exit("usage: python examples/text_to_video.py FOLDER PROMPT OUTPUT")
+    main(*sys.argv[1:], seed=0)

@@ -198,7 +198,7 @@ def test_a_configuration_that_does_not_fit_is_told_before_any_sample(checkpoint,
     assert "later: attention.full_step_schedule names step 9, but there are 3 steps" in error
     kernels = str(ROOT / "benchmarks/results/kernels-h100.jsonl")
     for flags, message in (
-        (["--seed", "-1"], "seed=-1: expected a whole number from 0 to"),
+        (["--seed", "-1"], "--seed -1: expected a whole number from 0 to"),
         (["--prompts", "0"], "--prompts 0: expected at least 1"),
         (["--batch", "0"], "--batch 0: expected at least 1"),
         (["--cost-of", "none.jsonl"], "none.jsonl: no such file"),

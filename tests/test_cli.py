@@ -59,25 +59,25 @@ def assert_one_sentence(capsys, *words):
 
 
 BAD = [
-    (["--height", 21], ["height=21", "multiple of 2"]),
-    (["--width", 7], ["width=7", "multiple of 2"]),
+    (["--height", 21], ["--height 21", "multiple of 2"]),
+    (["--width", 7], ["--width 7", "multiple of 2"]),
     (["--prompt", "a\x1b[31m"], ["'a\\x1b[31m'"]),
-    (["--height", 0], ["height=0", "positive multiple of 2"]),
-    (["--height", -2], ["height=-2", "positive multiple of 2"]),
-    (["--frames", 4], ["frames=4", "expected none, as this model makes images"]),
-    (["--fps", 4], ["fps=4", "expected none, as this model makes images"]),
-    (["--steps", 0], ["steps=0", "at least 1"]),
-    (["--steps", 10**6], ["steps=1000000", "at most 100000"]),
-    (["--height", 2**31], [f"height={2**31}", "at most 1048576"]),
-    (["--width", "9" * 4000], ["width=9999", "9999: expected a positive multiple of 2 pixels"]),
+    (["--height", 0], ["--height 0", "positive multiple of 2"]),
+    (["--height", -2], ["--height -2", "positive multiple of 2"]),
+    (["--frames", 4], ["--frames 4", "expected none, as this model makes images"]),
+    (["--fps", 4], ["--fps 4", "expected none, as this model makes images"]),
+    (["--steps", 0], ["--steps 0", "at least 1"]),
+    (["--steps", 10**6], ["--steps 1000000", "at most 100000"]),
+    (["--height", 2**31], [f"--height {2**31}", "at most 1048576"]),
+    (["--width", "9" * 4000], ["--width 9999", "9999: expected a positive multiple of 2 pixels"]),
     (["--sparsity.attention.full-step-every", "9" * 4000], ["full_step_every=9999", "9999: expected at least 1"]),
     (["--sparsity.attention.top-keys", "9" * 5000], ["top_keys='9999", "9999': expected a number"]),
     (["--sparsity.patches", "[" * 5000], ["patches='[[[[", "[[[[': expected a list of whole numbers"]),
     (["--prompt", "red ring " * 5000], ["prompt 'red ring ", "expected one texture"]),
-    (["--steps", -3], ["steps=-3", "at least 1"]),
-    (["--seed", -1], ["seed=-1", "expected a whole number from 0 to"]),
-    (["--seed", 10**30], ["seed=1000", "expected a whole number from 0 to"]),
-    (["--guidance", "nan"], ["guidance=nan", "plain scale"]),
+    (["--steps", -3], ["--steps -3", "at least 1"]),
+    (["--seed", -1], ["--seed -1", "expected a whole number from 0 to"]),
+    (["--seed", 10**30], ["--seed 1000", "expected a whole number from 0 to"]),
+    (["--guidance", "nan"], ["--guidance nan", "plain scale"]),
     (["--prompt", "red striped dog on meadow"], ["'red striped dog on meadow'", "one shape of disc, ring, heart"]),
     (["--prompt", ""], ["''", "one shape"]),
     (["--prompt", "red ring and blue ring plain on sky"], ["one colour of", "both red and blue"]),
@@ -130,13 +130,13 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     ("command", "flags", "words"),
     [
         ("sample", ["--batch", 0], ["--batch 0", "at least 1"]),
-        ("sample", ["--batch", 2**31], [f"={2**31}", "at most 1048576"]),
+        ("sample", ["--batch", 2**31], [f"--batch {2**31}", "at most 1048576"]),
         ("sample", ["--batch", 2, "-o", f"{'a' * 240}.png"], ["File name too long"]),
         ("verify", ["-o", "a.png", "--json", "./a.png"], ["./a.png: written twice"]),
         ("verify", ["-o", "a.png", "-o", "a.png"], ["a.png: written twice"]),
         ("verify", ["--json", "none/a.json"], ["none/a.json", "no folder none"]),
         ("verify", ["--json", "."], ["cannot be written"]),
-        ("verify", ["--steps", 1], ["steps=1", "at least 2"]),
+        ("verify", ["--steps", 1], ["--steps 1", "at least 2"]),
         ("verify", ["--min-psnr", "nan"], ["--min-psnr nan", "number of dB"]),
     ],
 )
@@ -348,7 +348,8 @@ def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, c
         text, pixels = image.text, np.asarray(image)
     assert (text["prompt"], text["negative_prompt"], text["seed"]) == (PROMPT, other, "7")
     settings = json.loads(text["settings"])
-    expected = {"height": 20, "width": 12, "steps": 3, "guidance": 2.0, "seed": 7, "sparsity": to_dict(PRESETS["flux"])}
+    expected = {"height": 20, "width": 12, "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 7}
+    expected |= {"sparsity": to_dict(PRESETS["flux"])}
     made = {
         "model": "flux",
         "checkpoint": "tiny",
@@ -379,7 +380,7 @@ def test_a_sample_is_sparse_by_the_models_own_preset_and_says_what_it_computed(c
     captured = capsys.readouterr()
     # Of three layers two are dense: see test_pipeline.py for the shares.
     shares = "sparse: 98.4 % of the keys, 93.3 % of the neurons"
-    assert f"s, compilation included, {shares}\nof 10 steps (0 to 9) full 0, 1, 2, 4, 5, 7, 9\n" in captured.out
+    assert f"s on cpu, compilation included, {shares}\nof 10 steps (0 to 9) full 0, 1, 2, 4, 5, 7, 9\n" in captured.out
     assert "sparse: compiling" in captured.err and "sparse: sampling" in captured.err
     with Image.open("a.png") as image:
         assert json.loads(image.text["settings"])["sparsity"] == to_dict(PRESETS["mini-flux"])
@@ -388,10 +389,10 @@ def test_a_sample_is_sparse_by_the_models_own_preset_and_says_what_it_computed(c
     assert "full 0, 1, 2, 4, 5, 7, 9, skipped 6, 8\n" in capsys.readouterr().out
     assert run("sample", checkpoint, "-o", "c.png", *flags, "--dense") == 0
     captured = capsys.readouterr()
-    assert "s, compilation included, dense\n" in captured.out and "dense: sampling" in captured.err
+    assert "s on cpu, compilation included, dense\n" in captured.out and "dense: sampling" in captured.err
     assert run("sample", checkpoint, "-o", "d.png", "--guidance", 1) == 0
     captured = capsys.readouterr()
-    assert "s, compilation included, dense\n" in captured.out
+    assert "s on cpu, compilation included, dense\n" in captured.out
     assert "3 steps: too few for this sparsity to save anything, sampled densely\n" in captured.err
 
 
@@ -409,8 +410,9 @@ def test_a_batch_is_numbered_files_with_seeds_of_their_own(checkpoint, folder):
 def test_inspect_says_how_a_checkpoint_is_usually_sampled(checkpoint, video_checkpoint, capsys):
     assert main(["inspect", str(checkpoint)]) == main(["inspect", str(video_checkpoint)]) == 0
     out = capsys.readouterr().out
-    assert "  height 64, width 64, 28 steps of Euler, guidance 2, preset mini-flux\n" in out
-    assert "  frames 16, height 64, width 64, 30 steps of UniPC, guidance 3, preset mini-wan\n" in out
+    assert "  height 64, width 64, 28 steps of Euler, guidance 2, shift by size, preset mini-flux\n" in out
+    shift = "shift 3 as usual (no scheduler says one)"
+    assert f"  frames 16, height 64, width 64, 30 steps of UniPC, guidance 3, {shift}, preset mini-wan\n" in out
 
 
 def test_inspect_and_convert_say_that_blocks_of_a_published_model_are_not_there(folder, monkeypatch, capsys):
@@ -748,10 +750,11 @@ def test_the_largest_of_a_million_batches_that_fits_is_found(capsys):
 
 
 def test_a_preset_on_a_grid_too_small_names_a_flag_that_fits(capsys):
-    flags = ["--model", "wan-tiny", "--height", 32]
+    flags = ["--model", "wan-tiny", "--height", 32, "--sparsity", "wan-1.3b"]
     assert plan(*flags) == 2
     flag = capsys.readouterr().err.partition("; --")[2].split()[:2]
     assert flag == ["sparsity.attention.local-voxels", "1"] and plan(*flags, f"--{flag[0]}", flag[1]) == 0
+    assert plan(*flags[:-2]) == 0  # the model's own preset by itself
 
 
 def test_all_pictures_are_written_before_a_path_is_printed(checkpoint, folder, monkeypatch):
@@ -811,20 +814,26 @@ def test_a_plan_without_any_way_out_says_so(capsys, monkeypatch):
         ),
         (
             ["inspect", "--plan", "--model", "flux-dev", "--height", "2147483648"],
-            ["height=2147483648", "at most 1048576"],
+            ["--height 2147483648", "at most 1048576"],
         ),
-        (["inspect", "--plan", "--model", "flux-dev", "--steps", "0"], ["steps=0", "at least 1"]),
-        (["inspect", "--plan", "--model", "flux-dev", "--frames", "5"], ["frames=5", "images"]),
-        (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["frames=6", "multiple of 4"]),
-        (["inspect", "--plan", "--model", "hunyuan-video", "--frames", "-3"], ["frames=-3", "multiple of 4, and one"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--steps", "0"], ["--steps 0", "at least 1"]),
+        (["inspect", "--plan", "--model", "flux-dev", "--frames", "5"], ["--frames 5", "images"]),
+        (["inspect", "--plan", "--model", "wan-1.3b", "--frames", "6"], ["--frames 6", "multiple of 4"]),
+        (
+            ["inspect", "--plan", "--model", "hunyuan-video", "--frames", "-3"],
+            ["--frames -3", "multiple of 4, and one"],
+        ),
         (
             ["inspect", "--plan", "--model", "hunyuan-video", "--steps", "20", "--sparsity.schedule-steps", "null"],
             ["names step 40", "there are 20 steps", "the model's own preset, hunyuan-video, fits\n"],
         ),
-        (["inspect", "--plan", "--model", "wan-tiny", "--height", "32"], ["local_voxels=3: expected at most 1"]),
+        (
+            ["inspect", "--plan", "--model", "wan-tiny", "--height", "32", "--sparsity", "wan-1.3b"],
+            ["local_voxels=3: expected at most 1"],
+        ),
         (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "wan-14b"], ["patch (4, 4, 8)", "2 sides"]),
         (["inspect", "--plan", "--model", "flux-dev", "--device", "nan"], ["--device nan", "h100, h200 or a number"]),
-        (["inspect", "--plan", "--model", "wan-1.3b", "--height", "7"], ["height=7", "multiple of 16"]),
+        (["inspect", "--plan", "--model", "wan-1.3b", "--height", "7"], ["--height 7", "multiple of 16"]),
         (["inspect", "--plan", "--model", "flux-dev", "--sparsity", "fluks"], ["'fluks'"]),
     ],
 )

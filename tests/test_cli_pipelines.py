@@ -70,7 +70,14 @@ def test_prompts_of_a_file_are_numbered_pictures_that_each_say_how_they_were_mad
     assert all(stage.keys() == {"seconds", "peak_bytes"} for stage in told["stages"].values())
     assert told["seconds"] >= sum(stage["seconds"] for stage in told["stages"].values()) > 0
     assert told["density"] == {"attention": 1, "mlp": 1} and (told["full_steps"], told["skipped_steps"]) == ([0, 1], [])
-    settings = {"steps": 2, "guidance": 3, "distilled": 3.5, "solver": "UniPC", "max_sequence_length": 16, "seed": 5}
+    settings = {
+        "num_inference_steps": 2,
+        "true_cfg_scale": 3,
+        "guidance_scale": 3.5,
+        "solver": "UniPC",
+        "max_sequence_length": 16,
+        "seed": 5,
+    }
     assert settings.items() <= told["settings"].items()
     for i, path in enumerate(told["paths"]):
         with Image.open(path) as image:
@@ -97,20 +104,20 @@ def test_a_video_says_what_it_was_guided_away_from(wan, folder, capsys):
 @pytest.mark.parametrize(
     ("kind", "flags", "words"),
     [
-        ("flux", ["--width", 40], ["width=40: expected a positive multiple of 16 pixels, such as 32 or 48"]),
-        ("flux", ["--negative-prompt", "rain"], ["negative_prompt", "scale above 1"]),
-        ("flux", ["--true-cfg", 4], ["true_cfg_scale=4.0: expected a negative_prompt"]),
-        ("flux", ["--guidance-2", 4], ["guidance_scale_2: expected none, as a FluxPipeline takes none"]),
+        ("flux", ["--width", 40], ["--width 40: expected a positive multiple of 16 pixels, such as 32 or 48"]),
+        ("flux", ["--negative-prompt", "rain"], ["--negative-prompt with --true-cfg None: expected a scale above 1"]),
+        ("flux", ["--true-cfg", 4], ["--true-cfg 4.0: expected a --negative-prompt"]),
+        ("flux", ["--guidance-2", 4], ["--guidance-2: expected none, as a FluxPipeline takes none"]),
         ("flux", ["--prompt-2", "a", "--prompt-2", "b"], ["--prompt-2: given 2 times for 1 prompts"]),
-        ("flux", ["--frames", 5], ["frames=5: expected none, as this model makes images"]),
+        ("flux", ["--frames", 5], ["--frames 5: expected none, as this model makes images"]),
         ("flux", ["-o", "a.mp4"], ["a.mp4", ".png"]),
-        ("flux", ["--max-sequence-length", 513], ["max_sequence_length=513", "from 1 to 512"]),
+        ("flux", ["--max-sequence-length", 513], ["--max-sequence-length 513", "from 1 to 512"]),
         ("flux", ["--prompts", "none.txt"], ["--prompts none.txt: no such file"]),
-        ("flux", ["--seed", 2**32 - 1, "--batch", 2], ["seed=4294967295"]),
-        ("wan", ["--guidance-2", 4], ["guidance_scale_2=4.0: expected none, as this Wan has one network"]),
-        ("wan", ["--true-cfg", 4], ["true_cfg_scale: expected none, as a WanPipeline takes none"]),
-        ("wan", ["--prompt-2", "a"], ["prompt_2: expected none, as a WanPipeline takes none"]),
-        ("wan", ["--frames", 6], ["frames=6", "such as 5 or 9"]),
+        ("flux", ["--seed", 2**32 - 1, "--batch", 2], ["--seed 4294967295"]),
+        ("wan", ["--guidance-2", 4], ["--guidance-2 4.0: expected none, as this Wan has one network"]),
+        ("wan", ["--true-cfg", 4], ["--true-cfg: expected none, as a WanPipeline takes none"]),
+        ("wan", ["--prompt-2", "a"], ["--prompt-2: expected none, as a WanPipeline takes none"]),
+        ("wan", ["--frames", 6], ["--frames 6", "such as 5 or 9"]),
         ("wan", ["-o", "a.gif"], ["a.gif", ".mp4 or .webp or .png"]),
     ],
 )

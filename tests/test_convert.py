@@ -321,8 +321,8 @@ def test_unwritable_target_is_found_first(source, target, monkeypatch):
     monkeypatch.setattr("chipmunk_jax.convert.safetensors.Tensor.read", never)
     (target.parent / "file").write_text("")
     fails(source, target.parent / "file", "a file, expected a folder")
-    fails(source, target.parent / "file" / "model", "cannot write into")
-    fails(source, target.parent / "absent" / "model", "cannot write into")
+    fails(source, target.parent / "file" / "model", "no folder")
+    fails(source, target.parent / "absent" / "model", "no folder")
     fails(source, source, "not empty")
 
     def refuse(self):

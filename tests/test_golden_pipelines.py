@@ -148,7 +148,9 @@ def test_a_result_says_how_long_each_stage_took_and_what_was_made(pipelines):
     assert sum(stage.seconds for stage in out.stages.values()) <= out.seconds
     assert [[frame.size for frame in video] for video in out.frames] == [[(48, 32)] * 5] * 2
     assert [step for step, *_ in seen] == list(range(6)) == list(out.full_steps)  # of both networks
-    assert out.settings == dict(frames=5, height=32, width=48, steps=6, guidance=4.0, guidance_2=3.0, seed=3)
+    assert out.settings == dict(
+        num_frames=5, height=32, width=48, num_inference_steps=6, guidance_scale=4.0, guidance_scale_2=3.0, seed=3
+    )
 
 
 def test_times_can_be_given_in_place_of_their_number(pipelines):
@@ -205,14 +207,14 @@ def without(*names):
         (None, dict(height=40), "height=40: expected a positive multiple of 16 pixels, such as 32 or 48"),
         (None, dict(image="a.png"), "image: expected none, as a FluxPipeline takes none"),
         (None, dict(guidance_scale_2=3.0), "guidance_scale_2: expected none, as a FluxPipeline takes none"),
-        (None, dict(num_frames=5), "frames=5: expected none, as this model makes images"),
+        (None, dict(num_frames=5), "num_frames=5: expected none, as this model makes images"),
         (None, dict(latents=np.zeros((2, 6, 15))), r"latents \(2, 6, 15\): expected \(2, 6, 16\)"),
         (None, dict(latents=np.full((2, 6, 16), np.nan)), "latents: holds NaN or infinity"),
         (None, dict(latents="noise"), "latents: expected an array of numbers"),
         (None, dict(true_cfg_scale=2.0), "true_cfg_scale=2.0: expected a negative_prompt with it"),
-        (None, dict(true_cfg_scale="much", negative_prompt="a"), "guidance='much': expected a number"),
+        (None, dict(true_cfg_scale="much", negative_prompt="a"), "true_cfg_scale='much': expected a number"),
         (None, dict(negative_prompt="a"), "negative_prompt with true_cfg_scale=None: expected a scale above 1"),
-        (None, dict(guidance_scale="much"), "guidance='much': expected a number"),
+        (None, dict(guidance_scale="much"), "guidance_scale='much': expected a number"),
         (None, dict(max_sequence_length=0), "max_sequence_length=0: expected a whole number from 1 to 512"),
         (None, dict(max_sequence_length=513), "max_sequence_length=513: expected a whole number from 1 to 512"),
         (None, dict(sigmas=[0.5, 0.7], num_inference_steps=None), "expected at least two numbers that fall"),
@@ -226,7 +228,7 @@ def without(*names):
         (
             None,
             dict(prompt=None, prompt_embeds=np.zeros((2, 4, 24))),
-            "embeddings of text: expected pooled_prompt_embeds and prompt_embeds",
+            "prompt_embeds alone: expected pooled_prompt_embeds and prompt_embeds",
         ),
         (
             None,

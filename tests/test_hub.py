@@ -116,7 +116,7 @@ def test_without_the_package_the_line_that_installs_it_is_said(monkeypatch):
         InputError, match=r"huggingface_hub, which is not installed \(pip install 'huggingface_hub>=1\.0'\)"
     ):
         local_path("hf:owner/name", COMPONENTS)
-    assert local_path("a/folder", COMPONENTS) == Path("a/folder")  # which needs no package
+    assert local_path("folder", COMPONENTS) == Path("folder")  # which needs no package
 
 
 def fetched(files, tmp_path, monkeypatch):

@@ -187,7 +187,7 @@ def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
     assert (out.full_steps, out.skipped_steps) == ((0, 1, 2, 4, 5, 7, 9), ())
     # Attention: 1 of 3 layers in 3 of 10 steps keeps 64 of 76 keys. MLP: in 3 steps 64 of 128 neurons, and in step 1.
     assert out.density == pytest.approx({"attention": 1 - 3 / 10 / 3 * 12 / 76, "mlp": 1 - 4 / 10 / 3 / 2})
-    assert out.settings == {"height": 20, "width": 12, "steps": 10, "guidance": 1, "seed": 3}
+    assert out.settings == {"height": 20, "width": 12, "num_inference_steps": 10, "guidance_scale": 1, "seed": 3}
     pixels = pipeline([PROMPTS[0]] * 2, **options, output_type="np").images
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image in out.images]), np.round(255 * pixels))
     latents = pipeline([PROMPTS[0]] * 2, **options, output_type="latent").images
@@ -240,19 +240,19 @@ def test_a_checkpoint_of_pytorch_is_read_as_it_is():
         (dict(num_images_per_prompt=0), ["num_images_per_prompt=0", "at least 1"]),
         (dict(height="16"), ["height='16'", "a whole number"]),
         (dict(height=20.5), ["height=20.5", "a whole number"]),
-        (dict(num_frames=4), ["frames=4", "expected none"]),
-        (dict(num_inference_steps=2.5), ["steps=2.5", "a whole number"]),
-        (dict(num_inference_steps=2.0), ["steps=2.0", "a whole number"]),
+        (dict(num_frames=4), ["num_frames=4", "expected none"]),
+        (dict(num_inference_steps=2.5), ["num_inference_steps=2.5", "a whole number"]),
+        (dict(num_inference_steps=2.0), ["num_inference_steps=2.0", "a whole number"]),
         (dict(seed=0.5), ["seed=0.5", "a whole number"]),
-        (dict(guidance_scale="2"), ["guidance='2'", "expected a number"]),
+        (dict(guidance_scale="2"), ["guidance_scale='2'", "expected a number"]),
         (dict(sparsity="fluks"), ["'fluks'", "expected one of"]),
         (dict(output_type="jpg"), ["output_type='jpg'", "pil, np, latent"]),
         (dict(height=33), ["height=33", "multiple of 2"]),
         (dict(height=0), ["height=0", "multiple of 2"]),
         (dict(width=-2), ["width=-2", "multiple of 2"]),
-        (dict(num_inference_steps=0), ["steps=0", "at least 1"]),
-        (dict(guidance_scale=float("nan")), ["guidance=nan", "expected a number"]),
-        (dict(guidance_scale=6016.0), ["guidance=6016", "plain scale, up to 100"]),
+        (dict(num_inference_steps=0), ["num_inference_steps=0", "at least 1"]),
+        (dict(guidance_scale=float("nan")), ["guidance_scale=nan", "expected a number"]),
+        (dict(guidance_scale=6016.0), ["guidance_scale=6016", "plain scale, up to 100"]),
         (dict(seed=-1), ["seed=-1", "0 to"]),
         (dict(seed=2**32), [f"seed={2**32}", "0 to"]),
         (dict(sparsity=Sparsity(mlp=MlpSparsity(full_step_schedule=(0, 3)))), ["mlp.full_step_schedule", "step 3"]),

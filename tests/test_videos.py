@@ -99,11 +99,11 @@ def test_what_is_not_given_is_the_models_usual():
     ("change", "expected"),
     [
         (dict(prompt=[]), "no prompts"),
-        (dict(num_frames=0), "frames=0: expected at least 1"),
+        (dict(num_frames=0), "num_frames=0: expected at least 1"),
         (dict(height=22), "height=22: expected a positive multiple of 4 pixels"),
         (dict(width=0), "width=0: expected a positive multiple of 4 pixels"),
-        (dict(num_inference_steps=0), "steps=0: expected at least 1"),
-        (dict(guidance_scale=float("inf")), "guidance=inf: expected a number"),
+        (dict(num_inference_steps=0), "num_inference_steps=0: expected at least 1"),
+        (dict(guidance_scale=float("inf")), "guidance_scale=inf: expected a number"),
         (dict(seed=-1), "seed=-1: expected a whole number from 0 to"),
         (dict(sparsity=load_sparsity("wan-14b")), "local_voxels=5: expected at most 1, as the grid has"),
         (dict(sparsity=load_sparsity("wan-14b", {"patches": []})), "local_voxels=5 with tokens in rows"),
@@ -134,11 +134,11 @@ def run(command, checkpoint, *flags):
     [
         (["-o", "clip.gif"], ["clip.gif", "ends in .mp4 or .webp or .png"]),
         (["-o", "none/clip.webp"], ["no folder none"]),
-        (["--fps", 0], ["fps=0", "above 0 and up to 1000"]),
-        (["--fps", "nan"], ["fps=nan", "above 0"]),
-        (["--fps", 1001], ["fps=1001", "up to 1000"]),
-        (["--frames", 0], ["frames=0", "at least 1"]),
-        (["--height", 22], ["height=22", "multiple of 4"]),
+        (["--fps", 0], ["--fps 0", "above 0 and up to 1000"]),
+        (["--fps", "nan"], ["--fps nan", "above 0"]),
+        (["--fps", 1001], ["--fps 1001", "up to 1000"]),
+        (["--frames", 0], ["--frames 0", "at least 1"]),
+        (["--height", 22], ["--height 22", "multiple of 4"]),
         (["--sparsity", "wan-14b"], ["local_voxels=5", "at most 1"]),
     ],
 )
@@ -166,8 +166,8 @@ def test_an_mp4_without_pyav_says_what_to_install(command, video_checkpoint, fol
     ("flags", "words"),
     [
         (["-o", "clip.webp"], ["clip.webp", "ends in .png"]),
-        (["--frames", 4], ["frames=4", "makes images"]),
-        (["--fps", 8], ["fps=8", "makes images"]),
+        (["--frames", 4], ["--frames 4", "makes images"]),
+        (["--fps", 8], ["--fps 8", "makes images"]),
     ],
 )
 def test_what_is_of_videos_is_refused_for_images(command, flags, words, checkpoint, folder, monkeypatch, capsys):
@@ -190,7 +190,8 @@ def test_sample_writes_a_clip_at_its_familys_rate_that_says_how_it_was_made(vide
             image.load()
             assert image.info["duration"] == 125
             np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(clip[4]))
-        settings = dict(frames=5, height=20, width=12, steps=3, guidance=3.0, seed=3 + i, sparsity=None)
+        settings = dict(num_frames=5, height=20, width=12, num_inference_steps=3, guidance_scale=3.0)
+        settings |= dict(seed=3 + i, sparsity=None)
         assert text == {"prompt": PROMPTS[0], "seed": 3 + i, "settings": pipeline.origin | settings}
         assert (pipeline.origin["model"], pipeline.origin["solver"]) == ("wan", "UniPC")
 

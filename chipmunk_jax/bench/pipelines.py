@@ -113,7 +113,8 @@ def _record(
     offload: Offload,
     sparsity: Sparsity | None,
 ) -> Record:
-    sizes = {axis: out.settings[axis] for axis in variant.axes} | {"steps": out.settings["steps"]}
+    names = {name: Pipeline.names.get(name, name) for name in (*variant.axes, "steps")}
+    sizes = {name: out.settings[theirs] for name, theirs in names.items()}
     stages = {stage: {"seconds": taken.seconds, "peak_bytes": taken.peak_bytes} for stage, taken in out.stages.items()}
     pixels = out.images if out.frames is None else out.frames
     return Record(

@@ -6,8 +6,8 @@ from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 
-from chipmunk_jax.cli.parser import Menu
-from chipmunk_jax.errors import InputError, NotFiniteError, sentence
+from chipmunk_jax.cli.parser import FLAGS, Menu
+from chipmunk_jax.errors import InputError, NotFiniteError, renamed, sentence
 
 DESCRIPTION = """\
 Sample diffusion transformers in JAX, faster and without training, by recomputing at each step only the attention keys and
@@ -66,7 +66,7 @@ def run(command: ModuleType, words: Sequence[str]) -> int:
     try:
         return command.run(command.parse(words))
     except (InputError, NotFiniteError, NotImplementedError, OSError) as error:
-        print(f"chipmunk: {sentence(str(error))}", file=sys.stderr)
+        print(f"chipmunk: {sentence(renamed(str(error), FLAGS))}", file=sys.stderr)
         return 1 if isinstance(error, NotFiniteError) else 2
     except (MemoryError, RuntimeError, AssertionError) as error:
         if not (fault := fault_of_device(error)):

@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from chipmunk_jax.cli.inspect import sampled
+from chipmunk_jax.cli.inspect import missing, sampled, strange_tokenizer
 from chipmunk_jax.cli.parser import Parser
-from chipmunk_jax.convert import PipelineInspection, convert, inspect
+from chipmunk_jax.convert import Inspection, PipelineInspection, convert, inspect, open_folder
+from chipmunk_jax.errors import InputError
 
 DESCRIPTION = """\
 Write a PyTorch checkpoint as a folder that `chipmunk sample` and `Pipeline.from_pretrained` read, without PyTorch.
@@ -15,7 +16,8 @@ SOURCE is one of
   a whole release      FLUX.1-dev/ or Wan2.1-T2V-1.3B-Diffusers/, as diffusers saves them, or the original team's folder:
                        each component, text encoders, transformer, VAE, becomes a folder of TARGET, beside the tokenizers
   hf:owner/name        such a release on Hugging Face, or hf:owner/name@revision: what conversion needs of it is downloaded
-                       to Hugging Face's cache (needs pip install 'huggingface_hub>=1.0'; honours HF_HUB_OFFLINE)
+                       to Hugging Face's cache (honours HF_HUB_OFFLINE; FLUX.1-dev first wants its terms accepted on its
+                       page, and `hf auth login`)
   a folder             of one network, one file or shards: Wan2.1's, or diffusers' transformer/;
                        of two networks (Wan2.2-A14B) TARGET holds both, in transformer/ and transformer_2/
   a single file        flux1-dev.safetensors, as published or with the prefix model.diffusion_model.; or .pt and .pth, of
@@ -59,6 +61,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk convert`."""
+    found = open_folder(args.source)
+    if args.component is None and found.several:
+        check_whole(inspect(found.path), args.quiet)
     options = dict(component=args.component, dtype=args.dtype, progress=not args.quiet, overwrite=args.overwrite)
     convert(args.source, args.target, **options)
     if not args.quiet:
@@ -68,3 +73,17 @@ def run(args: argparse.Namespace) -> int:
             if depths := sampled(one).get("depths"):
                 print(f"{one.path}: {depths}", file=sys.stderr)
     return 0
+
+
+def check_whole(found: Inspection | PipelineInspection, quiet: bool) -> None:
+    """Says which components a pipeline lacks, and what that forbids, before any work.
+
+    Raises:
+        InputError: a tokenizer of another model, or a damaged one.
+    """
+    if not isinstance(found, PipelineInspection):
+        return
+    if strange := strange_tokenizer(found):
+        raise InputError(strange)
+    for name, forbids in missing(found).items() if not quiet else ():
+        print(f"{name}  {forbids}", file=sys.stderr)

@@ -7,11 +7,12 @@ from pathlib import Path
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, PipelineInspection, inspect
-from chipmunk_jax.convert.folder import TOKENIZER_FILES
+from chipmunk_jax.convert.folder import TOKENIZER_FILES, TOKENIZERS, lack
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network
 from chipmunk_jax.pipelines import Variant, variant_of
 from chipmunk_jax.pipelines.depths import other_depths
+from chipmunk_jax.pipelines.text import MissingPackageError, load_tokenizers
 
 DESCRIPTION = """\
 Say what a checkpoint holds: model, layout, parameters, dtype, sizes, and whether anything is missing or unknown; of a
@@ -26,8 +27,6 @@ examples:
   chipmunk inspect FLUX.1-dev/                a whole release, component by component, or its transformer/ alone
   chipmunk inspect flux-dev                   a folder written by chipmunk convert, whole or cut off
   chipmunk inspect flux1-dev.safetensors      a single file
-  chipmunk inspect FLUX.1-dev/                a diffusers folder, or its transformer/
-  chipmunk inspect flux-dev                   a folder written by chipmunk convert
   chipmunk inspect --plan FLUX.1-dev/ --device 40
   chipmunk inspect hf:Wan-AI/Wan2.1-T2V-1.3B-Diffusers
   chipmunk inspect --plan flux-dev --height 1024 --width 1024 --batch 4
@@ -68,8 +67,12 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return run_plan(args)
     found = inspect(args.path)
-    print(describe_pipeline(found) if isinstance(found, PipelineInspection) else describe(found))
-    return 0 if found.whole else 1
+    if not isinstance(found, PipelineInspection):
+        print(describe(found))
+        return 0 if found.whole else 1
+    strange = strange_tokenizer(found)
+    print(describe_pipeline(found, strange))
+    return 0 if found.whole and not strange else 1
 
 
 def describe(found: Inspection) -> str:
@@ -86,8 +89,21 @@ def describe(found: Inspection) -> str:
     return aligned(found.path, rows)
 
 
-def describe_pipeline(found: PipelineInspection) -> str:
-    """A line for each component, and what those that are missing forbid."""
+def strange_tokenizer(found: PipelineInspection) -> str:
+    """What is wrong with the tokenizers of a pipeline; empty where nothing is, as far as the packages here can tell."""
+    folders = {role: found.tokenizers[name] for role, name in TOKENIZERS.items() if name in found.tokenizers}
+    rows = {role: found.components[role].config["vocab_size"] for role in folders if role in found.components}
+    try:
+        load_tokenizers(folders, rows)
+    except MissingPackageError:
+        return ""
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def describe_pipeline(found: PipelineInspection, strange: str = "") -> str:
+    """A line for each component, and what those that are missing, or a strange tokenizer, forbid."""
     rows = {"pipeline": found.network}
     for role, one in found.components.items():
         size = f"{one.parameters / 1e6:,.2f} M parameters, {one.nbytes / 1e9:,.3f} GB, {one.dtype}"
@@ -100,18 +116,26 @@ def describe_pipeline(found: PipelineInspection) -> str:
         rows["boundary"] = f"transformer_2 samples from t = {found.boundary:g} down"
     transformer = found.components.get("transformer")
     if transformer is not None:
-        rows |= sampled(transformer, found.boundary)
-    rows |= {f"missing: {name}": FORBIDS[name.removesuffix("_2")] for name in found.missing}
+        rows |= sampled(transformer, found.boundary, found.shift)
+    rows |= missing(found)
+    if strange:
+        rows["tokenizers"] = strange
     return aligned(found.path, rows)
 
 
-def sampled(found: Inspection, boundary: float | None = None) -> dict[str, str]:
+def missing(found: PipelineInspection) -> dict[str, str]:
+    """What components that are missing forbid; of one whose folder is there, that it holds no weights."""
+    here = lambda name: "" if (said := lack(found.path, name)) == f"no {name}" else f"{said}: "
+    return {f"missing: {name}": here(name) + FORBIDS[name.removesuffix("_2")] for name in found.missing}
+
+
+def sampled(found: Inspection, boundary: float | None = None, shift: float | None = None) -> dict[str, str]:
     """How a network is sampled, and whether it has the blocks of the published ones; of another component, nothing."""
     if not issubclass(MODELS[found.model], Network):
         return {}
     config = MODELS[found.model].config_class(**found.config)
     depths = other_depths(config)
-    return {"usual sample": usual(variant_of(config, boundary))} | ({"depths": depths} if depths else {})
+    return {"usual sample": usual(variant_of(config, boundary), shift)} | ({"depths": depths} if depths else {})
 
 
 def faults(found: Inspection) -> dict[str, str]:
@@ -129,9 +153,20 @@ def aligned(title: Path, rows: dict[str, str]) -> str:
     return "\n".join([str(title), *(f"  {name:<{width}}  {value}".rstrip() for name, value in rows.items())])
 
 
-def usual(found: Variant) -> str:
-    """What a sample is made with where nobody says otherwise, in one line."""
+def usual(found: Variant, shift: float | None) -> str:
+    """What a sample is made with where nobody says otherwise, in one line.
+
+    Args:
+        found: how the network is sampled.
+        shift: of the times, as the checkpoint's scheduler says; None where that says none.
+    """
     sizes = ", ".join(f"{name} {getattr(found, name)}" for name in found.axes)
     kinds = {"guidance": found.guidance, "guidance_2": found.guidance_2, "distilled guidance": found.distilled}
     scales = "".join(f", {kind} {scale:g}" for kind, scale in kinds.items() if scale is not None)
-    return f"{sizes}, {found.steps} steps of {type(found.solver).__name__}{scales}, preset {found.preset}"
+    if shift is not None:
+        times = f"shift {shift:g} of its scheduler"
+    elif found.shift is not None:
+        times = f"shift {found.shift:g} as usual (no scheduler says one)"
+    else:
+        times = "shift by size"
+    return f"{sizes}, {found.steps} steps of {type(found.solver).__name__}{scales}, {times}, preset {found.preset}"

@@ -1,11 +1,26 @@
 """How a command line is read: the layout of its help, and mistakes told in one sentence with the nearest known name."""
 
 import argparse
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from chipmunk_jax.errors import sentence
+from chipmunk_jax.errors import nearest, sentence
+
+# The flags of what a call of a pipeline, or a setting of a sample, has another name for.
+FLAGS = {
+    **{name: f"--{name.replace('_', '-')}" for name in (
+        "batch", "fps", "frames", "guidance", "height", "max_sequence_length", "negative_prompt", "prompt_2", "seed", "solver",
+        "steps", "width",
+    )},
+    "guidance_scale": "--guidance",
+    "guidance_scale_2": "--guidance-2",
+    "num_frames": "--frames",
+    "num_images_per_prompt": "--batch",
+    "num_inference_steps": "--steps",
+    "num_videos_per_prompt": "--batch",
+    "true_cfg_scale": "--true-cfg",
+}  # fmt: skip
+NOT_HERE = {"--image": "image to image and image to video are not here yet"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,13 +47,19 @@ class Parser(argparse.ArgumentParser):
             if word == "--":
                 break
             if flag := self._unknown(word):
-                hint = _nearest(flag, self._option_string_actions) or f"`{self.prog} --help` lists all"
-                self.error(f"unknown flag {flag}; {hint}")
+                self.error(f"unknown flag {flag}; {self._hint(flag)}")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2, after one sentence and the usage."""
         self.exit(2, f"{self.prog}: {sentence(message)}\n{self.format_usage()}")
+
+    def _hint(self, flag: str) -> str:
+        """What to write in place of an unknown flag."""
+        known = self._option_string_actions
+        ours = FLAGS.get(flag.lstrip("-").replace("-", "_"))
+        asked = f"did you mean {ours}?" if ours in known else NOT_HERE.get(flag) or nearest(flag, known)
+        return asked or f"`{self.prog} --help` lists all"
 
     def _unknown(self, word: str) -> str:
         """The flag that a word is, where there is no such flag; else ""."""
@@ -73,16 +94,7 @@ class Menu(Parser):
         if words and words[0] in self.commands:
             return words[0], words[1:]
         if words and not words[0].startswith("-"):
-            hint = _nearest(words[0], self.commands) or f"expected one of {known}"
+            hint = nearest(words[0], self.commands) or f"expected one of {known}"
             self.error(f"unknown command {words[0]!r}; {hint}")
         self.parse_args(words)
         self.error(f"no command: expected one of {known}")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """A question for what was meant; "" where nothing is near."""
-    names = {name.lstrip("-"): name for name in known}  # dashes alike would make any two flags near
-    word = word.lstrip("-")
-    tails = [name for name in names if name.endswith(f".{word}")]  # top-keys of sparsity.mlp.top-keys
-    found = [names[name] for name in tails or difflib.get_close_matches(word, names, n=1)]
-    return f"did you mean {' or '.join(found)}?" if found else ""

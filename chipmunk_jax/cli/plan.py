@@ -3,11 +3,13 @@
 import argparse
 
 from chipmunk_jax import memory
-from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, sparsity_of
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.pinned_keys import fitted
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.pipelines.request import MOST_SAMPLES
 from chipmunk_jax.pipelines.room import PlannedSample, planned, published, remedies
+from chipmunk_jax.sparsity import PRESETS
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +19,10 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--plan", action="store_true", help="print the memory plan, of a checkpoint or of --model")
     group.add_argument(
-        "--model", metavar="MODEL", choices=tuple(VARIANTS), help=f"in place of PATH, one of {', '.join(VARIANTS)}"
+        "--model",
+        metavar="MODEL",
+        choices=tuple(VARIANTS),
+        help=f"in place of PATH, one of {', '.join(VARIANTS)}; -tiny: a few narrow blocks, for a first look",
     )
     group.add_argument("--height", type=int, help="pixels (default: the model's usual)")
     group.add_argument("--width", type=int, help="pixels (default: the model's usual)")
@@ -65,7 +70,8 @@ def read_sample(args: argparse.Namespace) -> tuple[str, PlannedSample]:
     what = published(VARIANTS[args.model]) if args.model else planned(args.path)
     variant = what.variant
     settings = variant.complete(height=args.height, width=args.width, frames=args.frames, steps=args.steps)
-    sparsity = None if args.dense else read_sparsity(args, variant.preset)
+    asked = None if args.dense else sparsity_of(args, variant.preset)
+    sparsity = fitted(PRESETS[variant.preset], variant.grid(settings)) if asked == "auto" else asked
     variant.check(settings, sparsity)
     options = dict(batch=args.batch, dtype=args.dtype or what.dtype, sparsity=sparsity, beside=what.beside)
     return args.model or args.path, PlannedSample(variant=variant, settings=settings, **options)

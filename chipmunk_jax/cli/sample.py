@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +15,12 @@ from tqdm import tqdm
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.prompts import calls_of, shown
 from chipmunk_jax.cli.sampled import how, numbers, said, summary, total
-from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, sparsity_of
 from chipmunk_jax.compilation import keep_compilations
+from chipmunk_jax.convert.folder import lack
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import check_fps, check_output, most_bytes, save_image, save_video
+from chipmunk_jax.models.checkpoint import is_pipeline
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.request import SOLVERS
 from chipmunk_jax.pipelines.residents import Offload
@@ -146,6 +149,26 @@ def read_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {theirs: getattr(args, ours) for theirs, ours in names.items()}
 
 
+def open_pipeline(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that the flags name.
+
+    Raises:
+        FileNotFoundError, InputError: see Pipeline.from_pretrained(); a component is missing, as the flags give only prompts.
+    """
+    pipeline = Pipeline.from_pretrained(args.checkpoint, dtype=args.dtype, offload=args.offload)
+    if pipeline.missing:
+        folder, name = pipeline.folder, pipeline.missing[0]
+        command = shlex.join(("chipmunk", "convert", "SOURCE", str(folder.path), "--component", name))
+        if is_pipeline(folder.path):
+            remedy = f"`{command}` adds it from a release that has it"
+        elif folder.several:
+            remedy = "download it into this folder"
+        else:
+            remedy = "expected the folder of a whole pipeline"
+        raise InputError(f"{folder.path}: {lack(folder.path, name)}: {remedy}")
+    return pipeline
+
+
 def numbered(output: Path, count: int, number: int) -> Path:
     """The file of one of so many samples, the first of which is 1."""
     return output if count == 1 else output.with_stem(f"{output.stem}-{number}")
@@ -165,14 +188,14 @@ def run(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: expected at least 1")
     calls = calls_of(args)
-    pipeline = Pipeline.from_pretrained(args.checkpoint, dtype=args.dtype, offload=args.offload)
+    pipeline = open_pipeline(args)
     variant = pipeline.variant
     output = check_output(args.output or ("out.webp" if variant.video else "out.png"), video=variant.video)
     fps = check_fps(args.fps, variant.fps)
     settings = read_settings(args) | dict(
         guidance_scale_2=args.guidance_2, true_cfg_scale=args.true_cfg, solver=args.solver,
         max_sequence_length=args.max_sequence_length, num_images_per_prompt=args.batch,
-        sparsity=None if args.dense else read_sparsity(args, variant.preset),
+        sparsity=None if args.dense else sparsity_of(args, variant.preset),
     )  # fmt: skip
     requests = [pipeline.check(**settings | call) for call in calls]
     count = sum(request.batch for request in requests)
@@ -186,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
         if len(calls) > 1:
             tqdm.write(f"{len(outs) + 1} of {len(calls)}: {shown(call['prompt'][0])}", file=sys.stderr)
         outs.append(pipeline(**settings | call))
-        made = how(pipeline, request)
+        made = how(pipeline, request, outs[-1])
         for i, pixels in enumerate(outs[-1].frames if variant.video else outs[-1].images):
             path, text = path_of(len(files) + 1), said(pipeline, request, i)
             seed = {"seed": request.seed + i}

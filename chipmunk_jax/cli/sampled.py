@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import jax
+
 from chipmunk_jax.pipelines import Pipeline, PipelineOutput
 from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.sparsity import to_dict
@@ -18,9 +20,9 @@ LISTS = {
 }
 
 
-def how(pipeline: Pipeline, request: Request) -> dict[str, Any]:
-    """What a sample depends on beside its prompts and seed, by name."""
-    made = pipeline.origin | request.settings | {"solver": type(request.solver).__name__}
+def how(pipeline: Pipeline, request: Request, out: PipelineOutput) -> dict[str, Any]:
+    """What a sample depends on beside its prompts, by name."""
+    made = pipeline.origin | out.settings | {"solver": type(request.solver).__name__}
     length = {} if request.length is None else {"max_sequence_length": request.length}
     return made | length | {"sparsity": request.sparsity and to_dict(request.sparsity)}
 
@@ -60,11 +62,12 @@ def numbers(out: PipelineOutput, files: Sequence[dict[str, Any]], settings: dict
 
 def summary(out: PipelineOutput, count: int, kind: str) -> str:
     """Seconds, shares computed, and which steps were full or skipped."""
+    device = " on cpu" if jax.default_backend() == "cpu" else ""  # where the kernels are plain references, and slow
     stages = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in out.stages.items())
-    first = f"{count} {kind}{'s' * (count > 1)} in {out.seconds:.1f} s, compilation included, "
+    first = f"{count} {kind}{'s' * (count > 1)} in {out.seconds:.1f} s{device}, compilation included, "
     if set(out.density.values()) == {1.0}:
         return f"{first}dense\n{stages}"
-    steps = out.settings["steps"]
+    steps = out.settings["num_inference_steps"]
     shares = f"{100 * out.density['attention']:.1f} % of the keys, {100 * out.density['mlp']:.1f} % of the neurons"
     skipped = f", skipped {_listed(out.skipped_steps)}" if out.skipped_steps else ""
     return f"{first}sparse: {shares}\nof {steps} steps (0 to {steps - 1}) full {_listed(out.full_steps)}{skipped}\n{stages}"

@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from chipmunk_jax.sparsity import PARTS, PRESETS, Sparsity, load_sparsity
 
@@ -42,9 +42,19 @@ def read_sparsity(args: argparse.Namespace, preset: str | dict[str, Any]) -> Spa
     Raises:
         InputError, FileNotFoundError: see load_sparsity.
     """
+    return load_sparsity(preset if args.sparsity is None else args.sparsity, _overrides(args))
+
+
+def sparsity_of(args: argparse.Namespace, preset: str) -> Sparsity | Literal["auto"]:
+    """The Sparsity that the flags ask for, as a call of a pipeline takes it: "auto" where they say nothing; errors as above."""
+    if args.sparsity is None and not _overrides(args):
+        return "auto"
+    return read_sparsity(args, preset)
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     given = vars(args)
-    overrides = {name: given[f"sparsity.{name}"] for name, _ in _fields() if f"sparsity.{name}" in given}
-    return load_sparsity(preset if args.sparsity is None else args.sparsity, overrides)
+    return {name: given[f"sparsity.{name}"] for name, _ in _fields() if f"sparsity.{name}" in given}
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field]]:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.cli.parser import Parser
-from chipmunk_jax.cli.sample import add_checkpoint, add_sampling_flags, read_settings
-from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
+from chipmunk_jax.cli.sample import add_checkpoint, add_sampling_flags, open_pipeline, read_settings
+from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, sparsity_of
 from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import check_fps, check_output, check_outputs, check_writable
-from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.report.verify import check_verify, verify
 from chipmunk_jax.whole import whole
@@ -57,7 +56,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk verify`."""
-    pipeline = Pipeline.from_pretrained(args.checkpoint, dtype=args.dtype, offload=args.offload)
+    pipeline = open_pipeline(args)
     prompts = args.prompt or (PROMPTS if isinstance(pipeline, PixelPipeline) else EVERYDAY)
     variant = pipeline.variant
     outputs = args.output or ["compare.webp" if variant.video else "compare.png"]
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if math.isnan(args.min_psnr):
         raise InputError("--min-psnr nan: expected a number of dB")
     fps = check_fps(args.fps, variant.fps)
-    settings = read_settings(args) | {"sparsity": read_sparsity(args, variant.preset)}
+    settings = read_settings(args) | {"sparsity": sparsity_of(args, variant.preset)}
     check_verify(pipeline, prompts, **settings)
     keep_compilations()
     found = verify(pipeline, prompts, **settings)

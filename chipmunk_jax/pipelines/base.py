@@ -1,13 +1,14 @@
 """Pipeline: a checkpoint, prompts in, pixels out, in the words of diffusers: check, encode, denoise, decode."""
 
+import inspect
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Never, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from chipmunk_jax.arguments import check_implementation
 from chipmunk_jax.convert import Folder, open_folder, open_source, read
 from chipmunk_jax.convert.folder import ROLES
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, naming
 from chipmunk_jax.media import to_bytes
 from chipmunk_jax.memory import device_bytes
 from chipmunk_jax.model import Condition, Model
@@ -26,6 +27,7 @@ from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
 from chipmunk_jax.pipelines.denoising import computed, is_dense, plan_spans, run_spans
+from chipmunk_jax.pipelines.elsewhere import COMPONENTS, ELSEWHERE, NotHereError, check_known
 from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
@@ -59,7 +61,9 @@ class PipelineOutput:
     density: dict[str, float]  # shares of keys and neurons computed over all steps and layers: "attention", "mlp"
     full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block
-    settings: dict[str, Any] = field(default_factory=dict)  # frames, height, width, steps, guidance, seed
+    # What the sample was made with, by the names of a call: height, num_inference_steps, guidance_scale, seed, ..; and
+    # "vae_tile", rows and columns of latents, where there was no room to decode whole frames.
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -67,6 +71,14 @@ class Pipeline:
 
     # Arguments that only some pipelines take, of Arguments.
     takes: ClassVar[tuple[str, ...]] = ()
+    # Settings of a sample -> the arguments of a call that give them.
+    names: ClassVar[Mapping[str, str]] = {
+        "frames": "num_frames",
+        "steps": "num_inference_steps",
+        "guidance": "guidance_scale",
+        "guidance_2": "guidance_scale_2",
+        "distilled": "guidance_scale",
+    }
     # Configs of the text encoders and the VAE that the published models have, by role.
     published: ClassVar[Mapping[str, Any]] = {}
 
@@ -82,10 +94,32 @@ class Pipeline:
         self.configs = {"transformer": variant.config} | dict(configs or {})
         shapes = {role: abstract(*self.kind(role)) for role in folder.components}
         self.residents = Residents(self.load, shapes, offload)
+        self._told: set[str] = set()
         self.load_parts()
 
+    def __repr__(self) -> str:
+        parts = ", ".join((*self.folder.components, *self.folder.tokenizers))
+        missing = f"; missing: {', '.join(self.missing)}" if self.missing else ""
+        name = f"{self.variant.name}, {jnp.dtype(self.network.dtype).name}"
+        return f"{type(self).__name__}({str(self.folder.path)!r}: {name}; {parts}{missing})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in COMPONENTS:
+            raise NotHereError(f"{name}: {ELSEWHERE[name]}")
+        super().__setattr__(name, value)
+
+    if not TYPE_CHECKING:  # or a checker would take any name
+
+        def __getattr__(self, name: str) -> Any:
+            """Says what there is in the place of a method or an attribute of diffusers' pipelines."""
+            if name in ELSEWHERE:
+                raise NotHereError(f"{name}: {ELSEWHERE[name]}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: str | None = None, offload: Offload = "auto") -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: str | None = None, offload: Offload = "auto", **other: Never
+    ) -> Self:
         """The pipeline of a checkpoint; weights are placed on the device when a call needs them.
 
         Args:
@@ -94,10 +128,12 @@ class Pipeline:
             dtype: "bfloat16" or "float32"; None: float32 on a CPU, which is faster there, else as saved, bfloat16 from PyTorch.
             offload: when a component leaves the device: "auto", where another one needs its room; "model", once another one is
                 used; "none", never.
+            other: none; what diffusers takes besides is told, with what there is in its place.
 
         Raises:
             FileNotFoundError, InputError: no such checkpoint, half a one, or one of a model that has no pipeline yet.
         """
+        check_known(other, ("folder", "dtype", "offload"), "Pipeline.from_pretrained")
         dtype = dtype if dtype is None else parse_dtype(dtype).name
         found = open_folder(folder)
         if networks := [name for name in found.missing if name.startswith("transformer")]:
@@ -106,7 +142,7 @@ class Pipeline:
         if not issubclass(MODELS[found.network], Network):
             raise InputError(f"{folder}: a {found.network} alone, expected a pipeline or its transformer")
         variant = variant_of(configs["transformer"], found.boundary)
-        if found.shift is not None and variant.shift is not None:  # else it follows the size
+        if found.shift is not None:
             variant = replace(variant, shift=found.shift, small_shift=None)
         if variant.pipeline is None:
             raise InputError(
@@ -120,6 +156,17 @@ class Pipeline:
     def load_parts(self) -> None:
         """Reads what stands around the networks."""
 
+    @property
+    def missing(self) -> list[str]:
+        """Components without which a prompt does not become pixels."""
+        return []
+
+    def tell(self, line: str) -> None:
+        """Says a line on stderr, once."""
+        if line not in self._told:
+            self._told.add(line)
+            tqdm.write(line, file=sys.stderr)
+
     def check_request(self, request: Request) -> None:
         """Raises InputError where prompts, embeddings or latents do not fit."""
 
@@ -130,6 +177,10 @@ class Pipeline:
     def decode(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
         """Images [B, H, W, 3] or videos [B, T, H, W, 3], f32 in 0..1, of tokens [B, N, C] in raster order."""
         raise NotImplementedError
+
+    def inexact(self, settings: Settings) -> dict[str, Any]:
+        """How decode() would change pixels for want of room, for the settings of the result; it is told, too."""
+        return {}
 
     def to_tokens(self, latents: np.ndarray, settings: Settings) -> np.ndarray:
         """Tokens [B, N, C] of latents as the pipeline takes and gives them."""
@@ -180,7 +231,9 @@ class Pipeline:
         Raises:
             InputError: a prompt, size or setting that does not fit.
         """
-        return read_request(self, Arguments(prompt=prompt, **given))
+        check_known(given, [field.name for field in fields(Arguments)], "Pipeline.__call__")
+        with naming(self.names):
+            return read_request(self, Arguments(prompt=prompt, **given))
 
     @usual_modes()
     def __call__(
@@ -201,6 +254,7 @@ class Pipeline:
         guidance_scale_2: float | None = None,
         true_cfg_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        num_videos_per_prompt: int | None = None,
         seed: int = 0,
         latents: Any = None,
         prompt_embeds: Any = None,
@@ -214,6 +268,7 @@ class Pipeline:
         output_type: Literal["pil", "np", "latent"] = "pil",
         progress: bool = True,
         implementation: Implementation | None = None,
+        **other: Never,
     ) -> PipelineOutput:
         """Images or videos of prompts.
 
@@ -233,6 +288,7 @@ class Pipeline:
             guidance_scale_2: of the second network of Wan2.2; None: guidance_scale where that is given, else the usual one.
             true_cfg_scale: of true guidance of FLUX, above 1 and with a negative prompt; None: none.
             num_images_per_prompt: images or videos of each prompt.
+            num_videos_per_prompt: the same.
             seed: of the noise, 0 to 2^32 - B; sample i draws from seed + i, so it comes out the same in any batch.
             latents: the noise, in place of that of the seed, f32: of FLUX packed [B, N, 64], of videos [B, C, T, h, w].
             prompt_embeds, pooled_prompt_embeds: in place of prompts, [B, T, D] of T5 or UMT5 and of FLUX [B, D] of CLIP.
@@ -241,10 +297,11 @@ class Pipeline:
             image: of a pipeline that takes one.
             sparsity: "auto" is the model's own preset; a preset's name, a file, or a Sparsity; None samples densely.
             callback_on_step_end: called as callback(step, t, latents, clean) after every step: the time that it led to, 1 to 0,
-                the tokens [B, N, C], and the clean tokens that they point at, raster order.
+                the tokens [B, N, C], and the clean tokens that they point at, raster order. It returns None.
             output_type: "pil", "np" (f32 in 0..1), or "latent" (as `latents`).
             progress: draws a bar.
             implementation: of the kernels, see pallas_kernels.dispatch.choose.
+            other: none; what diffusers takes besides is told, with what there is in its place.
 
         Where height, width, num_frames, num_inference_steps or guidance_scale is None, it is the model's usual one.
 
@@ -253,6 +310,8 @@ class Pipeline:
             NotFiniteError: a sample is not finite; it says from which step on.
         """
         start = time.perf_counter()
+        given = inspect.signature(Pipeline.__call__).parameters.values()
+        check_known(other, [one.name for one in given if one.kind is not one.VAR_KEYWORD], "Pipeline.__call__")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end={callback_on_step_end!r}: expected a function, or None")
         if output_type not in OUTPUT_TYPES:
@@ -262,33 +321,36 @@ class Pipeline:
             prompt, prompt_2=prompt_2, negative_prompt=negative_prompt, negative_prompt_2=negative_prompt_2, height=height,
             width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, sigmas=sigmas, timesteps=timesteps,
             solver=solver, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2, true_cfg_scale=true_cfg_scale,
-            num_images_per_prompt=num_images_per_prompt, seed=seed, latents=latents, prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt, num_videos_per_prompt=num_videos_per_prompt, seed=seed, latents=latents,
+            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, max_sequence_length=max_sequence_length, image=image,
             sparsity=sparsity,
         )  # fmt: skip
         if output_type != "latent":
             self.check_decoder()
+        self.residents.progress = progress
         stages: dict[str, Stage] = {}
         spans = plan_spans(request, self.variant, self.residents, *self._shapes(request)[1:], implementation)
         with self._timed(stages, "text"), phase("text", progress):
             noise, cond, uncond = self._inputs(request)
         with self._timed(stages, "transformer"):
             steps, dense = request.settings["steps"], is_dense(spans)
-            if dense and request.sparsity and progress:
-                tqdm.write(
-                    f"{steps} steps: too few for this sparsity to save anything, sampled densely", file=sys.stderr
-                )
-            with Reporter(steps, "dense" if dense else "sparse", progress, callback_on_step_end) as reporter:
+            if dense and request.sparsity:
+                self.tell(f"{steps} steps: too few for this sparsity to save anything, sampled densely")
+            callback = callback_on_step_end and _without_result(callback_on_step_end)
+            with Reporter(steps, "dense" if dense else "sparse", progress, callback) as reporter:
                 tokens, spans = run_spans(spans, self.residents, noise, cond, uncond, reporter)
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
-            settings = request.settings
-            made = self.to_latents(tokens, settings) if output_type == "latent" else self.decode(tokens, settings)
+            settings, latent = request.settings, output_type == "latent"
+            inexact = {} if latent else self.inexact(settings)
+            made = self.to_latents(tokens, settings) if latent else self.decode(tokens, settings)
         return PipelineOutput(
             **{"frames" if self.variant.video else "images": to_pil(made) if output_type == "pil" else made},
             seconds=time.perf_counter() - start,
             stages=stages,
-            settings=settings | {"seed": request.seed},
+            settings={self.names.get(name, name): value for name, value in settings.items()}
+            | {"seed": request.seed}
+            | inexact,
             **computed(spans, self.layers(request)),
         )
 
@@ -335,7 +397,7 @@ class Pipeline:
     def load(self, role: str) -> Component:
         """The component with its weights, on the default device."""
         path, dtype = self.folder.components[role], self.residents.shapes[role].dtype
-        return load(path, dtype) if is_checkpoint(path) else read(path, dtype)
+        return load(path, dtype) if is_checkpoint(path) else read(path, dtype, progress=self.residents.progress)
 
     @contextmanager
     def _timed(self, stages: dict[str, Stage], name: str) -> Iterator[None]:
@@ -353,6 +415,20 @@ OF_SOME = (
     "prompt_2", "negative_prompt_2", "guidance_scale_2", "true_cfg_scale", "prompt_embeds", "pooled_prompt_embeds",
     "negative_prompt_embeds", "negative_pooled_prompt_embeds", "max_sequence_length", "image",
 )  # fmt: skip
+
+
+def _without_result(callback: Callback) -> Callback:
+    """The callback, refused where it returns something."""
+
+    def call(step: int, t: float, latents: np.ndarray, clean: np.ndarray) -> None:
+        returned: object = callback(step, t, latents, clean)
+        if returned is not None:
+            kind = type(returned).__name__
+            raise InputError(
+                f"callback_on_step_end returned a {kind}: latents cannot be changed between steps, expected None"
+            )
+
+    return call
 
 
 def to_pil(pixels: np.ndarray) -> list[Any]:

@@ -33,6 +33,7 @@ class FluxPipeline(PromptedPipeline):
         "prompt_2", "negative_prompt_2", "true_cfg_scale", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds",
         "negative_pooled_prompt_embeds", "max_sequence_length",
     )  # fmt: skip
+    names: ClassVar = PromptedPipeline.names | {"guidance": "true_cfg_scale"}
     conditions = (("pooled", "text_encoder"), ("text", "text_encoder_2"))
     published: ClassVar = {"text_encoder": ClipTextConfig(), "text_encoder_2": T5Config(), "vae": FluxVaeConfig()}
 
@@ -43,12 +44,9 @@ class FluxPipeline(PromptedPipeline):
 
     def scales(self, given: Arguments) -> dict[str, Any]:
         scale, negative = given.true_cfg_scale, (given.negative_prompt, given.negative_prompt_embeds)
-        said = any(one is not None for one in negative)
         check_guidance(scale)
-        if scale is not None and scale > 1 and not said:
+        if scale is not None and scale > 1 and all(one is None for one in negative):
             raise InputError(f"true_cfg_scale={scale}: expected a negative_prompt with it")
-        if said and (scale is None or scale <= 1):
-            raise InputError(f"negative_prompt with true_cfg_scale={scale}: expected a scale above 1 with it")
         if self.variant.distilled is not None:
             return {"guidance": scale, "distilled": given.guidance_scale}
         if given.guidance_scale:

@@ -1,6 +1,5 @@
 """What the pipelines of published models share: tokenizers and text encoders before the transformer, a VAE after it."""
 
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -8,14 +7,13 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from chipmunk_jax.convert.folder import TOKENIZERS
+from chipmunk_jax.convert.folder import TOKENIZERS, lack
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.finite import finite
 from chipmunk_jax.pipelines.base import Pipeline
-from chipmunk_jax.pipelines.request import Request, Side
-from chipmunk_jax.pipelines.text import Tokenizer, Tokens
+from chipmunk_jax.pipelines.request import EMBEDDINGS, MOST_TOKENS, Request, Side
+from chipmunk_jax.pipelines.text import Tokenizer, Tokens, load_tokenizers
 
 KEPT = 64  # prompts whose texts are kept: 0.5 GB of a T5-XXL
 
@@ -27,7 +25,6 @@ class PromptedPipeline(Pipeline):
 
     def load_parts(self) -> None:
         self._texts: OrderedDict[tuple[str, str, int], np.ndarray] = OrderedDict()
-        self._warned: set[str] = set()
 
     @cached_property
     def tokenizers(self) -> dict[str, Tokenizer]:
@@ -36,16 +33,11 @@ class PromptedPipeline(Pipeline):
         Raises:
             InputError: damaged files, or a tokenizer of another model.
         """
-        found = {}
-        for role, name in TOKENIZERS.items():
-            if folder := self.folder.tokenizers.get(name):
-                found[role] = Tokenizer.load(folder)
-                if role in self.configs:
-                    try:
-                        found[role].check_rows(self.configs[role].vocab_size)
-                    except InputError as error:
-                        raise InputError(f"{folder}: {error}") from error
-        return found
+        folders = {
+            role: self.folder.tokenizers[name] for role, name in TOKENIZERS.items() if name in self.folder.tokenizers
+        }
+        rows = {role: self.configs[role].vocab_size for role in folders if role in self.configs}
+        return load_tokenizers(folders, rows)
 
     def check_request(self, request: Request) -> None:
         for side, said in ((request.wanted, ""), (request.unwanted, "negative_")):
@@ -58,9 +50,15 @@ class PromptedPipeline(Pipeline):
             if request.latents.shape != expected:
                 raise InputError(f"latents {request.latents.shape}: expected {expected}")
 
+    @property
+    def missing(self) -> list[str]:
+        return self.folder.missing
+
     def check_decoder(self) -> None:
         if "vae" not in self.folder.components:
-            raise InputError(f'{self.folder.path}: no vae, so only latents can be made: output_type="latent"')
+            raise InputError(
+                f'{self.folder.path}: {lack(self.folder.path, "vae")}, so only latents can be made: output_type="latent"'
+            )
 
     def unwanted(self, request: Request) -> Side | None:
         """The other side of guidance; an empty prompt where nothing is said of it."""
@@ -106,12 +104,12 @@ class PromptedPipeline(Pipeline):
             for part in (role, TOKENIZERS[role]):
                 if part not in {**self.folder.components, **self.folder.tokenizers}:
                     raise InputError(
-                        f"{self.folder.path}: no {part}, so prompts cannot be read; give prompt_embeds in their place"
+                        f"{self.folder.path}: {lack(self.folder.path, part)}, so prompts cannot be read; give prompt_embeds in "
+                        "their place"
                     )
             warning = self.read(role, list(dict.fromkeys(self.prompts_of(role, side))), request).warning
-            if warning and warning not in self._warned:
-                self._warned.add(warning)
-                tqdm.write(f"{role}: {warning}", file=sys.stderr)
+            if warning:
+                self.tell(f"{role}: {warning}")
 
     def prompts_of(self, role: str, side: Side) -> Sequence[str]:
         """What a text encoder reads."""
@@ -119,11 +117,18 @@ class PromptedPipeline(Pipeline):
 
     def _check_given(self, side: Side, said: str, request: Request) -> None:
         """Raises InputError unless embeddings are all that prompts would make."""
-        names = {"text": f"{said}prompt_embeds", "pooled": f"{said}pooled_prompt_embeds"}
-        if side.given.keys() != dict(self.conditions).keys():
-            wanted = " and ".join(names[name] for name, _ in self.conditions)
-            raise InputError(f"embeddings of {', '.join(side.given)}: expected {wanted}")
-        shapes = {name: shape.shape[1:] for name, shape in self._shapes(request)[2].items() if name in side.given}
+        names = {name: f"{said}{EMBEDDINGS[name]}" for name, _ in self.conditions}
+        if side.given.keys() != names.keys():
+            given = ", ".join(f"{said}{EMBEDDINGS[name]}" for name in side.given)
+            raise InputError(f"{given} alone: expected {' and '.join(names.values())}")
+        usual = self.variant.shapes(request.settings, request.batch, self.network.dtype)[2]
         for name, array in side.given.items():
-            if array.shape != (request.batch, *shapes[name]):
-                raise InputError(f"{names[name]} {array.shape}: expected {(request.batch, *shapes[name])}")
+            sides = f"[B{', T' * (len(usual[name].shape) - 2)}, {usual[name].shape[-1]}]"
+            if array.ndim != len(usual[name].shape) or array.shape[-1] != usual[name].shape[-1]:
+                raise InputError(f"{names[name]} {array.shape}: expected {sides}")
+            if array.ndim > 2 and array.shape[1] > MOST_TOKENS:
+                raise InputError(f"{names[name]} of {array.shape[1]} tokens: expected 1 to {MOST_TOKENS}")
+        shapes = self._shapes(request)[2]
+        for name, array in side.given.items():
+            if array.shape != shapes[name].shape:
+                raise InputError(f"{names[name]} {array.shape}: expected {shapes[name].shape}")

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from chipmunk_jax.arguments import check_guidance, check_seed, is_whole, parse_timesteps
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.finite import finite
+from chipmunk_jax.pinned_keys import fitted
 from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import Euler, Solver, UniPC
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
@@ -18,6 +19,7 @@ from chipmunk_jax.step_cache import with_constants
 MOST_SAMPLES = 2**20  # of a call: a mistyped number must not be taken for work
 MOST_TOKENS = 512  # of a prompt: no published model was trained with more
 SOLVERS: dict[str, Solver] = {"euler": Euler(), "unipc": UniPC()}
+EMBEDDINGS = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # conditions -> the arguments that give them
 Auto = Literal["auto"]
 Prompts = str | Sequence[str]
 
@@ -41,6 +43,7 @@ class Arguments:
     guidance_scale_2: float | None = None
     true_cfg_scale: float | None = None
     num_images_per_prompt: int = 1
+    num_videos_per_prompt: int | None = None
     seed: int = 0
     latents: Any = None
     prompt_embeds: Any = None
@@ -79,12 +82,16 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether any network sees the other side of true guidance."""
-        return any(guides(self.settings.get(name)) for name in ("guidance", "guidance_2"))
+        return _guided(self.settings)
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """What each sample is to show; empty where embeddings are given."""
         return self.wanted.prompts
+
+
+def _guided(settings: Settings) -> bool:
+    return any(guides(settings.get(name)) for name in ("guidance", "guidance_2"))
 
 
 def guides(scale: float | None) -> bool:
@@ -96,6 +103,10 @@ class Reader(Protocol):
     """What a pipeline knows of its arguments."""
 
     variant: Variant
+    names: ClassVar[Mapping[str, str]]
+
+    def tell(self, line: str) -> None:
+        """Says a line on stderr, once."""
 
     def refuse_unused(self, given: Arguments) -> None:
         """Raises InputError for an argument that it does not take."""
@@ -113,32 +124,35 @@ def read_request(pipeline: Reader, given: Arguments) -> Request:
     Raises:
         InputError: a prompt, size or setting that does not fit.
     """
-    variant, count = pipeline.variant, given.num_images_per_prompt
+    variant, (each, count) = pipeline.variant, _count(given)
     pipeline.refuse_unused(given)
-    if not is_whole(count) or count < 1:
-        raise InputError(f"num_images_per_prompt={count!r}: expected at least 1")
     wanted = _side(given.prompt, given.prompt_2, {"text": given.prompt_embeds, "pooled": given.pooled_prompt_embeds})
     if wanted is None:
         raise InputError("no prompts: expected at least one")
     samples = _size(wanted)
     if samples * count > MOST_SAMPLES:
-        raise InputError(f"num_images_per_prompt={count}: expected at most {MOST_SAMPLES // samples}")
+        raise InputError(f"{each}={count}: expected at most {MOST_SAMPLES // samples}")
     embeddings = {"text": given.negative_prompt_embeds, "pooled": given.negative_pooled_prompt_embeds}
     negative = given.negative_prompt
     if negative is None and given.negative_prompt_embeds is None:
         negative = variant.negative_prompt or None
-    unwanted = _side(negative, given.negative_prompt_2, embeddings, samples)
+    unwanted = _side(negative, given.negative_prompt_2, embeddings, samples, "negative_")
     if unwanted and _size(unwanted) != samples:
         raise InputError(f"{_size(unwanted)} negative prompts for {samples} prompts: expected one, or as many")
     settings, timesteps = _settings(variant, given, pipeline.scales(given))
     for name in ("guidance", "guidance_2", "distilled"):
-        check_guidance(settings.get(name))
+        check_guidance(settings.get(name), name)
+    if any(x is not None for x in (given.negative_prompt, given.negative_prompt_embeds)) and not _guided(settings):
+        raise InputError(
+            f"negative_prompt with {pipeline.names['guidance']}={settings['guidance']}: expected a scale above 1 with it"
+        )
     length = given.max_sequence_length
     if length is not None and (not is_whole(length) or not 1 <= length <= MOST_TOKENS):
         raise InputError(f"max_sequence_length={length!r}: expected a whole number from 1 to {MOST_TOKENS}")
     check_seed(given.seed, samples * count)
-    found = variant.preset if isinstance(given.sparsity, str) and given.sparsity == "auto" else given.sparsity
-    found = None if found is None else with_constants(load_sparsity(found), variant.name)
+    found = (
+        None if given.sparsity is None else with_constants(_sparsity(pipeline, given.sparsity, settings), variant.name)
+    )
     variant.check(settings, found)
     request = Request(
         batch=samples * count,
@@ -156,11 +170,41 @@ def read_request(pipeline: Reader, given: Arguments) -> Request:
     return request if request.guided else replace(request, unwanted=None)
 
 
+def _count(given: Arguments) -> tuple[str, int]:
+    """How many samples of each prompt, and the argument that says it."""
+    images, videos = given.num_images_per_prompt, given.num_videos_per_prompt
+    if videos is not None and images != 1:
+        raise InputError("num_images_per_prompt and num_videos_per_prompt: expected one of them")
+    name, count = ("num_images_per_prompt", images) if videos is None else ("num_videos_per_prompt", videos)
+    if not is_whole(count) or count < 1:
+        raise InputError(f"{name}={count!r}: expected at least 1")
+    return name, count
+
+
+def _sparsity(pipeline: Reader, given: Any, settings: Settings) -> Sparsity:
+    """The sparsity that is given; of "auto" the model's own preset, whose neighbourhoods fit a small sample, too."""
+    if not (isinstance(given, str) and given == "auto"):
+        return load_sparsity(given)
+    variant = pipeline.variant
+    own = load_sparsity(variant.preset)
+    found = fitted(own, grid := variant.grid(settings))
+    if own.attention and found.attention and found != own:
+        most, side = own.attention.local_voxels, found.attention.local_voxels
+        pipeline.tell(
+            f"preset {variant.preset}: neighbourhoods of {side} voxels in place of {most}, as the grid is {grid} tokens"
+        )
+    return found
+
+
 def _side(
-    prompt: Prompts | None, prompt_2: Prompts | None, given: Mapping[str, Any], samples: int | None = None
+    prompt: Prompts | None,
+    prompt_2: Prompts | None,
+    given: Mapping[str, Any],
+    samples: int | None = None,
+    said: str = "",
 ) -> Side | None:
     """One side of guidance, a prompt alone as often as there are samples; None where nothing is said of it."""
-    given = {name: numbers(name, array) for name, array in given.items() if array is not None}
+    given = {name: numbers(f"{said}{EMBEDDINGS[name]}", array) for name, array in given.items() if array is not None}
     if prompt is not None and given:
         raise InputError("prompts and embeddings of the same side: expected one of them")
     if given:
@@ -173,10 +217,12 @@ def _side(
     if not prompts:
         return None
     prompts_2 = prompts if prompt_2 is None else _sentences(prompt_2)
-    if isinstance(prompt, str) and samples:
+    if len(prompts) == 1 and samples:
         prompts = prompts * samples
-    if prompt_2 is None or isinstance(prompt_2, str):
-        prompts_2 = prompts if prompt_2 is None else prompts_2 * len(prompts)
+    if prompt_2 is None:
+        prompts_2 = prompts
+    elif len(prompts_2) == 1:
+        prompts_2 = prompts_2 * len(prompts)
     if len(prompts_2) != len(prompts):
         raise InputError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts: expected one, or as many")
     return Side(prompts=prompts, prompts_2=prompts_2)
@@ -245,10 +291,16 @@ def numbers(name: str, given: Any) -> np.ndarray:
     try:
         array = np.asarray(given)
         array = np.asarray(array, np.float32) if array.dtype.kind in "fiuV" else None
-    except (ValueError, TypeError):
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ):  # the last two of PyTorch, of bfloat16 and of what requires a gradient
         array = None
-    if array is None or not array.size:
-        raise InputError(f"{name}: expected an array of numbers")
+    if array is None or not array.size or not array.ndim:
+        torch = type(given).__module__.partition(".")[0] == "torch"
+        hint = f", such as {name}.detach().float().cpu().numpy()" if torch else ""
+        raise InputError(f"{name}: expected an array of numbers{hint}")
     if not finite(array):
         raise InputError(f"{name}: holds NaN or infinity, expected finite numbers")
     return array

@@ -35,6 +35,7 @@ class Residents:
             raise InputError(f"offload={offload!r}: expected one of {', '.join(get_args(Offload))}")
         self.offload, self.shapes = offload, shapes
         self._load = load
+        self.progress = False  # whether weights are read with a bar of bytes
         self.peak = 0  # most bytes that programs had in use here since it was set to 0, where the device tells
         self._placed: dict[str, Component] = {}  # the one used last at the end
 

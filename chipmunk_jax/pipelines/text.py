@@ -106,6 +106,31 @@ class Tokenizer:
             )
 
 
+class MissingPackageError(InputError):
+    """A package that reads a file, or a kind of prompt, is not installed."""
+
+
+def load_tokenizers(folders: Mapping[str, Path], rows: Mapping[str, int]) -> dict[str, Tokenizer]:
+    """Tokenizers by role of their text encoder.
+
+    Args:
+        folders: role -> folder of its tokenizer.
+        rows: role -> embeddings of the encoder, where it is known.
+
+    Raises:
+        InputError: damaged files, a package that is not installed, or a tokenizer of another model.
+    """
+    found = {}
+    for role, folder in folders.items():
+        found[role] = Tokenizer.load(folder)
+        if role in rows:
+            try:
+                found[role].check_rows(rows[role])
+            except InputError as error:
+                raise InputError(f"{folder}: {error}") from error
+    return found
+
+
 def clean(text: str) -> str:
     """A prompt as Wan's text encoder is to see it: garbled characters mended, HTML unescaped, blanks joined.
 
@@ -279,4 +304,4 @@ def _damaged(file: Path, expected: str, error: Exception) -> InputError:
 
 def _check_package(name: str, what: object) -> None:
     if importlib.util.find_spec(name) is None:
-        raise InputError(f"{what}: needs {name}, which is not installed (pip install '{PACKAGES[name]}')")
+        raise MissingPackageError(f"{what}: needs {name}, which is not installed (pip install '{PACKAGES[name]}')")

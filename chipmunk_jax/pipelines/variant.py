@@ -14,7 +14,7 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import check_schedules
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models.leaves import abstract
-from chipmunk_jax.pinned_keys import check_grid
+from chipmunk_jax.pinned_keys import check_grid, fitted
 from chipmunk_jax.solvers import (
     Euler,
     Solver,
@@ -167,7 +167,7 @@ class Variant:
         self.timesteps(settings)
         sparsity = sparsity and with_constants(sparsity, self.name)
         if sparsity is not None and (error := _misfit(sparsity, grid, steps if schedules else None)):
-            own = _misfit(PRESETS[self.preset], grid, steps) is None
+            own = _misfit(fitted(PRESETS[self.preset], grid), grid, steps) is None
             advice = f"the model's own preset, {self.preset}, fits" if own else "dense sampling does without"
             raise InputError(f"{error}; {advice}")
 

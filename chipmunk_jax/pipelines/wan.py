@@ -73,10 +73,24 @@ class WanPipeline(PromptedPipeline):
     def to_latents(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
         return np.moveaxis(self._unpack(tokens, settings), -1, 1)
 
+    def inexact(self, settings: Settings) -> dict[str, Any]:
+        tile = self._portions(settings)["tile"]
+        if tile is None:
+            return {}
+        size = "x".join(map(str, tile))
+        self.tell(f"vae: no room for whole frames: decoded in tiles of {size} latents, pixels differ a little")
+        return {"vae_tile": list(tile)}
+
     def decode(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
         videos = self._unpack(tokens, settings)
-        decode = video_in(**self.residents.shapes["vae"].portions((1, *videos.shape[1:]), self.residents.room("vae")))
+        decode = video_in(**self._portions(settings))
         return unit(np.concatenate([np.asarray(self.residents.run("vae", decode, one[None])) for one in videos]))
+
+    def _portions(self, settings: Settings) -> dict[str, Any]:
+        """In which portions the VAE decodes a video, in the room that there is."""
+        sides = np.multiply(self.variant.grid(settings), self.variant.config.patch_size).tolist()
+        shape = 1, *sides, self.variant.config.out_dim
+        return self.residents.shapes["vae"].portions(shape, self.residents.room("vae"))
 
     def _unpack(self, tokens: np.ndarray, settings: Settings) -> np.ndarray:
         return unpack(tokens, self.variant.grid(settings), self.variant.config.patch_size, channels_first=False)

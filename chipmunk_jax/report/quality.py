@@ -114,7 +114,7 @@ def judge(comparison: Comparison, *, prices: Prices | None = None, features: Wei
                 "prompts": samples.count,
                 **pipeline.origin,
                 "solver": type(request.solver).__name__,
-                **drawn.outputs[-1].settings,
+                **request.settings,
                 "seed": samples.seed,
                 **machine(),
             }

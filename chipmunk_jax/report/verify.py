@@ -12,6 +12,7 @@ import numpy as np
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import save_image, save_video
 from chipmunk_jax.pipelines import Pipeline, PipelineOutput
+from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.quality import psnr
 from chipmunk_jax.report.sheets import compare_frames, compare_images, compare_videos
 from chipmunk_jax.sparsity import Sparsity, to_dict
@@ -39,8 +40,8 @@ class Verification:
             save_video(path, compare_videos(captions, self.dense, self.sparse), fps, text)
 
 
-def check_verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto", **settings: Any) -> Sparsity:
-    """The Sparsity that verify() would compare.
+def check_verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto", **settings: Any) -> Request:
+    """What verify() would sample, sparse.
 
     Raises:
         InputError: what Pipeline.check() refuses; no sparsity; one step, as the first is not timed.
@@ -49,8 +50,8 @@ def check_verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = 
     if request.sparsity is None:
         raise InputError("sparsity=None: expected some, to compare with dense samples")
     if request.settings["steps"] == 1:
-        raise InputError("steps=1: expected at least 2, as the first is not timed")
-    return request.sparsity
+        raise InputError("num_inference_steps=1: expected at least 2, as the first is not timed")
+    return request
 
 
 def verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto", **settings: Any) -> Verification:
@@ -64,10 +65,10 @@ def verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto"
     Raises:
         InputError: see check_verify().
     """
-    sparsity = check_verify(pipeline, prompts, sparsity=sparsity, **settings)
+    request = check_verify(pipeline, prompts, sparsity=sparsity, **settings)
     dense, dense_seconds = _timed(pipeline, prompts, settings, None)
-    sparse, sparse_seconds = _timed(pipeline, prompts, settings, sparsity)
-    steps = dense.settings["steps"]
+    sparse, sparse_seconds = _timed(pipeline, prompts, settings, request.sparsity)
+    steps = request.settings["steps"]
     dense_seconds *= steps / (steps - 1)
     sparse_seconds += dense_seconds / steps  # its first step is full, as long as a dense one
     pairs = list(zip(pixels_of(sparse), pixels_of(dense), strict=True))
@@ -75,8 +76,9 @@ def verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto"
     numbers = {
         "prompts": list(prompts),
         **pipeline.origin,
-        **dense.settings,
-        "sparsity": to_dict(sparsity),
+        **request.settings,
+        "seed": request.seed,
+        "sparsity": request.sparsity and to_dict(request.sparsity),
         "density": sparse.density,
         "dense_seconds": dense_seconds,
         "sparse_seconds": sparse_seconds,

@@ -14,6 +14,7 @@ from chipmunk_jax import (
     AttentionSparsity,
     Euler,
     FluxConfig,
+    FluxPipeline,
     HunyuanVideoConfig,
     InputError,
     Layout,
@@ -30,6 +31,7 @@ from chipmunk_jax import (
     UniPC,
     Variant,
     WanConfig,
+    WanPipeline,
     attend,
     denoise,
     flux_timesteps,
@@ -61,6 +63,8 @@ def images_of_prompts(folder: Path) -> PipelineOutput:
     pipe = Pipeline.from_pretrained(folder, dtype="bfloat16")
     assert_type(pipe, Pipeline)
     assert_type(PixelPipeline.from_pretrained(folder), PixelPipeline)
+    assert_type(FluxPipeline.from_pretrained(folder), FluxPipeline)
+    assert_type(WanPipeline.from_pretrained(folder), WanPipeline)
     try:
         out = pipe(
             ["red striped heart on meadow", "blue plain disc on sky"],
@@ -165,7 +169,7 @@ def kernels(scores: jax.Array) -> Columns:
 
 def mistakes(pipe: Pipeline) -> None:
     """Each line has an error that the checker must see: an ignored one that is not there is an error, too."""
-    pipe("red striped heart on meadow", steps=28)  # type: ignore[call-arg]
+    pipe("red striped heart on meadow", steps=28)  # type: ignore[arg-type]
     pipe("red striped heart on meadow", output_type="jpeg")  # type: ignore[arg-type]
     MlpSparsity(cache="outputs")  # type: ignore[arg-type]
     Sparsity(mlp=AttentionSparsity())  # type: ignore[arg-type]
