@@ -185,7 +185,7 @@ def _shares(drawn: Drawn, work: Work, dense_steps: int) -> dict[str, Any]:
     """Shares of keys and neurons that its steps compute, and of all products of the dense sample, by count."""
 
     def executed(out: PipelineOutput) -> float:
-        steps = out.settings["steps"]
+        steps = out.settings["num_inference_steps"]
         return work.executed(out.density, 1 - len(out.skipped_steps) / steps) * steps / dense_steps
 
     return {
