@@ -82,7 +82,7 @@ def test_the_price_of_a_column_is_that_of_the_kernel_measured_alone(prices):
     (kernel,) = (k for k in kernels if k["benchmark"] == "column_attention" and k["shape"].get("K") == 8320)
     assert prices.column == pytest.approx(kernel["shape"]["N"] / (kernel["shape"]["K"] * kernel["speedup"]), rel=0.02)
     for share in (0.07, 0.3, 0.6):
-        one = plan(attention=AttentionSparsity(top_keys=share), mlp=None)
+        one = plan(attention=AttentionSparsity(top_keys=share, block_means=0), mlp=None)
         assert prices.of(one, 60)["delta"] == pytest.approx((3.2 + 20.3 * share) / 20.5, rel=0.03)
 
 

@@ -335,7 +335,8 @@ class Pipeline:
             noise, cond, uncond = self._inputs(request)
         with self._timed(stages, "transformer"):
             steps, dense = request.settings["steps"], is_dense(spans)
-            if dense and request.sparsity:
+            asked = request.sparsity
+            if dense and asked and (asked.attention or asked.mlp or asked.step_cache):
                 self.tell(f"{steps} steps: too few for this sparsity to save anything, sampled densely")
             callback = callback_on_step_end and _without_result(callback_on_step_end)
             with Reporter(steps, "dense" if dense else "sparse", progress, callback) as reporter:

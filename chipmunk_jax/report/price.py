@@ -152,9 +152,11 @@ def _plan_of(variant: Variant, settings: Settings, sparsity: Sparsity, entry: En
     layers = sum(stack.layers for stack in stacks.values())
     if entry["shape"]["layers"] != layers:
         raise InputError(f"steps of {entry['shape']['layers']} layers: expected all {layers} of {entry['model']}")
-    plain = lambda part: part and replace(part, full_step_schedule=None)  # two steps will do, whatever its schedule
-    plain = replace(sparsity, attention=plain(sparsity.attention), mlp=plain(sparsity.mlp), step_cache=None)
-    return plan_stacks(stacks, plain, 2, variant.grid(settings)), layers
+    plain = lambda part: part and replace(part, full_step_schedule=None, full_step_every=10)  # whatever its schedule
+    plain = replace(
+        sparsity, attention=plain(sparsity.attention), mlp=plain(sparsity.mlp), step_cache=None, schedule_steps=None
+    )
+    return plan_stacks(stacks, plain, 4, variant.grid(settings)), layers  # so many that some are delta steps
 
 
 def _rescaled(work: Work, plan: Step, scale: float) -> Work:
