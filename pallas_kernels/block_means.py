@@ -102,10 +102,7 @@ def _reference(columns: Columns, layer, pinned: PinnedKeys | None, end, keys, bl
 
 def _by_block(ids, listed, blocks, block):
     """How many of these entries [.., n] name a key of each block: i32 [.., M]."""
-    count = lambda ids, listed: jnp.zeros(blocks, jnp.int32).at[ids // block].add(listed.astype(jnp.int32))
-    for _ in ids.shape[:-1]:
-        count = jax.vmap(count)
-    return count(ids, listed)
+    return ((ids // block)[..., None] == jnp.arange(blocks)).sum(-2, dtype=jnp.int32, where=listed[..., None])
 
 
 def _pallas(columns: Columns, layer, pinned: PinnedKeys | None, end, keys, block, *, implementation):
