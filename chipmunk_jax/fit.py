@@ -11,7 +11,6 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.sparsity import (
     PAPER_SKIPS,
     PAPER_STEPS,
-    PLANNED_GATES,
     AttentionSparsity,
     MlpSparsity,
     Sparsity,
@@ -107,7 +106,7 @@ def _fit_cache(config: StepCache, written: int, steps: int, span: Span, full: Se
         skips = _magcache_skips(config, steps, first, free)
     else:
         skips = free
-    gate = "list" if config.gate in PLANNED_GATES else config.gate
+    gate = config.gate if config.decides else "list"
     return replace(config, gate=gate, skip_steps=tuple(skips)) if skips else None
 
 

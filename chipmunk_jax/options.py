@@ -14,6 +14,7 @@ EXPECTED = {
     float: "a number",
     int: "a whole number",
     bool: "true or false",
+    tuple[float, ...]: "a list of numbers",
     tuple: "a list of whole numbers",
     Literal: "a word",
 }
@@ -44,12 +45,7 @@ def check_types(config: Any) -> None:
         value = getattr(config, field.name)
         if not _fits(value, field.type):
             kind = next(kind for kind in _kinds(field.type) if kind is not NoneType)
-            of_floats = get_origin(kind) is tuple and get_args(kind)[0] is float
-            expected = (
-                "a list of numbers"
-                if of_floats
-                else EXPECTED.get(get_origin(kind) or kind) or f"{kind.__name__} or None"
-            )
+            expected = EXPECTED.get(kind) or EXPECTED.get(get_origin(kind)) or f"{kind.__name__} or None"
             raise InputError(f"{field.name}={value!r}: expected {expected}")
         if isinstance(value, (list, tuple)):
             frozen = tuple(tuple(x) if isinstance(x, list) else x for x in value)

@@ -150,8 +150,8 @@ def plan_steps(
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
     if share:
         chance = np.float32(attention.fixed_random_keys) if attention.fixed_random_keys else None
-        share = share.replace(query_stride=attention.query_stride, fixed_random=chance, pinned=pinned)
-        share = share.replace(block=attention.block_means)
+        chosen = dict(query_stride=attention.query_stride, fixed_random=chance, pinned=pinned)
+        share = share.replace(**chosen, block=attention.block_means)
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),

@@ -185,11 +185,9 @@ class MlpSparsity(_ColumnSparsity):
             )  # fmt: skip
 
 
-# Of the original, for 50 steps: half of them, none at the start and the end.
-PAPER_STEPS, PAPER_SKIPS = (
-    50,
-    (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43),
-)
+# Of the original: half of its steps, none at the start and the end.
+PAPER_STEPS = 50
+PAPER_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 PLANNED_GATES = ("list", "share", "mag")  # known before anything is computed; the others decide while a sample runs
 Gate = Literal["list", "share", "mag", "tea", "sea", "easy"]
 Predict = Literal["hidden", "residual", "velocity"]
@@ -253,6 +251,11 @@ class StepCache:
             require(
                 min(self.skip_steps, default=0) > 0, "skip_steps", self.skip_steps, "at least one, none before step 1"
             )
+
+    @property
+    def decides(self) -> bool:
+        """Whether the gate decides while a sample runs."""
+        return self.gate not in PLANNED_GATES
 
 
 PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity, "step_cache": StepCache}

@@ -63,22 +63,19 @@ def block_means(
     if block not in BLOCKS or v.shape != k.shape:
         raise ValueError(f"block={block}, k {k.shape}, v {v.shape}: expected a block of {BLOCKS}, and equal shapes")
     columns.check((batch, heads, columns.counts.shape[-1]), f"k {k.shape}", packable=True)
-    end = jnp.full(batch, keys, jnp.int32) if valid is None else valid.astype(jnp.int32)
-    mean = functools.partial(_mean, block=block, end=None if valid is None else end)
+    mean = functools.partial(_mean, block=block, valid=valid)
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     count = _reference if implementation == "reference" else functools.partial(_pallas, implementation=implementation)
-    return BlockMeans(mean(k), mean(v), count(columns, layer, pinned, end, keys, block))
+    return BlockMeans(mean(k), mean(v), count(columns, layer, pinned, valid, keys, block))
 
 
-def _mean(x, *, block, end):
+def _mean(x, *, block, valid):
     """[B, N, H, d] -> [B, M, H, d], summed in float32."""
     batch, keys, heads, width = x.shape
     starts = block * jnp.arange(group_count(keys, block))
-    if end is None:
-        sizes = jnp.minimum(block, keys - starts)[None]
-    else:  # what stands in the padding may be anything
-        x = jnp.where((jnp.arange(keys) < end[:, None])[..., None, None], x, 0)
-        sizes = jnp.clip(end[:, None] - starts, 0, block)
+    if valid is not None:  # what stands in the padding may be anything
+        x = jnp.where((jnp.arange(keys) < valid[:, None])[..., None, None], x, 0)
+    sizes = jnp.clip(_ends(valid, keys, batch)[:, None] - starts, 0, block)
     sums = split_groups(x.reshape(batch, keys, heads * width), block).sum(2, dtype=jnp.float32)
     means = (sums / jnp.maximum(sizes, 1)[..., None]).astype(x.dtype)
     empty = _blocks(keys, block) - means.shape[1]
@@ -90,12 +87,18 @@ def _blocks(keys, block):
     return STEP * group_count(keys, STEP * block)
 
 
-def _reference(columns: Columns, layer, pinned: PinnedKeys | None, end, keys, block):
+def _ends(valid, keys, batch):
+    """Where the padding begins, i32 [B]."""
+    return jnp.full(batch, keys, jnp.int32) if valid is None else valid.astype(jnp.int32)
+
+
+def _reference(columns: Columns, layer, pinned: PinnedKeys | None, valid, keys, block):
     blocks = _blocks(keys, block)
     kept = _by_block(*columns.listed(layer), blocks, block)  # [B, H, G, M]
     if pinned is not None:
-        kept += _by_block(*pinned.listed(end, keys), blocks, block)
-    sizes = jnp.clip(end[:, None] - block * jnp.arange(blocks), 0, block)
+        kept += _by_block(*pinned.listed(valid, keys), blocks, block)
+    ends = _ends(valid, keys, kept.shape[0])
+    sizes = jnp.clip(ends[:, None] - block * jnp.arange(blocks), 0, block)
     return (sizes[:, None, None] - kept).astype(jnp.float32)
 
 
@@ -104,10 +107,10 @@ def _by_block(ids, listed, blocks, block):
     return ((ids // block)[..., None] == jnp.arange(blocks)).sum(-2, dtype=jnp.int32, where=listed[..., None])
 
 
-def _pallas(columns: Columns, layer, pinned: PinnedKeys | None, end, keys, block, *, implementation):
+def _pallas(columns: Columns, layer, pinned: PinnedKeys | None, valid, keys, block, *, implementation):
     batch, heads, groups = columns.counts.shape[1:]
     blocks = _blocks(keys, block)
-    theirs = None if pinned is None else pinned.counted(end, batch)
+    theirs = None if pinned is None else pinned.counted(valid, batch)
     parts = group_count(blocks, LANES)
     return pl.pallas_call(
         functools.partial(_body, block=block, parts=parts),
@@ -116,7 +119,7 @@ def _pallas(columns: Columns, layer, pinned: PinnedKeys | None, end, keys, block
         out_shape=jax.ShapeDtypeStruct((batch, heads, groups, blocks), jnp.float32),
         interpret=implementation == "interpret",
         compiler_params=dispatch.compiler_params(num_warps=4, num_stages=1),
-    )(columns, theirs, end, jnp.asarray(layer, jnp.int32)[None])
+    )(columns, theirs, _ends(valid, keys, batch), jnp.asarray(layer, jnp.int32)[None])
 
 
 def _body(columns, pinned, end_ref, layer_ref, left_ref, *, block, parts):

@@ -13,7 +13,6 @@ from chipmunk_jax.bench.timing import Timed, time_in_turn
 from chipmunk_jax.quality import relative_l2
 from chipmunk_jax.sampling import plan_stacks, sample
 from chipmunk_jax.schedule import density
-from chipmunk_jax.sparsity import PLANNED_GATES
 
 
 def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
@@ -47,7 +46,7 @@ def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
     # Of a gate that decides in the sample as if it skipped nothing, which sample() does not tell.
     table = plan_stacks(work.stacks, work.fitted, steps, grid)
-    decides = work.fitted.step_cache and work.fitted.step_cache.gate not in PLANNED_GATES
+    decides = work.fitted.step_cache and work.fitted.step_cache.decides
     shares = density(table.replace(skip=None) if decides else table, work.layers)
 
     record = partial(work.record, seconds=seconds, sizes={"steps": steps}, benchmark="sample")

@@ -81,7 +81,7 @@ def _settings(sparsity: Sparsity) -> dict[str, Any]:
 def kinds(sparsity: Sparsity, steps: int) -> list[str]:
     """The kind of every step, as of step_kinds()."""
     fitted = fit(sparsity, steps)
-    if fitted.step_cache and fitted.step_cache.gate not in PLANNED_GATES:
+    if fitted.step_cache and fitted.step_cache.decides:
         raise InputError(
             f"gate={fitted.step_cache.gate!r}: it decides in a sample; expected one of {', '.join(PLANNED_GATES)}"
         )

@@ -310,8 +310,9 @@ class Pipeline:
             NotFiniteError: a sample is not finite; it says from which step on.
         """
         start = time.perf_counter()
-        given = inspect.signature(Pipeline.__call__).parameters.values()
-        check_known(other, [one.name for one in given if one.kind is not one.VAR_KEYWORD], "Pipeline.__call__")
+        if other:
+            given = inspect.signature(Pipeline.__call__).parameters.values()
+            check_known(other, [one.name for one in given if one.kind is not one.VAR_KEYWORD], "Pipeline.__call__")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end={callback_on_step_end!r}: expected a function, or None")
         if output_type not in OUTPUT_TYPES:
@@ -335,8 +336,7 @@ class Pipeline:
             noise, cond, uncond = self._inputs(request)
         with self._timed(stages, "transformer"):
             steps, dense = request.settings["steps"], is_dense(spans)
-            asked = request.sparsity
-            if dense and asked and (asked.attention or asked.mlp or asked.step_cache):
+            if dense and request.sparsity and not request.sparsity.saves_nothing:
                 self.tell(f"{steps} steps: too few for this sparsity to save anything, sampled densely")
             callback = callback_on_step_end and _without_result(callback_on_step_end)
             with Reporter(steps, "dense" if dense else "sparse", progress, callback) as reporter:

@@ -20,8 +20,21 @@ _LATENTS = "latents cannot be changed between steps"
 _NETWORK = "the network is read from the folder; its weights are .model, its shapes .network"
 _PARTS = "components are read from the folder, and none can be put in another's place"
 
-# Name -> one sentence.
-ELSEWHERE = {
+# Name -> one sentence. First attributes, to read or to put in another's place, which would take a value and do nothing with it.
+COMPONENTS = {
+    "feature_extractor": _PARTS,
+    "image_encoder": _PARTS,
+    "scheduler": 'expected solver="euler" or "unipc" of a call; the shift is that of the folder, and sigmas= gives other times',
+    "text_encoder": _PARTS,
+    "text_encoder_2": _PARTS,
+    "tokenizer": _PARTS,
+    "tokenizer_2": _PARTS,
+    "transformer": _NETWORK,
+    "transformer_2": _NETWORK,
+    "unet": _NETWORK,
+    "vae": f'{_PARTS}; output_type="latent" gives latents to decode elsewhere',
+}
+ELSEWHERE = COMPONENTS | {
     # Of a call.
     "attention_kwargs": _HOOKS,
     "callback": "callback_on_step_end= is called after every step",
@@ -56,18 +69,6 @@ ELSEWHERE = {
     "torch_dtype": 'expected dtype=, "bfloat16" or "float32"',
     "use_safetensors": "what a file is, its first bytes say",
     "variant": "of several precisions in a folder the full one is read, else the one there is",
-    # Components, to read or to put in another's place.
-    "feature_extractor": _PARTS,
-    "image_encoder": _PARTS,
-    "scheduler": 'expected solver="euler" or "unipc" of a call; the shift is that of the folder, and sigmas= gives other times',
-    "text_encoder": _PARTS,
-    "text_encoder_2": _PARTS,
-    "tokenizer": _PARTS,
-    "tokenizer_2": _PARTS,
-    "transformer": _NETWORK,
-    "transformer_2": _NETWORK,
-    "unet": _NETWORK,
-    "vae": f'{_PARTS}; output_type="latent" gives latents to decode elsewhere',
     # Methods.
     "cuda": _DEVICE,
     "decode_latents": 'a call decodes; output_type="latent" leaves it out',
@@ -94,11 +95,6 @@ ELSEWHERE = {
     "to": f'{_DEVICE}, and dtype="float32" of from_pretrained another dtype',
     "unload_lora_weights": _LORA,
 }  # fmt: skip
-# Attributes that would take a value and do nothing with it.
-COMPONENTS = frozenset((
-    "feature_extractor", "image_encoder", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
-    "transformer", "transformer_2", "unet", "vae",
-))  # fmt: skip
 
 
 class NotHereError(InputError, AttributeError):

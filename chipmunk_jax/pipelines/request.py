@@ -291,11 +291,8 @@ def numbers(name: str, given: Any) -> np.ndarray:
     try:
         array = np.asarray(given)
         array = np.asarray(array, np.float32) if array.dtype.kind in "fiuV" else None
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ):  # the last two of PyTorch, of bfloat16 and of what requires a gradient
+    # The last two are PyTorch's, of bfloat16 and of what requires a gradient.
+    except (ValueError, TypeError, RuntimeError):
         array = None
     if array is None or not array.size or not array.ndim:
         torch = type(given).__module__.partition(".")[0] == "torch"

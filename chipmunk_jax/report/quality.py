@@ -105,7 +105,7 @@ def judge(comparison: Comparison, *, prices: Prices | None = None, features: Wei
                 "method": one.method(steps),
                 **{measure: values.round(5).tolist() for measure, values in likeness.items()},
                 **_statistics(likeness, first),
-                **_shares(drawn, work, steps),
+                **_shares(drawn, work, request.settings["steps"], steps),
                 **(_cost(prices, pipeline, request, drawn, steps) if prices else {}),
                 "seconds": drawn.seconds,  # a sample
                 "dense_seconds": dense[scale].seconds,
@@ -181,11 +181,10 @@ def _statistics(likeness: Mapping[str, np.ndarray], first: Mapping[str, np.ndarr
     }
 
 
-def _shares(drawn: Drawn, work: Work, dense_steps: int) -> dict[str, Any]:
+def _shares(drawn: Drawn, work: Work, steps: int, dense_steps: int) -> dict[str, Any]:
     """Shares of keys and neurons that its steps compute, and of all products of the dense sample, by count."""
 
     def executed(out: PipelineOutput) -> float:
-        steps = out.settings["num_inference_steps"]
         return work.executed(out.density, 1 - len(out.skipped_steps) / steps) * steps / dense_steps
 
     return {
