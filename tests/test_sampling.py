@@ -301,7 +301,7 @@ def table_of(model, noise, cond, sparsity=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "solver", "guidance"), [(None, Euler(), 2.0), (DECIDING, UniPC(), None)], ids=["dense", "deciding"]
+    ("sparsity", "solver", "guidance"), [(None, Euler(), 2.0), (DECIDING, UniPC(), 2.0)], ids=["dense", "deciding"]
 )
 def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver, guidance):
     noise, cond = inputs(1)
