@@ -1,7 +1,8 @@
 """Train a small Wan2.1 on procedural videos within a time budget, export it in diffusers' layout, and judge its samples.
 
-    python examples/train_mini_wan.py --out mini-wan     8 minutes of one H100
-    python examples/train_mini_wan.py --toy --out toy    a minute of any CPU
+    python examples/train_mini_wan.py --out mini-wan                        8 minutes of one H100
+    python examples/train_mini_wan.py --start mini-wan --out mini-wan-128   as long, to go on with videos of 128 x 128 pixels
+    python examples/train_mini_wan.py --toy --out toy                       a minute of any CPU
 
 The network is chipmunk_jax.models.wan.Wan on pixels: 4x4 patches of RGB of one frame are its tokens. Weights are float32
 here and bf16 in the network; the exported ones are an exponential moving average (EMA).
@@ -40,6 +41,7 @@ from training import (
 )
 
 from chipmunk_jax import sample, shifted_timesteps
+from chipmunk_jax.convert import read
 from chipmunk_jax.models.wan import Wan, WanConfig
 
 PATCH = 4  # pixels on a side of a token
@@ -102,6 +104,16 @@ class WanRecipe(Recipe):
         return diffusers_config(self.model)
 
 
+# From trained weights to four times the tokens, 16,384: rotary positions reach as far.
+LARGER = WanRecipe(
+    stages=(Stage(1.0, 128, 6, frames=16),),
+    learning_rate=3e-4,
+    warmup_steps=50,
+    ema=0.99,
+    replay=0,
+    clips=16,
+    judge_batch=128,
+)
 TOY = WanRecipe(
     model=replace(MINI_WAN, dim=64, ffn_dim=128, num_layers=2),
     stages=(Stage(0.5, 8, 16, frames=4), Stage(0.5, 16, 8, frames=4)),
@@ -120,14 +132,18 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, help="seconds until all is over, judged and written (default: 550)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, samples, info.txt and judge.json")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="weights to go on from, with larger videos")
     parser.add_argument("--toy", action="store_true", help="a tiny model on tiny videos, to test this script")
     args = parser.parse_args()
-    start, recipe = time.time(), TOY if args.toy else WanRecipe()
+    start, recipe = time.time(), TOY if args.toy else LARGER if args.start else WanRecipe()
     seconds, deadline = args.seconds or (40 if args.toy else 420), start + (args.deadline or 550)
     os.environ.setdefault("XLA_FLAGS", TOY_XLA_FLAGS if args.toy else XLA_FLAGS)  # read when the first array is made
     start_log(args.out)
 
-    graph, state = init_state(recipe, args.seed)
+    trained = args.start and read(args.start, "float32")
+    if trained:
+        recipe = replace(recipe, model=trained.config)
+    graph, state = init_state(recipe, args.seed, trained)
     train = compile_stages(recipe, graph, state, ThreadPoolExecutor(len(recipe.stages)))
     end = min(start + seconds, deadline - recipe.reserve)
     weights = run_training(recipe, state, train, seed=args.seed, deadline=end, out=args.out)

@@ -118,8 +118,8 @@ def start_log(out: Path) -> None:
 # Model and objective.
 
 
-def init_state(recipe: Recipe, seed: int) -> tuple[nnx.GraphDef, TrainState]:
-    """The graph of the bf16 network, and its float32 start."""
+def init_state(recipe: Recipe, seed: int, trained: nnx.Module | None = None) -> tuple[nnx.GraphDef, TrainState]:
+    """The graph of the bf16 network, and its float32 start: new weights, or those of a trained network."""
     make = lambda: nnx.split(recipe.make_model(nnx.Rngs(seed)))
 
     def start(path, leaf):
@@ -127,11 +127,11 @@ def init_state(recipe: Recipe, seed: int) -> tuple[nnx.GraphDef, TrainState]:
         return jnp.zeros(leaf.shape) if zero else leaf.astype(jnp.float32)
 
     @jax.jit  # one program instead of hundreds
-    def init():
-        params = jax.tree_util.tree_map_with_path(start, make()[1])
+    def init(params):
+        params = params or jax.tree_util.tree_map_with_path(start, make()[1])
         return TrainState(params, jax.tree.map(jnp.copy, params), optimizer(recipe).init(params), jnp.int32(0))
 
-    graph, state = jax.eval_shape(make)[0], init()
+    graph, state = jax.eval_shape(make)[0], init(trained and nnx.state(trained))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info("jax %s, %s, %.2f M parameters", jax.__version__, jax.devices()[0].device_kind, parameters / 1e6)
     return graph, state
