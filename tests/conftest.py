@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -129,7 +130,7 @@ def checkpoint(tmp_path_factory) -> Path:
         axes_dim=(4, 6, 6),
         guidance_embed=False,
     )
-    return save_with_words(Flux(config, dtype=jax.numpy.float32, rngs=nnx.Rngs(0)), tmp_path_factory)
+    return save_with_words(drawn(Flux, config), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +139,15 @@ def video_checkpoint(tmp_path_factory) -> Path:
     config = WanConfig(
         dim=32, ffn_dim=128, in_dim=3, out_dim=3, text_dim=64, num_heads=2, num_layers=3, patch_size=(1, 4, 4)
     )
-    return save_with_words(Wan(config, dtype=jax.numpy.float32, rngs=nnx.Rngs(0)), tmp_path_factory)
+    return save_with_words(drawn(Wan, config), tmp_path_factory)
+
+
+def drawn(network: type[nnx.Module], config, dtype=jnp.float32) -> nnx.Module:
+    """A network whose every parameter is drawn by NumPy: initialisers would compile a program for each shape."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    rng, deviation = np.random.default_rng(0), lambda shape: shape[-2] ** -0.5 if len(shape) > 1 else 0.3
+    draw = lambda a: jnp.asarray(deviation(a.shape) * rng.standard_normal(a.shape), a.dtype)
+    return nnx.merge(graph, jax.tree.map(draw, state))
 
 
 def save_with_words(model: nnx.Module, tmp_path_factory) -> Path:

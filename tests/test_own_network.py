@@ -8,8 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import WORDS
-from flax import nnx
+from conftest import WORDS, drawn
 from PIL import Image
 from test_safetensors import write_safetensors
 
@@ -98,7 +97,7 @@ def test_the_command_line_knows_it(own, folder, tmp_path, monkeypatch, capsys):
 
 
 def test_its_weights_in_another_order_of_tokens_give_the_same_velocity(own):
-    model = own.Own(own.OwnConfig(), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = drawn(own.Own, own.OwnConfig())
     rng = np.random.default_rng(1)
     x, positions, order = rng.standard_normal((1, 48, 12)), model.positions((6, 8)), rng.permutation(48)
     t, cond = jnp.full(1, 0.3), {"text": jnp.asarray(rng.standard_normal((1, 16, 64)), jnp.float32)}

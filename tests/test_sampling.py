@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import drawn
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -62,7 +63,7 @@ DECIDING = dataclasses.replace(SPARSE, step_cache=StepCache(gate="easy", thresho
 
 
 def make() -> Flux:
-    return nnx.jit(lambda: Flux(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))()  # one program, not one for every shape
+    return drawn(Flux, CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from conftest import drawn
 from test_sampling import CONFIG, GRID, TOKENS, inputs
 from test_strictness import NETWORKS
 
@@ -145,7 +145,7 @@ GUIDANCE = {"tea": 2.0}
 
 @pytest.fixture(scope="module")
 def model():
-    return Flux(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return drawn(Flux, CONFIG)
 
 
 def draw(model, sparsity, guidance=None):

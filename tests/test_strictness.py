@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from conftest import drawn
 
 from chipmunk_jax import AttentionSparsity, MlpSparsity, Sparsity, StepCache, UniPC, sample, sampling, wan_timesteps
 from chipmunk_jax.models.flux import Flux, FluxConfig
@@ -64,7 +64,7 @@ def strict():
 def arrays(network, config, grid):
     """A model, noise and conditions, these as NumPy's float64, which is cast in all modes."""
     rng, tokens = np.random.default_rng(0), int(np.prod(grid))
-    model = network(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = drawn(network, config)
     shapes = model.conditions(tokens, 5)
     cond = {name: rng.standard_normal((1, *shape)) for name, shape in shapes.items()}
     cond |= {"mask": np.arange(5)[None] < 3} if "mask" in cond else {}
