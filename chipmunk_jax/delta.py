@@ -108,7 +108,10 @@ def _options(q, k, v, cache: AttentionCache, step: Step, valid) -> dict:
 
 def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:
     """columns with this layer's lists of keys chosen anew, by the attention that they get, none of them padding or pinned."""
-    (batch, tokens, heads, _), share = q.shape, step.attention
+    share, lse = step.attention, cache.lse[step.layer]
+    sides = step.sides if share.share_sides and valid is None else 1  # of which one may have more padding
+    q, k, lse = (a[: len(a) // sides] for a in (q, k, lse))
+    batch, tokens, heads, _ = q.shape
     groups = group_count(tokens, share.group)
     lucky, free = False, None
     if share.fixed_random is not None:
@@ -125,8 +128,8 @@ def _choose_keys(q, k, cache: AttentionCache, step: Step, valid) -> Columns:
     def choose(i, columns):
         some = lambda a, axis: lax.dynamic_slice_in_dim(a, i * together, together, axis)
         options = dict(stride=share.query_stride, scale=q.shape[-1] ** -0.5, implementation=step.implementation)
-        sums = column_sums(some(q, 2), some(k, 2), some(cache.lse[step.layer], 1), group=share.group, **options)
-        return _choose(sums, columns, share, step, lucky, free, first=i * together)
+        sums = column_sums(some(q, 2), some(k, 2), some(lse, 1), group=share.group, **options)
+        return _choose(sums, columns, share, step, lucky, free, first=i * together, sides=sides)
 
     if together == heads:
         return choose(0, cache.columns)
@@ -243,13 +246,14 @@ def _mean_rows(x, step: Step):
     return (split_groups(x.astype(jnp.float32), group).sum(-2) / rows[:, None]).astype(x.dtype)
 
 
-def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, free=None, first=0) -> Columns:
+def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, free=None, first=0, sides=1) -> Columns:
     """columns with this layer's lists chosen anew: share.keep columns a group, random ones first, then by score [.., G, n].
 
     Args:
         lucky: bool [G, n], more columns that chance has picked.
         free: bool [B or 1, G, n], where only some columns may be chosen, of scores [B, H, G, n].
         first: the first head of the scores, where these are of some heads only.
+        sides: of guidance, which get the same lists.
     """
     lucky |= jax.random.bernoulli(step.key, share.random, scores.shape[-2:])  # the same for all heads, and in any batch
     scores, keep = jnp.where(lucky, jnp.inf, scores), share.keep
@@ -260,6 +264,8 @@ def _choose(scores, columns: Columns, share: Share, step: Step, lucky=False, fre
     new = topk_columns(scores, keep, capacity=capacity, implementation=step.implementation)
     if columns.wrap is not None:
         new = pack_lists(new)
+    if sides > 1:
+        new = jax.tree.map(lambda a: jnp.concatenate([a] * sides), new)
     # Of neurons the third axis is the groups, and first 0.
     at = lambda stack: (step.layer, 0, first, *[0] * (stack.ndim - 3))
     return jax.tree.map(lambda stack, a: lax.dynamic_update_slice(stack, a[None], at(stack)), columns, new)

@@ -103,7 +103,7 @@ def plan(
     order = patch_order(grid, sparsity.patches if sparsity else ())
     step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
     return Table(
-        step=step.replace(key=key_of(seed), implementation=implementation),
+        step=step.replace(key=key_of(seed), sides=1 if guidance is None else 2, implementation=implementation),
         timesteps=timesteps,
         times=solver.times(timesteps),
         order=order,

@@ -55,6 +55,9 @@ class Share:
     fixed_random: jax.Array | None = None  # f32, probability of a key to be kept for the whole sample; None: 0
     pinned: PinnedKeys | None = None  # keys that groups attend to whatever their scores
     query_stride: int = struct.field(pytree_node=False, default=1)  # one query of so many scores the keys
+    share_sides: bool = struct.field(
+        pytree_node=False, default=False
+    )  # whether both sides of guidance have the same keys
     block: int = struct.field(pytree_node=False, default=0)  # keys whose mean stands for those not chosen; 0: none does
 
 
@@ -68,6 +71,9 @@ class Step:
     key: jax.Array | None = None  # PRNG key of this step and layer
     sample_key: jax.Array | None = None  # PRNG key of the whole sample
     layer: jax.Array | int = 0  # i32, the layer's place in its stack
+    sides: int = struct.field(
+        pytree_node=False, default=1
+    )  # 2: the entries are those of both sides of guidance, the prompt's first
     implementation: Implementation | None = struct.field(pytree_node=False, default=None)
 
     def at_step(self, index: jax.Array) -> "Step":
@@ -150,8 +156,8 @@ def plan_steps(
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
     if share:
         chance = np.float32(attention.fixed_random_keys) if attention.fixed_random_keys else None
-        chosen = dict(query_stride=attention.query_stride, fixed_random=chance, pinned=pinned)
-        share = share.replace(**chosen, block=attention.block_means)
+        chosen = dict(query_stride=attention.query_stride, share_sides=attention.share_sides, fixed_random=chance)
+        share = share.replace(**chosen, pinned=pinned, block=attention.block_means)
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),

@@ -86,7 +86,7 @@ class _ColumnSparsity:
 class AttentionSparsity(_ColumnSparsity):
     """Column-sparse attention (Chipmunk, section 3): a list of keys for every head and group of queries.
 
-    Defaults: the paper's, for FLUX, but for the block means.
+    Defaults: the paper's, for FLUX, but for the block means and the keys of both sides of guidance.
     """
 
     top_keys: float = option(
@@ -100,6 +100,11 @@ class AttentionSparsity(_ColumnSparsity):
     recompute_mask: bool = option(False, "choose keys anew at every full step, instead of at step 1 alone")
     query_stride: int = option(
         1, "score keys with every n-th query only, n a divisor of group; selection then takes 1/n of the time"
+    )
+    share_sides: bool = option(
+        True,
+        "choose keys once for both sides of guidance, by the prompt's, instead of for each as in the paper; padded texts always "
+        "choose for each",
     )
     residual_bits: int = option(
         16,

@@ -37,10 +37,11 @@ def drifting(*shape, seed=0):
         x = x + 0.1 * rng.standard_normal(shape)
 
 
-def start(sparsity, pinned=None):
+def start(sparsity, pinned=None, sides=1):
     """An empty cache and the plan of a stack's one layer in the middle."""
     cache = caches.zeros({"stack": STACK}, sparsity, B, jnp.float32)["stack"]
-    table = plan_steps(sparsity, STEPS, tokens=N, mlp_width=F, pinned=pinned).replace(key=jax.random.key(0))
+    table = plan_steps(sparsity, STEPS, tokens=N, mlp_width=F, pinned=pinned)
+    table = table.replace(key=jax.random.key(0), sides=sides)
     return cache, lambda i: table.at_step(i).at_layer(LAYER, LAYER)
 
 
@@ -57,8 +58,8 @@ def naive_top(scores, k):
 class NaiveAttention:
     """Chipmunk, section 3, head by head and group by group."""
 
-    def __init__(self, config, pinned=None, valid=(N, N)):
-        self.config, self.keep, self.valid = config, config.kept(N), valid
+    def __init__(self, config, pinned=None, valid=(N, N), sides=1):
+        self.config, self.keep, self.valid, self.sides = config, config.kept(N), valid, sides
         self.pinned = pinned or [[] for _ in range(0, N, GROUP)]  # of every group
         self.columns, self.residual, self.lse = {}, {}, {}
 
@@ -77,6 +78,8 @@ class NaiveAttention:
                     always = [j for j in self.pinned[g] if j < self.valid[b]]
                     free = np.setdiff1d(np.arange(self.valid[b]), always)
                     self.columns[at] = np.sort([*always, *free[naive_top(mass[free], self.keep)]]).astype(int)
+                    if b >= B // self.sides:
+                        self.columns[at] = self.columns[b - B // self.sides, h, g]
                 out[b, rows, h] = dense[rows]
                 if phase >= AttentionPhase.SELECT:
                     keys, values, times = self.chosen_and_means(at, k[b, :, h], v[b, :, h])
@@ -98,12 +101,14 @@ class NaiveAttention:
         return mean(k), mean(v), np.array([1] * len(chosen) + [len(np.setdiff1d(keys, chosen)) for keys in blocks])
 
 
-@pytest.mark.parametrize(("recompute_mask", "block", "bits"), [(False, 64, 16), (True, 0, 16), (True, 128, 0)])
-def test_attention_equals_a_naive_one_through_every_phase(recompute_mask, block, bits):
+@pytest.mark.parametrize(
+    ("recompute_mask", "block", "bits", "sides"), [(False, 64, 16, 1), (True, 0, 16, 2), (True, 128, 0, 1)]
+)
+def test_attention_equals_a_naive_one_through_every_phase(recompute_mask, block, bits, sides):
     changes = {"recompute_mask": recompute_mask, "block_means": block, "residual_bits": bits}
     config = AttentionSparsity(**(vars(ATTENTION) | changes))
-    cache, step = start(Sparsity(attention=config, mlp=None))
-    naive, run = NaiveAttention(config), jax.jit(attend)
+    cache, step = start(Sparsity(attention=config, mlp=None), sides=sides)
+    naive, run = NaiveAttention(config, sides=sides), jax.jit(attend)
     seen = set()
     for i, (q, k, v) in enumerate(zip(*(drifting(B, N, H, D, seed=s) for s in range(3)), strict=True)):
         phase = int(step(i).attention.phase)

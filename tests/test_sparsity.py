@@ -60,6 +60,7 @@ KEYS = {
     "full_step_schedule": None,
     "group": 128,
     "recompute_mask": False,
+    "share_sides": False,
     "query_stride": 1,
     "residual_bits": 16,
     "fixed_random_keys": 0.0,
@@ -146,7 +147,7 @@ def test_the_flux_preset_has_the_values_of_the_paper():
         assert (part.first_n_dense_layers, part.full_step_every, part.full_step_schedule) == (2, 10, None)
         assert (part.group, part.max_keys) == (128, None)
     assert PRESETS["flux"].patches == (8, 4)
-    paper = AttentionSparsity(block_means=0)
+    paper = AttentionSparsity(block_means=0, share_sides=False)
     assert PRESETS["flux"] == Sparsity(attention=paper, schedule_steps=50) == load_sparsity("flux")
 
 
@@ -342,15 +343,16 @@ def test_the_help_of_a_flag_is_that_of_the_docstring():
 def test_overrides_by_dotted_names_win():
     overrides = {"attention.top_keys": 0.4, "mlp.cache": "residual", "mlp.full_step_schedule": [5, 0], "patches": []}
     expected = Sparsity(
-        attention=AttentionSparsity(top_keys=0.4, block_means=0),
+        attention=AttentionSparsity(top_keys=0.4, block_means=0, share_sides=False),
         mlp=MlpSparsity(cache="residual", full_step_schedule=(0, 5)),
         schedule_steps=50,
         patches=(),
     )
-    source = {"attention": {"top_keys": 0.1, "block_means": 0}, "mlp": None}
+    part = {"top_keys": 0.1, "block_means": 0, "share_sides": False}
+    source = {"attention": part, "mlp": None}
     assert load_sparsity(source, overrides | {"schedule_steps": 50}) == load_sparsity("flux", overrides) == expected
-    assert source == {"attention": {"top_keys": 0.1, "block_means": 0}, "mlp": None}  # the caller's own is left alone
-    paper = AttentionSparsity(block_means=0)
+    assert source == {"attention": part, "mlp": None} and part["top_keys"] == 0.1  # the caller's own is left alone
+    paper = AttentionSparsity(block_means=0, share_sides=False)
     assert load_sparsity("flux", {"mlp": None, "schedule_steps": None}) == Sparsity(attention=paper, mlp=None)
     assert load_sparsity(OTHER, {"attention.max_keys": None}).attention.max_keys is None
 

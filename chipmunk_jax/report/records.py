@@ -19,9 +19,9 @@ Entry = dict[str, Any]  # a record as its file has it
 
 
 def sparsity_of(entry: Entry) -> Sparsity:
-    """The settings of a record; one that does not name block means was measured before there were any."""
-    part = entry["sparsity"]["attention"]
-    return load_sparsity(entry["sparsity"] | {"attention": part and {"block_means": 0} | part})
+    """The settings of a record; what it does not name, was not there when it was measured."""
+    part, before = entry["sparsity"]["attention"], {"block_means": 0, "share_sides": False}
+    return load_sparsity(entry["sparsity"] | {"attention": part and before | part})
 
 
 def machine(commit: str | None = None) -> Entry:
