@@ -151,12 +151,12 @@ def test_records_from_before_have_a_table():
 
 def test_the_frontier_is_a_line_a_method(judged):
     entries = list(judged[0].values())
-    series = plot._frontier(entries[:4])
+    (series,) = plot._frontiers(entries[:4]).values()
     assert set(series) == {"sparse deltas", "fewer steps", "sparse and few", "skipped steps"}
     assert series["fewer steps"] == [(pytest.approx(200 / 3), entries[1]["mean_psnr"])]
-    by_count = plot._frontier([{k: v for k, v in entry.items() if k != "cost"} for entry in entries[:1]])
+    (by_count,) = plot._frontiers([{k: v for k, v in entry.items() if k != "cost"} for entry in entries[:1]]).values()
     assert by_count["sparse deltas"][0][0] == pytest.approx(100 * entries[0]["executed"])
-    assert "sparse deltas, guidance 2.0" in plot._frontier(entries)
+    assert [name.partition(", ")[2] for name in plot._frontiers(entries)] == ["guidance 2", "guidance 4"]
 
 
 def test_the_frontier_is_drawn(judged, tmp_path):

@@ -29,23 +29,28 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     check_plotting()
     from matplotlib.figure import Figure  # without pyplot: no display, no state
 
-    speedups, frontier = _speedups(records), _frontier(records)
-    if not speedups and not frontier:
+    speedups, frontiers = _speedups(records), _frontiers(records)
+    if not speedups and not frontiers:
         kinds = ", ".join(sorted({entry["benchmark"] for entry in records}))
         wanted = f"{' or '.join(PLOTTED)} with a time and some sparsity, or quality with a cost"
         raise InputError(f"records of {kinds}: nothing to plot; expected some of {wanted}")
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    if speedups:
-        _draw_speedups(axes, speedups)
-    else:
-        _draw_frontier(axes, frontier, records)
-    names = (
-        sorted({str(entry.get(key)) for entry in records}) for key in (("device",) if speedups else ("model", "device"))
-    )
-    axes.set_title(", ".join(itertools.chain(*names)), fontsize="medium")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
+    panels = {"": speedups} if speedups else frontiers
+    figure = Figure(figsize=(3 + 5 * len(panels), 6), layout="constrained")
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, series) in zip(every, panels.items(), strict=True):
+        if speedups:
+            _draw_speedups(axes, series)
+        else:
+            _draw_frontier(axes, series, list(dict.fromkeys(itertools.chain(*panels.values()))))
+        axes.set_title(name, fontsize="medium")
+        axes.grid(True, which="both", alpha=0.3)
+    every[0].set_ylabel("times as fast as dense" if speedups else "mean PSNR to the dense sample, dB")
+    every[len(panels) // 2].set_xlabel("columns left out, %" if speedups else _cost_of(records))
+    devices = sorted({str(entry.get("device")) for entry in records})
+    figure.suptitle(", ".join(devices), fontsize="medium")
+    lines = {line.get_label(): line for axes in every for line in axes.get_legend_handles_labels()[0]}
+    inside, below = dict(loc="upper left"), dict(loc="outside lower center", ncols=1 + len(panels))
+    (axes if speedups else figure).legend(lines.values(), lines, fontsize="small", **(inside if speedups else below))
     with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
@@ -56,7 +61,7 @@ def _draw_speedups(axes, series: Series) -> None:
     axes.plot([100 * s for s in sparsities], [1 / (1 - s) for s in sparsities], "--", color="gray", label="ideal")
     for name, points in series.items():
         axes.plot(*zip(*((100 * s, speedup) for s, speedup in points), strict=True), "o-", label=name)
-    axes.set(xlabel="columns left out, %", ylabel="times as fast as dense", yscale="log")
+    axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
 
@@ -75,30 +80,37 @@ def _speedups(records: Sequence[dict[str, Any]]) -> Series:
     return {name: sorted(points.items()) for name, points in series.items()}
 
 
-def _draw_frontier(axes, series: Series, records: Sequence[dict[str, Any]]) -> None:
-    """Each method's points, and a line through those that no cheaper one of it beats."""
+def _draw_frontier(axes, series: Series, methods: Sequence[str]) -> None:
+    """Each method's points, and a line through those that no cheaper one of it beats; a colour for each of the methods."""
+    from matplotlib import colormaps
+
+    colours = colormaps["tab20"]  # strong and pale ones in turn
     for name, points in series.items():
         best = [(c, level) for c, level in points if all(other < level for cost, other in points if cost < c)]
-        (line,) = axes.plot(*zip(*best, strict=True), "o-", label=name)
-        axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), alpha=0.4)
+        colour = colours(methods.index(name) * 2 % 19)
+        axes.plot(*zip(*best, strict=True), "o-", color=colour, label=name)
+        axes.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.4)
+
+
+def _cost_of(records: Sequence[dict[str, Any]]) -> str:
+    """What the costs of a frontier are."""
     priced = sorted({entry["cost_of"] for entry in records if "cost_of" in entry})
-    cost = "\n".join(["by the step times of", *priced]) if priced else "by count"
-    axes.set(xlabel=f"cost, % of the dense sample, {cost}", ylabel="mean PSNR to the dense sample, dB")
+    by = f"by the step times of {' and '.join(priced)}" if priced else "by count"
+    return f"cost, % of the dense sample, {by}"
 
 
-def _frontier(records: Sequence[dict[str, Any]]) -> Series:
-    """(cost in percent, mean PSNR) of each method and, where they differ, model and guidance.
+def _frontiers(records: Sequence[dict[str, Any]]) -> dict[str, Series]:
+    """(cost in percent, mean PSNR) of each method, for each model, size and guidance by name.
 
     The cost is that of a published model or, where no record has one, by count. Samples that are the dense ones but for rounding
     are left out: they would need a scale of their own.
     """
     judged = [entry for entry in records if entry["benchmark"] == "quality" and "method" in entry]
     cost = "cost" if any("cost" in entry for entry in judged) else "executed"
-    of = lambda entry: {"model": entry["model"], "guidance": f"guidance {entry['guidance']}"}
-    differing = [key for key in ("model", "guidance") if len({of(entry)[key] for entry in judged}) > 1]
-    series: Series = {}
+    found: dict[str, Series] = {}
     for entry in judged:
         if cost in entry and entry["mean_psnr"] < SAME:
-            name = ", ".join([entry["method"], *(of(entry)[key] for key in differing)])
-            series.setdefault(name, []).append((100 * entry[cost], entry["mean_psnr"]))
-    return {name: sorted(points) for name, points in series.items()}
+            size = "x".join(str(entry[axis]) for axis in ("frames", "height", "width") if axis in entry)
+            series = found.setdefault(f"{entry['model']} {size}, guidance {entry['guidance']:g}", {})
+            series.setdefault(entry["method"], []).append((100 * entry[cost], entry["mean_psnr"]))
+    return {name: {method: sorted(points) for method, points in series.items()} for name, series in found.items()}
