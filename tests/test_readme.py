@@ -5,6 +5,7 @@ with a unit in their prose is one that a record, a preset or the setting of a be
 """
 
 import ast
+import itertools
 import json
 import re
 from collections import Counter
@@ -119,12 +120,12 @@ def numbers(text: str) -> Counter:
 # What every table is tested by; a table that nothing here names fails. Those of words alone are the last ones.
 TESTED = {
     "README.md": {
-        "one card, full size, 50 steps", "one call, H100, measured", "setting", "pipeline",
+        "one card, full size, 50 steps", "one call, H100, measured", "setting, and mean PSNR in dB", "pipeline",
         "prompt to pixels, one H100, seconds",
     },
     "benchmarks/README.md": {
         "FLUX.1-dev, 50 steps", "prompt to pixels, seconds", "one step", "FLUX.1-dev, over dense", "video, seconds", "kernel",
-        "exact top-k", "run of the MLP", "model and preset", "setting", "Chipmunk paper, H100",
+        "exact top-k", "run of the MLP", "model and preset", "setting", "pattern", "idea", "Chipmunk paper, H100",
     },
 }  # fmt: skip
 
@@ -434,8 +435,70 @@ def fewer_steps() -> list[tuple[str, list[str]]]:
     return [(name, shown) for name, shown in rivals() if re.match(r"\d+ of \d+ steps", name)]
 
 
+FRONTIER, LARGER = "frontier-mini-wan-h200", "frontier-mini-wan-128-h100"  # at 4,096 and 16,384 tokens
+
+
+def frontier() -> dict[str, list[dict | None]]:
+    """Records of every pattern at 4,096 tokens and guidance 3 and 6, and at 16,384 tokens."""
+    found: dict[str, list[dict | None]] = {}
+    for entry in records(FRONTIER):
+        found.setdefault(entry["variant"], [None] * 3)[int(entry["guidance"] == 6)] = entry
+    for entry in records(LARGER):
+        found.setdefault(entry["variant"], [None] * 3)[2] = entry
+    return found
+
+
+def test_the_tables_of_the_frontier_are_the_committed_records():
+    """In benchmarks/README.md all rows, in their order; in README.md some, the rivals among them."""
+    cost = lambda entry: f"{100 * entry['cost']:.1f} %" if entry else "-"
+    level = lambda entry: f"{entry['mean_psnr']:.1f}" if entry else "-"
+    likeness = lambda entry: f"{entry['mean_ssim']:.3f}" if entry else "-"
+    every = frontier()
+    expected = [
+        [
+            f"`{name}`",
+            *(
+                show(e)
+                for e, show in zip(
+                    (a, a, a, b, b, c, c, c), (cost, *(level, likeness) * 2, cost, level, likeness), strict=True
+                )
+            ),
+        ]
+        for name, (a, b, c) in every.items()
+    ]
+    assert table(BENCHMARKS, "pattern") == expected
+    rows, named = table(README, "setting, and mean PSNR in dB"), lambda row: re.search("`(.*?)`", row[0]).group(1)
+    assert cells(rows) == [[cost(every[named(row)][0]), *map(level, every[named(row)])] for row in rows]
+    methods = [every[named(row)][0]["method"] for row in rows if row[0].startswith("rival: ")]
+    assert methods.count("fewer steps") >= 3 and sum(method.startswith("skipped steps (") for method in methods) >= 2
+
+
+def test_block_means_and_skipped_steps_beat_every_rival_of_their_cost_or_less():
+    """As both pages say; and that skipped steps alone beat the paper's deltas."""
+    for place in range(3):
+        measured = [found[place] for found in frontier().values() if found[place]]
+        of = lambda *methods, measured=measured: [e for e in measured if e["method"].startswith(methods)]
+        rivals = of("fewer steps", "skipped steps (", "top-k", "sliding", "random", "paper")
+        for entry in of("sparse deltas"):
+            assert all(entry["mean_psnr"] > rival["mean_psnr"] for rival in rivals if rival["cost"] <= entry["cost"])
+        for entry in (entry for entry in measured if entry["method"] == "paper's deltas"):
+            assert any(e["mean_psnr"] > entry["mean_psnr"] and e["cost"] < entry["cost"] for e in of("skipped steps ("))
+
+
+def test_the_table_of_ideas_is_the_committed_records():
+    levels = {(e["variant"], e["guidance"]): np.array(e["psnr"]) for e in records("deltas-mini-wan-h200")}
+    for label, *shown in table(BENCHMARKS, "idea"):
+        for cell, (keys, guidance) in zip(shown, itertools.product(("5 %", "16.5 %"), (3, 6)), strict=True):
+            found = [
+                levels.get((name, guidance)) for name in (f"{keys}, {label}", label) if keys != "5 %" or name != label
+            ]
+            change = next((level - levels[keys, guidance] for level in found if level is not None), None)
+            spread = None if change is None else change.std(ddof=1) / len(change) ** 0.5
+            assert cell == ("-" if change is None else f"{change.mean():+.1f} +- {spread:.1f}"), label
+
+
 def test_the_tables_of_quality_are_the_committed_records():
-    """In benchmarks/README.md all rows, in their order; in README.md some; in both fewer steps, the rivals."""
+    """All rows, in their order; fewer steps, the rivals, among them."""
     entries = records("quality-mini-wan-h100")
     assert {entry["steps"] for entry in entries} == {30}
     measured = [quality_cells(entry, 30) for entry in entries]
@@ -447,32 +510,24 @@ def test_the_tables_of_quality_are_the_committed_records():
     assert chosen in table(BENCHMARKS, "setting")[0][0]
     schedule = ", ".join(map(str, last["full_step_schedule"]))
     assert f"full steps {schedule}" in table(BENCHMARKS, "setting")[len(entries) - 1][0]
-    by_name = dict(zip((entry["variant"] for entry in entries), measured, strict=True))
-    some = (
-        "mini-wan", "keys and 30 % of the neurons, activations", "10 of 30 steps skipped", "10 of 30 steps skipped, all keys",
-    )  # fmt: skip
-    fewer = dict(fewer_steps())
-    expected = [*(by_name[name] for name in some), *(fewer[f"{steps} of 30 steps"] for steps in (20, 15, 10))]
-    expected = [[*row[:3], f"{row[3]} dB", row[4]] for row in expected]
-    expected[0][-1] = ""
-    assert cells(table(README, "setting")) == expected
-    for row, name in zip(table(README, "setting"), some, strict=False):
-        assert numbers(name) <= numbers(row[0]), row[0]
 
 
 @pytest.mark.parametrize("text", [README, BENCHMARKS], ids=["README.md", "benchmarks/README.md"])
-def test_simpler_methods_stand_in_the_tables_of_quality(text):
+def test_no_published_model_was_judged_and_both_pages_say_so(text):
+    assert "No sample of a published model has been judged" in " ".join(text.split())
+
+
+def test_simpler_methods_stand_in_the_table_of_quality():
     """Skipping alone, said to win where it does, and samples of fewer steps."""
+    text = BENCHMARKS
     labels = [row[0] for row in table(text, "setting")]
     assert "rival: 10 of 30 steps skipped, all keys" in labels
     alone, preset = (
         by_variant("quality-mini-wan-h100")[name] for name in ("10 of 30 steps skipped, all keys", "mini-wan")
     )
     assert (re.search("The rivals? wins?", text) is not None) == (alone["mean_psnr"] > preset["mean_psnr"])
-    assert "No sample of a published model has been judged" in " ".join(text.split())
-    known = [f"rival: {name}" for name, _ in fewer_steps()]
     shown = [label for label in labels if re.search(r"\d+ of \d+ steps$", label)]
-    assert len(shown) >= 3 and (set(shown) < set(known) if text is README else shown == known)
+    assert len(shown) >= 3 and shown == [f"rival: {name}" for name, _ in fewer_steps()]
 
 
 MEASURED = r"(?<![\w.,-])\d[\d.,]*(?= (?:s|ms|us|GB|dB|TFLOP/s|%)(?!\w)|x(?![\w]))"
@@ -490,8 +545,10 @@ def test_numbers_in_the_prose_of_the_readme_are_the_committed_records():
     demos = [record(f"benchmarks/results/{name}-demo-cpu.json") for name in ("mini-flux", "mini-wan")]
     expected = [f"{entry['dense_seconds'] + entry['sparse_seconds']:.0f}" for entry in demos]
     assert re.findall(MEASURED, prose(README)) == expected
-    entry = records("quality-mini-wan-h100")[0]
-    assert f"PSNR of {entry['prompts']} prompts to dense samples of {entry['steps']} steps" in prose(README)
+    small, large = (records(name)[0] for name in (FRONTIER, LARGER))
+    assert f"PSNR to its dense samples of {small['steps']} steps" in prose(README)
+    assert f"[records of {small['prompts']} prompts]" in prose(README)
+    assert f"[of {large['prompts']} prompts at 16,384 tokens]" in prose(README)
 
 
 def second_process() -> list[str]:
@@ -515,6 +572,10 @@ def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
     changes = [levels[f"groups of 128, one of {stride}"] - levels["groups of 128"] for stride in (2, 4)]
     costs = [f"{-change.mean():.1f} +- {change.std(ddof=1) / len(change) ** 0.5:.1f} dB" for change in changes]
     long = kernel(*KERNELS[2][1:])["shape"]
+    every = {name: found for name, found in frontier().items() if found[0] and found[2]}
+    gained = {name: found[2]["mean_psnr"] - found[0]["mean_psnr"] for name, found in every.items()}
+    lost = [-gained[name] for name in gained if name.endswith("of 30 steps")]
+    assert len(lost) >= 5 and all(gain > -0.5 for name, gain in gained.items() if name.endswith("5 %"))
     expected = [
         "0.3",  # seconds a kernel runs
         f"{flux_samples()[2]['ms'] / 1e3:.2f}",
@@ -524,11 +585,14 @@ def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
         f"{max(frames):.1f}",
         f"{flux['dense_seconds'] / flux['sparse_seconds']:.2f}",
         *right,
+        f"{max(lost):.0f}",
+        "5",  # per cent of the keys, in names of patterns
         *(cost.split()[2] for cost in costs),
         f"{100 * PRESETS['hunyuan-video'].attention.top_keys:.0f}",
     ]
     text = prose(BENCHMARKS)
     assert re.findall(MEASURED, text) == expected
+    assert f"cost fewer steps {min(lost):.0f} to {max(lost):.0f} dB" in text
     assert f"have {min(frames):.1f} to {max(frames):.1f} dB" in text and wan["frames"] == len(frames)
     assert f"every 2nd query costs {costs[0]} and with every 4th {costs[1]}." in text
     assert wan["density"]["mlp"] == 1
