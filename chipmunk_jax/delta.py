@@ -5,10 +5,11 @@
 
 The columns of an attention are the chosen keys and, but for the paper's own rule, the means of blocks of the others.
 
-`attend` and `feed_forward` are all that a model calls. Without a cache they are the textbook's.
+`attend` and `feed_forward` are all that a model calls. Without a cache they are the textbook's; with an Observer in its place they
+are too, and tell it what they computed.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +36,44 @@ from pallas_kernels import (
 )
 from pallas_kernels.groups import group_count, split_groups
 
+
+class Observer:
+    """What may stand in the place of a LayerCache: a pytree that sees every layer of a stack, which is then dense."""
+
+    def attended(
+        self, q: jax.Array, k: jax.Array, lse: jax.Array, out: jax.Array, step: Step, valid: jax.Array | None
+    ) -> Self:
+        """This after the attention of a layer, with its log-sum-exp lse [B, H, N], f32, and its output [B, N, H, d]."""
+        raise NotImplementedError
+
+    def fed_forward(self, activations: jax.Array, out: jax.Array, step: Step) -> Self:
+        """This after the MLP of a layer, with its activations after the GELU, [B, N, F], and its output [B, N, D]."""
+        raise NotImplementedError
+
+
 SCORES = 2e9  # bytes of keys' scores at once: all of FLUX's, those of 8 of HunyuanVideo's 24 heads
 
 
 @jax.named_scope("attend")
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache | None, step: Step, valid: jax.Array | None = None
-) -> tuple[jax.Array, LayerCache | None]:
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: LayerCache | Observer | None,
+    step: Step,
+    valid: jax.Array | None = None,
+) -> tuple[jax.Array, LayerCache | Observer | None]:
     """softmax(q k^T / sqrt(d)) v, exact or by its columns as the step's phase says: [B, N, H, d]; and the cache.
 
     Args:
         q, k, v: [B, N, H, d], position-encoded.
-        cache: of the layer's whole stack, or None for dense attention.
+        cache: of the layer's whole stack, or None or an Observer for dense attention.
         step: which phase, which layer.
         valid: [B], i32: tokens from there on are padding, which no other sees; None: there is none.
     """
+    if isinstance(cache, Observer):
+        out, lse = _dense_with_lse(q, k, v, step, valid)
+        return out, cache.attended(q, k, lse, out, step, valid)
     if cache is None or cache.attention is None:
         return _dense_with_lse(q, k, v, step, valid)[0], cache
     phases = (_dense_attention, _measure, _select, _refresh, _delta)  # in the order of AttentionPhase
@@ -153,16 +177,19 @@ class MlpWeights(NamedTuple):
 
 @jax.named_scope("feed_forward")
 def feed_forward(
-    x: jax.Array, mlp: MlpWeights, cache: LayerCache | None, step: Step
-) -> tuple[jax.Array, LayerCache | None]:
+    x: jax.Array, mlp: MlpWeights, cache: LayerCache | Observer | None, step: Step
+) -> tuple[jax.Array, LayerCache | Observer | None]:
     """gelu_tanh(x fc1^T + b1) fc2 + b2, exact or by its neurons as the step's phase says: [B, N, D]; and the cache.
 
     Args:
         x: [B, N, D].
         mlp: weights of the layer's whole stack.
-        cache: of the layer's whole stack, or None for a dense MLP.
+        cache: of the layer's whole stack, or None or an Observer for a dense MLP.
         step: which phase, which layer.
     """
+    if isinstance(cache, Observer):
+        out, activations = _dense_with_activations(x, mlp, step)
+        return out, cache.fed_forward(activations, out, step)
     if cache is None or cache.mlp is None:
         return _dense_mlp(x, mlp, None, step)[0], cache
     # In the order of MlpPhase; the neurons of a residual are chosen when it is made.

@@ -18,6 +18,7 @@ from chipmunk_jax.convert import convert, inspect, load
 from chipmunk_jax.models import MODELS
 from chipmunk_jax.models.flux import Flux
 from chipmunk_jax.pipelines import VARIANTS
+from chipmunk_jax.report.activations import observe
 
 PROMPT = "red striped heart on meadow"
 
@@ -127,3 +128,9 @@ def test_what_does_not_belong_together_is_not_registered(arguments, message):
     with pytest.raises(InputError, match=re.escape(message)):
         register(name, network, layouts=layouts, variants=variants)
     assert (dict(MODELS), dict(VARIANTS)) == before
+
+
+def test_its_activations_are_studied(own, folder):
+    found = observe(Pipeline.from_pretrained(folder / "converted"), PROMPT, num_inference_steps=2, progress=False)
+    assert found.about["layers"] == {"blocks": 3} and found.about["sides"] == ["prompt"]
+    assert all(np.isfinite(values[1]).all() and (values[1] > 0).all() for values in found.numbers.values())

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from chipmunk_jax.cli.activations import add_activation_flags, run_activations
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
 from chipmunk_jax.convert import Inspection, PipelineInspection, inspect
@@ -20,7 +21,11 @@ whole release each component, and what cannot be done without those that are mis
 seconds for any size; hf:owner/name is downloaded first. The exit status is 1 where something is missing or does not fit.
 
 With --plan, say instead what each stage of a sample takes of a device's memory, from prompts to pixels, what that makes
-where stages leave the device in turn and where all stay, and what would make it fit."""
+where stages leave the device in turn and where all stay, and what would make it fit.
+
+With --activations, sample one prompt densely instead and say, layer by layer and step by step, what a sparse sample could
+save: how far the outputs of attention and MLP move from step to step, how few keys and neurons explain that, how much of
+the attention the top keys get, and whether the keys chosen are those of the step before and of guidance's other side."""
 
 EXAMPLES = """\
 examples:
@@ -30,8 +35,12 @@ examples:
   chipmunk inspect --plan FLUX.1-dev/ --device 40
   chipmunk inspect hf:Wan-AI/Wan2.1-T2V-1.3B-Diffusers
   chipmunk inspect --plan flux-dev --height 1024 --width 1024 --batch 4
-  chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200"""
+  chipmunk inspect --plan --model hunyuan-video --height 720 --width 1280 --frames 129 --device h200
+  chipmunk inspect --activations flux-dev --prompt "a lighthouse in a storm" -o lighthouse/
+  chipmunk inspect --activations mini-wan --steps 10 --sparsity.attention.group 128"""
 
+# Flags that only one of these takes; the others are of both.
+ALONE = {"plan": ("model", "batch", "device", "dense"), "activations": ("prompt", "guidance", "seed", "output")}
 
 # What a component that is missing forbids.
 FORBIDS = {
@@ -46,26 +55,42 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of `chipmunk inspect`.
 
     Raises:
-        InputError: flags of a plan without --plan, or nothing to inspect.
+        InputError: flags that what is asked for does not take, or nothing to inspect.
     """
-    usage = "PATH\n       chipmunk inspect --plan (PATH | --model MODEL) [options]"
+    usage = (
+        "PATH\n       chipmunk inspect --plan (PATH | --model MODEL) [options]"
+        "\n       chipmunk inspect --activations PATH [--prompt PROMPT] [-o FOLDER] [options]"
+    )
     parser = Parser("chipmunk inspect", usage, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("path", metavar="PATH", nargs="?", help="file or folder, or hf:owner/name")
     add_plan_flags(parser)
+    add_activation_flags(parser)
     args = parser.parse_args(words)
-    if not args.plan:
-        usual = vars(parser.parse_args([])) | {"path": args.path}
-        if flags := [f"--{name.replace('_', '-')}" for name, x in vars(args).items() if (name, x) not in usual.items()]:
-            raise InputError(f"expected {', '.join(flags)} only with --plan")
-        if args.path is None:
-            raise InputError("expected PATH, a file or folder")
+    if args.plan and args.activations:
+        raise InputError("expected --plan or --activations, one of them")
+    usual = vars(parser.parse_args([])) | {name: getattr(args, name) for name in ("path", *ALONE)}
+    given = [name for name, x in vars(args).items() if (name, x) not in usual.items()]
+    modes = [mode for mode in ALONE if getattr(args, mode)]
+    if strange := [name for name in given if not any(takes(mode, name) for mode in modes)]:
+        fitting = [f"--{mode}" for mode in ALONE if all(takes(mode, name) for name in strange)]
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        raise InputError(f"expected {flags} only with {' or '.join(fitting or ['--plan', '--activations'])}")
+    if args.path is None and not args.plan:
+        raise InputError("expected PATH, a file or folder")
     return args
 
 
+def takes(mode: str, flag: str) -> bool:
+    """Whether a flag is one of this mode's, or of both."""
+    return not any(flag in others for other, others in ALONE.items() if other != mode)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole or a plan that fits, else 1."""
+    """Exit status of `chipmunk inspect`: 0 for a checkpoint that is whole, a plan that fits or a study that is done, else 1."""
     if args.plan:
         return run_plan(args)
+    if args.activations:
+        return run_activations(args)
     found = inspect(args.path)
     if not isinstance(found, PipelineInspection):
         print(describe(found))

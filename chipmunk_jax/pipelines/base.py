@@ -331,9 +331,9 @@ class Pipeline:
             self.check_decoder()
         self.residents.progress = progress
         stages: dict[str, Stage] = {}
-        spans = plan_spans(request, self.variant, self.residents, *self._shapes(request)[1:], implementation)
+        spans = plan_spans(request, self.variant, self.residents, *self.shapes(request)[1:], implementation)
         with self._timed(stages, "text"), phase("text", progress):
-            noise, cond, uncond = self._inputs(request)
+            noise, cond, uncond = self.inputs(request)
         with self._timed(stages, "transformer"):
             steps, dense = request.settings["steps"], is_dense(spans)
             if dense and request.sparsity and not request.sparsity.saves_nothing:
@@ -357,23 +357,24 @@ class Pipeline:
 
     def layers(self, request: Request) -> int:
         """Layers of the network."""
-        _, noise, cond = self._shapes(request)
+        _, noise, cond = self.shapes(request)
         return sum(stack.layers for stack in self.network.stacks(noise.shape[1], cond).values())
 
     def text_rows(self, request: Request) -> int | None:
         """Rows of text that the network gets; None: the usual number."""
         return None
 
-    def _shapes(self, request: Request) -> tuple[Model, jax.ShapeDtypeStruct, Condition]:
+    def shapes(self, request: Request) -> tuple[Model, jax.ShapeDtypeStruct, Condition]:
+        """The network, noise [B, N, C] and conditions of one side, each [B, ..], shapes in place of arrays."""
         return self.variant.shapes(request.settings, request.batch, self.network.dtype, self.text_rows(request))
 
     def check_decoder(self) -> None:
         """Raises InputError where pixels cannot be made."""
 
-    def _inputs(self, request: Request) -> tuple[jax.Array, Condition, Condition | None]:
+    def inputs(self, request: Request) -> tuple[jax.Array, Condition, Condition | None]:
         """Noise [B, N, C], and the conditions of both sides, each [B, ..]."""
         settings, batch = request.settings, request.batch
-        _, noise, _ = self._shapes(request)
+        _, noise, _ = self.shapes(request)
         if request.latents is None:
             draw = lambda i: jax.random.normal(key_of(request.seed + i), noise.shape[1:])
             drawn = jnp.stack([draw(i) for i in range(batch)])

@@ -128,7 +128,7 @@ class PromptedPipeline(Pipeline):
                 raise InputError(f"{names[name]} {array.shape}: expected {sides}")
             if array.ndim > 2 and array.shape[1] > MOST_TOKENS:
                 raise InputError(f"{names[name]} of {array.shape[1]} tokens: expected 1 to {MOST_TOKENS}")
-        shapes = self._shapes(request)[2]
+        shapes = self.shapes(request)[2]
         for name, array in side.given.items():
             if array.shape != shapes[name].shape:
                 raise InputError(f"{names[name]} {array.shape}: expected {shapes[name].shape}")
