@@ -34,7 +34,7 @@ def abstract(name: str, config: Any, dtype: Any = jnp.bfloat16) -> Component:
     return _abstract(MODELS[name], config, parse_dtype(dtype))
 
 
-@lru_cache(maxsize=16)  # tracing takes a tenth of a second, and a conversion asks several times
+@lru_cache(maxsize=64)  # tracing takes a tenth of a second, and a conversion asks several times
 def _abstract(component: type[Component], config: Any, dtype: jnp.dtype) -> Component:
     return nnx.eval_shape(lambda: component(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
