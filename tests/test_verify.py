@@ -12,6 +12,7 @@ from PIL import Image
 
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.report.configurations import rivals
+from chipmunk_jax.report.verify import Verification
 from chipmunk_jax.sparsity import load_sparsity, to_dict
 
 PROMPTS = ("red striped heart on meadow", "blue plain ring on night")
@@ -103,10 +104,18 @@ def test_the_noise_floor_is_what_the_other_dtype_gives(report):
     assert {way["ssim"] is None for way in report["ways"].values()} == {False}
 
 
-def test_without_rivals_two_ways_are_compared_and_the_psnr_asked_for_decides(checkpoint, folder, capsys):
-    given = ["--prompt", PROMPTS[0], *SMALL, "--no-rivals", "--min-psnr", "999"]
-    assert main(["verify", str(checkpoint), *given]) == 1
+@pytest.mark.parametrize(("least", "status"), [(999, 1), (0, 0)])
+def test_the_psnr_asked_for_decides_and_rivals_may_be_left_out(
+    least, status, verified, checkpoint, folder, monkeypatch, capsys
+):
+    numbers = json.loads((verified[0] / "numbers.json").read_text()) | {"rivals": []}
+
+    def sampled(pipeline, prompts, *, against_rivals, **_):
+        assert not against_rivals
+        return Verification(samples={name: np.zeros((4, 20, 12, 3)) for name in ("dense", "sparse")}, numbers=numbers)
+
+    monkeypatch.setattr("chipmunk_jax.cli.verify.verify", sampled)
+    given = ["--prompt", PROMPTS[0], *SMALL, "--no-rivals", "--min-psnr", str(least)]
+    assert main(["verify", str(checkpoint), *given]) == status
     assert [file.name for file in folder.iterdir()] == ["compare.png"]
-    with Image.open("compare.png") as sheet:
-        assert json.loads(sheet.text["settings"])["rivals"] == []
     assert "rival" not in capsys.readouterr().out

@@ -21,14 +21,14 @@ from chipmunk_jax.report.verify import check_verify, noise_floor, verify
 from chipmunk_jax.whole import whole
 
 DESCRIPTION = """\
-Sample the same prompts and seeds dense, sparse, and by two rivals at the cost of the sparse samples: dense in fewer steps, and
-dense with steps skipped. Print times, shares of the work and PSNR; draw all of them and the sparse one's difference side by side:
-of images in a .png, of videos as an .mp4 or animated .webp, and in a .png some frames of each. The cost is the share of a dense
-sample's matrix products, by count. The exit status is 1 where the median PSNR of the sparse samples is below --min-psnr.
+Sample the same prompts and seeds dense, sparse, and by two rivals at the cost of the sparse samples: dense in fewer steps,
+and dense with steps skipped. Print times, shares of the work and PSNR; draw all of them and the sparse one's difference side
+by side: of images in a .png, of videos as an .mp4 or animated .webp, and in a .png some frames of each. The cost is the
+share of a dense sample's matrix products, by count. The exit status is 1 where the median PSNR is below --min-psnr.
 
---report writes a page, FOLDER/index.html, which needs no other file and no network, and its numbers, FOLDER/report.json: pictures,
-quality against cost, drift by step, which steps were full, shares by layer, what rounding alone does (one more dense sample, in
-the other dtype), times, memory, settings."""
+--report writes a page, FOLDER/index.html, which needs no other file and no network, and its numbers, FOLDER/report.json:
+pictures, quality against cost, drift by step, which steps were full, shares by layer, what rounding alone does (one more
+dense sample, in the other dtype), times, memory, settings."""
 
 EXAMPLES = """\
 examples:

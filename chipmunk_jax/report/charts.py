@@ -1,6 +1,6 @@
 """Charts of a page as fragments of HTML; places are shares of the width and the height, so that text keeps its size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -73,15 +73,18 @@ def frontier(points: Sequence[Point], best: float, floor: float | None) -> str:
     )
 
 
-def _labels(points: Sequence[Point], up) -> list[str]:
-    """The names of points beside them, none on another, on the side where there is room."""
-    found, last = [], -LABEL * 1.0
-    for point in sorted(points, key=lambda point: -point.level):
-        y = max(up(point.level) * HEIGHT / 100 + 4, last + LABEL)
-        last = y
-        x, right = 100 * point.cost, point.cost < 0.5
-        side = 'dx="14"' if right else 'dx="-14" text-anchor="end"'
-        found.append(f'<text class="label {point.kind}" x="{x:.2f}%" y="{y:.1f}" {side}>{escape(point.name)}</text>')
+def _labels(points: Sequence[Point], up: Callable[[float], float]) -> list[str]:
+    """The names of points beside them, none on another or beneath the chart, on the side where there is room."""
+    ordered, found = sorted(points, key=lambda point: -point.level), []
+    heights = [up(point.level) * HEIGHT / 100 + 4 for point in ordered]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + LABEL)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], HEIGHT - 4 - LABEL * (len(heights) - 1 - i))
+    for point, y in zip(ordered, heights, strict=True):
+        side = 'dx="14"' if point.cost < 0.5 else 'dx="-14" text-anchor="end"'
+        place = f'x="{100 * point.cost:.2f}%" y="{y:.1f}" {side}'
+        found.append(f'<text class="label {point.kind}" {place}>{escape(point.name)}</text>')
     return found
 
 
@@ -136,7 +139,7 @@ def step_axis(steps: int) -> str:
     return f'<div class="x">{_marks(range(0, steps, every), lambda i: 100 * (i + 0.5) / steps, "left", "")}</div>'
 
 
-def _marks(values, place, side: str, unit: str) -> str:
+def _marks(values: Iterable[float], place: Callable[[float], float], side: str, unit: str) -> str:
     """Numbers beside an axis, in their places, percent."""
     return "".join(f'<span style="{side}:{place(value):.2f}%">{value:g}{unit}</span>' for value in values)
 
