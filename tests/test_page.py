@@ -41,7 +41,8 @@ def report(levels=(30.0, 34.0), floor=None, rivals=True, **changed):
 
 def drawn(given, shape=(2, 16, 20, 3), fps=None):
     rng = np.random.default_rng(0)
-    return page(given, pictures_of({name: rng.random(shape, np.float32) for name in given["ways"]}, fps))
+    pictures = pictures_of({name: rng.random(shape, np.float32) for name in given["ways"]}, fps)
+    return page(given, pictures).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_a_page_is_whole_and_says_what_its_numbers_say():
@@ -86,7 +87,7 @@ def test_samples_that_equal_the_dense_ones_and_an_unknown_floor_are_told_in_word
 @pytest.mark.parametrize("cost", [0.0, 0.4, 1.0])
 def test_points_stand_at_their_cost_the_better_the_higher_and_no_label_on_another(cost):
     points = [charts.Point(f"n{i}", cost, [level], "ours") for i, level in enumerate((30.0, 30.1, 30.2, 60.0))]
-    text = charts.frontier(points, 100.0, None)
+    text = charts.frontier(points, 100.0)
     circles = [attributes for tag, attributes in elements(text) if tag == "circle" and attributes["class"] == "ours"]
     assert [float(one["cx"].rstrip("%")) for one in circles] == [100 * cost] * 4
     heights = [float(one["cy"].rstrip("%")) for one in circles]

@@ -36,13 +36,14 @@ class Point:
         return float(np.median(self.levels))
 
 
-def frontier(points: Sequence[Point], best: float, floor: float | None) -> str:
+def frontier(points: Sequence[Point], best: float, floor: float | None = None, other: str = "") -> str:
     """PSNR against the share of the dense sample's work; the dense sample, which has no PSNR, at the upper edge.
 
     Args:
         points: of all ways but the dense one.
         best: PSNR, dB, above which samples are equal but for rounding; drawn at the upper edge, too.
         floor: PSNR of a dense sample in another dtype, where it was made.
+        other: that dtype.
     """
     shown = [level for point in points for level in point.levels if level < best]
     shown += [floor] if floor is not None and floor < best else []
@@ -56,7 +57,7 @@ def frontier(points: Sequence[Point], best: float, floor: float | None) -> str:
     if floor is not None and floor < best:
         y = up(floor)
         lines.append(f'<line class="floor" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>')
-        lines.append(f'<text class="note" x="6" y="{y:.2f}%" dy="-6">other dtype, dense: {floor:.1f} dB</text>')
+        lines.append(f'<text class="note" x="6" y="{y:.2f}%" dy="-6">dense in {other}: {floor:.1f} dB</text>')
     marks = [
         f'<circle class="one {p.kind}" cx="{100 * p.cost:.2f}%" cy="{up(level):.2f}%" r="3"/>'
         for p in points
@@ -100,7 +101,7 @@ def drift(samples: Sequence[Sequence[float]]) -> str:
     drawn += [f'<polyline class="one" points="{path(line)}"/>' for line in lines]
     drawn.append(f'<polyline class="mean" points="{path(lines.mean(0))}"/>')
     return (
-        f'<div class="y">{_marks([100 * t for t in ticks], lambda t: up(t / 100), "top", " %")}</div>'
+        f'<div class="y"><em>drift</em>{_marks([100 * t for t in ticks], lambda t: up(t / 100), "top", " %")}</div>'
         f'<svg class="lines" role="img" aria-label="drift by step" viewBox="0 0 {across} 100" preserveAspectRatio="none">'
         f"{''.join(drawn)}</svg>"
     )

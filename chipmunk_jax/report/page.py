@@ -77,7 +77,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     each = "; ".join(f"{escape(one['name'])}: {_level(one['median_psnr'])}" for one in rivals)
     if best["median_psnr"] > level:
         ahead = best["median_psnr"] - level
-        said = f"<b>A rival at the same cost comes nearer</b>, {escape(best['name'])}, by {ahead:.1f} dB"
+        said = f"<b>A rival at the same cost comes nearer</b>, {escape(best['name'])}, by {_level(ahead)}"
         return f'<div class="verdict behind"><p>{said}. {told} ({each}).</p></div>'
     return f'<div class="verdict"><p><b>No rival at the same cost comes nearer.</b> {told} ({each}).</p></div>'
 
@@ -131,7 +131,7 @@ def _frontier(report: Mapping[str, Any]) -> str:
     return (
         '<p class="hint">PSNR to the dense sample, dB; large marks are medians, small ones samples. A rival runs the whole '
         f"number of steps that comes nearest to the sparse sample's work. {rounding}</p>"
-        f'<div class="chart">{charts.frontier(points, EQUAL, floor["psnr"])}'
+        f'<div class="chart">{charts.frontier(points, EQUAL, floor["psnr"], floor["dtypes"][1])}'
         '<p class="axis">share of the dense work, by count</p></div>'
     )
 
@@ -226,7 +226,7 @@ def _class(name: str, way: Mapping[str, Any]) -> str:
     return "ours" if name == "sparse" else CLASSES.get(way["method"], "ours")
 
 
-def _level(level: float, unit: str = " dB") -> str:
+def _level(level: float, unit: str = "\N{NO-BREAK SPACE}dB") -> str:
     return f"{level:.1f}{unit}" if level < EQUAL else "equal"
 
 

@@ -87,6 +87,7 @@ tr.skipping { --mark: var(--skipping); }
 .plot > .x { grid-column: 2; }
 .y, .x { position: relative; font-size: 12px; color: var(--soft); line-height: 1; }
 .y span { position: absolute; right: 8px; transform: translateY(-50%); white-space: nowrap; }
+.y em { position: absolute; left: 0; top: 0; font-style: normal; font-size: 13px; }
 .x span { position: absolute; top: 8px; transform: translateX(-50%); white-space: nowrap; }
 .axis { max-width: none; font-size: 13px; color: var(--soft); text-align: right; margin: 2px 10px 0 0; }
 svg .grid { stroke: var(--grid); stroke-width: 1; vector-effect: non-scaling-stroke; }

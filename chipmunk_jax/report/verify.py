@@ -1,7 +1,7 @@
 """Dense samples, sparse ones of the same prompts and seeds, and rivals at the same cost: how near they come, in what time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def verify(
     details = {
         "ways": found,
         "drift": drift,
-        "steps_of": steps_of(pipeline, request, sparse[0][0].skipped_steps),
+        "steps_of": steps_of(pipeline, replace(request, batch=size), sparse[0][0].skipped_steps),
         "machine": machine(),
     }
     return Verification(samples=samples, numbers=numbers, details=details)
