@@ -76,6 +76,7 @@ def test_a_rival_that_comes_nearer_is_told_first():
     alone = drawn(report(rivals=False))
     assert_whole(alone)
     assert "No rivals were sampled" in alone
+    assert "the rivals are the dense sample itself" in drawn(report(rivals=False, executed=0.95))
 
 
 def test_samples_that_equal_the_dense_ones_and_an_unknown_floor_are_told_in_words():

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from chipmunk_jax.report import charts
+from chipmunk_jax.report.configurations import rivals as rivals_at
 from chipmunk_jax.report.pictures import Picture
 from chipmunk_jax.report.style import CSS
 
@@ -72,7 +73,9 @@ def _verdict(report: Mapping[str, Any]) -> str:
     rivals, level = report["rivals"], report["median_psnr"]
     told = f"At {100 * report['executed']:.0f} % of the dense work, sparse samples are at {_level(level)}"
     if not rivals:
-        return f'<div class="verdict"><p>{told}. No rivals were sampled.</p></div>'
+        none = not rivals_at(report["executed"], report["steps"])
+        why = "At this cost the rivals are the dense sample itself" if none else "No rivals were sampled"
+        return f'<div class="verdict"><p>{told}. {why}.</p></div>'
     best = max(rivals, key=lambda one: one["median_psnr"])
     each = "; ".join(f"{escape(one['name'])}: {_level(one['median_psnr'])}" for one in rivals)
     if best["median_psnr"] > level:
