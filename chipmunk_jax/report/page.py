@@ -47,17 +47,17 @@ def page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Picture]]) -
 
 def _head(report: Mapping[str, Any]) -> str:
     """Title, what was sampled, the verdict, and the four numbers that count."""
-    count, size = len(report["prompts"]), " x ".join(str(report[side]) for side in ("height", "width"))
-    kind = f"video of {report['frames']} frames" if "frames" in report else "image"
-    sampled = f"{count} {kind.replace(' ', 's ', 1) if count > 1 and ' ' in kind else kind + 's' * (count > 1)}"
+    count, size = len(report["prompts"]), f"{report['height']} x {report['width']}"
+    noun, each = ("video", f" of {report['frames']} frames") if "frames" in report else ("image", "")
+    several = "s" * (count > 1)
+    sampled = f"{count} {noun}{several}{each}"
     seeds = f"{report['seeds'][0]} to {report['seeds'][-1]}" if count > 1 else str(report["seeds"][0])
-    sub = f"{sampled}, {size}, {report['steps']} steps, seed{'s' * (count > 1)} {seeds}, {report['dtype']}, {report['device']}"
+    sub = f"{sampled}, {size}, {report['steps']} steps, seed{several} {seeds}, {report['dtype']}, {report['device']}"
     sparse = report["ways"]["sparse"]
     ratio = report["dense_seconds"] / report["sparse_seconds"]
-    likeness = ("SSIM, median", "–" if sparse["ssim"] is None else f"{_median(sparse['ssim']):.3f}")
     tiles = [
         ("PSNR to the dense sample, median", _level(sparse["median_psnr"])),
-        likeness,
+        ("SSIM, median", f"{_median(sparse['ssim']):.3f}" if sparse["ssim"] else "-"),
         ("of the dense work, by count", f"{100 * sparse['executed']:.1f} %"),
         (f"as fast as dense, measured on {report['device']}", f"{ratio:.2f} x"),
     ]
