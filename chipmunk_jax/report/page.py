@@ -79,7 +79,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     best = max(rivals, key=lambda one: one["median_psnr"])
     each = "; ".join(f"{escape(one['name'])}: {_level(one['median_psnr'])}" for one in rivals)
     if best["median_psnr"] > level:
-        ahead = best["median_psnr"] - level
+        ahead = min(best["median_psnr"], EQUAL) - level
         said = f"<b>A rival at the same cost comes nearer</b>, {escape(best['name'])}, by {_level(ahead)}"
         return f'<div class="verdict behind"><p>{said}. {told} ({each}).</p></div>'
     return f'<div class="verdict"><p><b>No rival at the same cost comes nearer.</b> {told} ({each}).</p></div>'

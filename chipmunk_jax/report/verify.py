@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, NotFiniteError
 from chipmunk_jax.media import save_image, save_video
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.request import Request
@@ -129,7 +129,7 @@ def noise_floor(pipeline: Pipeline, dense: np.ndarray, prompt: str, **settings: 
         pipeline.residents.release()
         again = Pipeline.from_pretrained(pipeline.folder.path, dtype=other, offload=pipeline.residents.offload)
         out = again(prompt, **settings, output_type="np")
-    except InputError as error:
+    except (InputError, NotFiniteError) as error:
         return {"dtypes": [here, other], "psnr": None, "error": str(error)}
     return {"dtypes": [here, other], "psnr": min(psnr(pixels_of(out)[0], dense), SAME)}
 
