@@ -1,5 +1,6 @@
 """Dense samples, sparse ones of the same prompts and seeds, and rivals at the same cost: how near they come, in what time."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,18 +85,12 @@ def verify(
         InputError: see check_verify().
     """
     request = check_verify(pipeline, prompts, sparsity=sparsity, **settings)
-    size, steps = at_once or len(prompts), request.settings["steps"]
-    if request.sparsity.step_cache and request.sparsity.step_cache.decides:
-        size = 1
+    steps, cache = request.settings["steps"], request.sparsity.step_cache
+    size = 1 if cache and cache.decides else at_once or len(prompts)
     batches = {start: prompts[start : start + size] for start in range(0, len(prompts), size)}
     sampler = Sampler(pipeline=pipeline, batches=batches, settings=settings)
     ways = {"dense": Configuration(sparsity=None), "sparse": Configuration(sparsity=request.sparsity)}
-    dense, sparse, drift = [], [], []
-    for start in batches:
-        *pair, moved = _pair(sampler, start, *ways.values())
-        for to, one in zip((dense, sparse), pair, strict=True):
-            to.append(one)
-        drift += moved
+    dense, sparse, drift = zip(*(_pair(sampler, start, *ways.values()) for start in batches), strict=True)
     work, drawn = dense_work(pipeline.variant, request.settings), {"dense": dense, "sparse": sparse}
     if against_rivals:
         share = float(np.mean([executed(work, out, steps, steps) for out, _ in sparse]))
@@ -108,7 +103,7 @@ def verify(
     numbers = _numbers(pipeline, request, prompts, found, samples)
     details = {
         "ways": found,
-        "drift": drift,
+        "drift": list(itertools.chain(*drift)),
         "steps_of": steps_of(pipeline, replace(request, batch=size), sparse[0][0].skipped_steps),
         "machine": machine(),
     }
