@@ -33,3 +33,9 @@ def test_rivals_say_by_what_they_save():
     fewer, skipping = rivals(0.4, 30).values()
     assert (fewer.method(30), skipping.method(30)) == ("fewer steps", "skipped steps")
     assert skipping.sparsity.step_cache.skip_steps[:3] == (3, 4, 6)
+
+
+@pytest.mark.parametrize(("share", "order"), [(0.9, 1), (1 / 3, 1), (0.3, 0)])
+def test_the_rival_that_skips_extrapolates_over_short_gaps_alone(share, order):
+    _, skipping = rivals(share, 30).values()
+    assert (skipping.sparsity.step_cache.predict, skipping.sparsity.step_cache.order) == ("hidden", order)
