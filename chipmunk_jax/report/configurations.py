@@ -64,8 +64,8 @@ def rivals(share: float, steps: int) -> dict[str, Configuration]:
     run = max(1, math.floor(share * steps + 0.5))
     if run >= steps:
         return {}
-    # Extrapolated in place of kept, two prompts of mini-flux: 14 of 28 steps +8 and +10 dB (mini-wan, 15 of 30: +1.7), 10 of 28 -2
-    # and +7, 6 of 28 -5 and -4.
+    # Extrapolated in place of kept, two prompts of mini-flux: 14 of 28 steps +8 and +10 dB, 10 of 28 -2 and +7, 6 of 28 -5 and -4;
+    # one of mini-wan: 15 of 30 +1.7, 9 of 30 -1.9.
     skips = StepCache(skip_steps=_even_skips(run, steps), predict="hidden", order=int(3 * run >= steps))
     return {
         f"{run} of {steps} steps": Configuration(sparsity=None, steps=run),
