@@ -1,4 +1,4 @@
-# make demo         a trained FLUX, dense and sparse, side by side in demo/compare.png
+# make demo         a trained FLUX, dense, sparse and by rivals at the same cost, side by side in demo/compare.png
 # make demo-video   a trained Wan likewise: demo/video.webp, its frames in demo/video.png
 # make test         ruff and all tests that need no GPU; another JAX: PIP_CONSTRAINT=file with a line such as jax==0.10.2
 # make wheel        the wheel in dist/, installed into an empty environment and used from there
@@ -18,7 +18,7 @@ demo: .venv/installed
 demo-video: .venv/installed
 	@mkdir -p demo
 	$(BIN)/chipmunk convert --overwrite examples/mini-wan demo/mini-wan
-	@echo "sampling a clip twice, dense and sparse: on a CPU some minutes"
+	@echo "sampling a clip four times, dense, sparse, in fewer steps, with steps skipped: on a CPU some minutes"
 	$(BIN)/chipmunk verify demo/mini-wan --prompt "$(VIDEO_PROMPT)" \
 		-o demo/video.webp -o demo/video.png --json demo/video.json
 

@@ -138,6 +138,12 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
         ("verify", ["--json", "."], ["cannot be written"]),
         ("verify", ["--steps", 1], ["--steps 1", "at least 2"]),
         ("verify", ["--min-psnr", "nan"], ["--min-psnr nan", "number of dB"]),
+        ("verify", ["--seeds", 0], ["--seeds 0", "at least 1"]),
+        ("verify", ["--seeds", 2**31], [f"--seeds {2**31}", "at most 1048576"]),
+        ("verify", ["--prompts", "none.txt"], ["none.txt", "no such file"]),
+        ("verify", ["--report", "none/out"], ["none/out", "no folder none"]),
+        ("verify", ["--report", "/dev/null"], ["/dev/null", "expected a folder"]),
+        ("verify", ["--report", "/proc/out"], ["/proc/out", "cannot write into /proc"]),
     ],
 )
 def test_bad_input_of_one_command_is_one_sentence_too(command, flags, words, checkpoint, folder, no_model, capsys):
@@ -615,62 +621,6 @@ def test_every_field_has_a_flag():
         value = tree[part][field] if field else {"patches": [4], "schedule_steps": 60}[name]
         found = parse(f"--sparsity.{name.replace('_', '-')}", json.dumps(value))
         assert found == load_sparsity("flux", {name: value}) and (name != "patches" or found.patches == (4,))
-
-
-# In three layers, of which a preset's first two are dense.
-LITERAL = ["--sparsity.schedule-steps", "null"]
-VERIFY = [
-    *LITERAL,
-    "--sparsity.mlp.first-n-dense-layers",
-    0,
-    "--prompt",
-    PROMPT,
-    "--prompt",
-    "blue plain ring on night",
-]
-VERIFIED = {
-    *(
-        "model",
-        "checkpoint",
-        "solver",
-        "dtype",
-        "version",
-        "prompts",
-        "height",
-        "width",
-        "steps",
-        "guidance",
-        "seed",
-        "sparsity",
-        "density",
-    ),
-    *("dense_seconds", "sparse_seconds", "psnr", "median_psnr", "device", "jax"),
-}
-
-
-def test_verify_writes_its_sheet_and_numbers(checkpoint, folder, capsys):
-    assert run("verify", checkpoint, *VERIFY, "-o", "sheet.png", "--json", "numbers.json") == 0
-    assert sorted(file.name for file in folder.iterdir()) == ["numbers.json", "sheet.png"]
-    report = json.loads((folder / "numbers.json").read_text())
-    assert report.keys() == VERIFIED
-    assert report["prompts"] == [PROMPT, "blue plain ring on night"]
-    assert report["sparsity"] == to_dict(
-        load_sparsity("mini-flux", {"schedule_steps": None, "mlp.first_n_dense_layers": 0})
-    )
-    assert (report["steps"], report["jax"]) == (3, jax.__version__)
-    assert len(report["psnr"]) == 2 and report["median_psnr"] == pytest.approx(np.mean(report["psnr"]))
-    # Attention: 1 of 3 layers in 1 of 3 steps keeps 64 of 76 keys. MLP: 2 of 3 steps keep 64 of 128 neurons.
-    assert report["density"] == pytest.approx({"attention": 1 - 12 / 76 / 9, "mlp": 1 - 2 / 3 / 2})
-    with Image.open(folder / "sheet.png") as sheet:
-        assert json.loads(sheet.text["settings"]) == report
-        assert sheet.width > 3 * 3 * 12 and sheet.height > 2 * 3 * 20  # three pictures a row, a row a prompt, enlarged
-    out = capsys.readouterr().out
-    assert f"{report['median_psnr']:.1f} dB" in out and "sheet.png" in out
-
-
-def test_verify_exits_1_below_the_psnr_asked_for(checkpoint, folder):
-    assert run("verify", checkpoint, *VERIFY, "--min-psnr", 999) == 1
-    assert [file.name for file in folder.iterdir()] == ["compare.png"]
 
 
 def test_the_prompts_of_verify_are_sentences_of_the_words_that_the_help_of_sample_lists():

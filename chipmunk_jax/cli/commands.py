@@ -24,7 +24,7 @@ the same with small models, whose weights are here:
   chipmunk sample mini --prompt "red striped heart on meadow" -o heart.png
   chipmunk convert examples/mini-wan mini-wan
   chipmunk sample mini-wan --prompt "red striped heart on meadow" -o heart.webp
-  chipmunk verify mini -o compare.png                       dense, sparse and their difference, side by side
+  chipmunk verify mini -o compare.png                       dense, sparse and rivals at the same cost, side by side
 
 `chipmunk COMMAND --help` says more, with examples."""
 

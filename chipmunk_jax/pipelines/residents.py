@@ -90,6 +90,11 @@ class Residents:
         self.peak = max(self.peak, used + scratch(program)) if used else self.peak
         return executed(program, model, *jax.device_put(args))
 
+    def release(self) -> None:
+        """Releases all components."""
+        self._placed.clear()
+        gc.collect()  # a network refers to itself
+
     def _make_room(self, need: int) -> None:
         """Releases components, the one unused for longest first, until there is room or none is left to release."""
         while self._placed and self.offload != "none":

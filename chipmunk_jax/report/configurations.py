@@ -1,17 +1,21 @@
 """Ways to sample that are compared with each other, as a YAML file names them."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chipmunk_jax.config_file import read_config
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.sparsity import Sparsity, load_sparsity
+from chipmunk_jax.sparsity import Sparsity, StepCache, load_sparsity
 
 SETTINGS = ("steps", "guidance", "solver")  # of a configuration, beside its sparsity
 EXAMPLE = "names, and for each of them settings such as {attention.top_keys: 0.1}"
+WARM_UP = 0.1  # of the steps, run at the start of a sample that skips steps, as in MagCache and SeaCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,38 @@ class Configuration:
             str(self.solver): self.solver,
         }
         return self.named or " + ".join(name for name, present in savings.items() if present) or "dense"
+
+
+def rivals(share: float, steps: int) -> dict[str, Configuration]:
+    """Dense attention and MLPs at a share of the cost of a dense sample, by name: fewer steps, and skipped ones alone.
+
+    A step that runs costs a dense one, and a skipped one nothing: it takes the hidden tokens of the last one that ran or, where at
+    least a third of the steps run, extrapolates those of the last two. The number of steps that comes nearest to the share runs, of
+    two that are as near the larger one, which is the better rival. Empty where that is all of them.
+
+    Args:
+        share: of the dense sample's work, by count, above 0 and up to 1.
+        steps: of the dense sample.
+    """
+    run = max(1, math.floor(share * steps + 0.5))
+    if run >= steps:
+        return {}
+    # Extrapolated in place of kept, two prompts of mini-flux: 14 of 28 steps +8 and +10 dB, 10 of 28 -2 and +7, 6 of 28 -5 and -4;
+    # one of mini-wan: 15 of 30 +1.7, 9 of 30 -1.9.
+    skips = StepCache(skip_steps=_even_skips(run, steps), predict="hidden", order=int(3 * run >= steps))
+    return {
+        f"{run} of {steps} steps": Configuration(sparsity=None, steps=run),
+        f"{steps - run} of {steps} skipped alone": Configuration(
+            sparsity=Sparsity(attention=None, mlp=None, step_cache=skips, patches=())
+        ),
+    }
+
+
+def _even_skips(run: int, steps: int) -> tuple[int, ...]:
+    """The steps that are skipped where so many run: those of the warm-up, and the others evenly up to the last step."""
+    warm = max(1, min(math.ceil(WARM_UP * steps), run - 1))
+    later = np.linspace(warm - 1, steps - 1, run - warm + 1)[1:].round().astype(int)
+    return tuple(step for step in range(warm, steps) if step not in later)
 
 
 def read_configurations(path: str | Path) -> dict[str, Configuration]:

@@ -1,6 +1,6 @@
-"""Dense samples, sparse ones and their differences, drawn beside each other with a caption each."""
+"""Dense samples, sparse ones, their rivals and the difference of the sparse ones, drawn beside each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -10,46 +10,75 @@ from chipmunk_jax.media import to_bytes
 ZOOM = 3  # so that a person sees 64 pixels
 GAIN = 5  # of the differences
 SHOWN_FRAMES = 6  # of a video on paper
-TITLES = ("dense", "sparse", f"difference x {GAIN}")
+DIFFERENCE = f"difference x {GAIN}"
+GAP, LINE = 8, 16  # pixels
+
+Ways = Mapping[str, np.ndarray]  # samples, f32 in 0..1, by how they were made: "dense", "sparse", and rivals
+Levels = Mapping[str, Sequence[float]]  # PSNR of each sample to the dense one, dB, by how it was made
 
 
-def compare_images(captions: Sequence[str], dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
-    """A row an image: dense, sparse, difference around grey; [H, W, 3] in [0, 1], of images [B, H, W, 3]."""
-    return _table(TITLES, captions, zip(*_compared(dense, sparse), strict=True))
+def compare_images(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.ndarray:
+    """A row an image: dense, sparse, rivals, and the sparse one's difference around grey; [H, W, 3] in [0, 1].
+
+    Args:
+        prompts: above the rows.
+        ways: images [B, H, W, 3].
+        levels: beneath the pictures.
+    """
+    shown = with_difference(ways)
+    rows = [[pictures[i] for pictures in shown.values()] for i in range(len(prompts))]
+    captions = [[_decibels(levels, name, i) for name in shown] for i in range(len(prompts))]
+    return _table(list(shown), prompts, captions, rows)
 
 
-def compare_videos(captions: Sequence[str], dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
+def compare_videos(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.ndarray:
     """compare_images of every frame; [T, H, W, 3] in [0, 1], of videos [B, T, H, W, 3]."""
-    return np.stack([compare_images(captions, dense[:, t], sparse[:, t]) for t in range(dense.shape[1])])
+    frames = range(ways["dense"].shape[1])
+    at = lambda t: {name: videos[:, t] for name, videos in ways.items()}
+    return np.stack([compare_images(prompts, at(t), levels) for t in frames])
 
 
-def compare_frames(captions: Sequence[str], dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
-    """Three rows a video: some frames dense, sparse, and their difference; [H, W, 3] in [0, 1], of videos [B, T, H, W, 3]."""
-    frames = np.linspace(0, dense.shape[1] - 1, min(SHOWN_FRAMES, dense.shape[1])).round().astype(int)
-    rows = [kind[:, frames] for kind in _compared(dense, sparse)]
-    lines = [line for caption in captions for line in (TITLES[0], f"{TITLES[1]}, {caption}", TITLES[2])]
-    videos = range(len(captions))
-    return _table([f"frame {t + 1}" for t in frames], lines, [row[i] for i in videos for row in rows])
+def compare_frames(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.ndarray:
+    """A row a way and video, some frames of it; [H, W, 3] in [0, 1], of videos [B, T, H, W, 3]."""
+    shown = with_difference(ways)
+    frames = shown_frames(ways["dense"].shape[1])
+    each = [(i, name) for i in range(len(prompts)) for name in shown]
+    first = next(iter(shown))
+    titles = [prompts[i] if name == first else "" for i, name in each]
+    captions = [[", ".join(filter(None, (name, _decibels(levels, name, i))))] for i, name in each]
+    return _table([f"frame {t + 1}" for t in frames], titles, captions, [shown[name][i, frames] for i, name in each])
 
 
-def _compared(dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return dense, sparse, 0.5 + GAIN * (sparse - dense)
+def with_difference(ways: Ways) -> dict[str, np.ndarray]:
+    """The samples, and at the end the difference of the sparse ones from the dense ones, around grey."""
+    return {**ways, DIFFERENCE: 0.5 + GAIN * (ways["sparse"] - ways["dense"])}
 
 
-def _table(titles: Sequence[str], captions: Sequence[str], rows) -> np.ndarray:
-    """Pictures [h, w, 3] of all rows under the titles of their columns, each row over its caption."""
+def shown_frames(count: int) -> np.ndarray:
+    """Those of so many frames that are shown on paper: the first, the last, and some between."""
+    return np.linspace(0, count - 1, min(SHOWN_FRAMES, count)).round().astype(int)
+
+
+def _decibels(levels: Levels, name: str, i: int) -> str:
+    return f"{levels[name][i]:.1f} dB" if name in levels else ""
+
+
+def _table(columns: Sequence[str], titles: Sequence[str], captions: Sequence[Sequence[str]], rows) -> np.ndarray:
+    """Pictures [h, w, 3] in rows, beneath the titles of their columns; above each row its own, beneath its pictures captions."""
     rows = list(map(list, rows))
     height, width = (ZOOM * n for n in rows[0][0].shape[:2])
-    gap, line = 8, 16
-    size = (len(titles) * (width + gap) + gap, len(rows) * (height + line + gap) + line + gap)
-    sheet = Image.new("RGB", size, "white")
+    left = lambda column: GAP + column * (width + GAP)
+    tall = height + 2 * LINE + GAP
+    sheet = Image.new("RGB", (left(len(columns)), len(rows) * tall + LINE + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (width + gap), 4), title, fill="black")
-    for row, (caption, pictures) in enumerate(zip(captions, rows, strict=True)):
-        top = line + gap + row * (height + line + gap)
+    for column, title in enumerate(columns):
+        draw.text((left(column), 4), title, fill="black")
+    for row, (title, texts, pictures) in enumerate(zip(titles, captions, rows, strict=True)):
+        top = LINE + GAP + row * tall
+        draw.text((GAP, top), title, fill="black")
         for column, pixels in enumerate(pictures):
             picture = Image.fromarray(to_bytes(pixels)).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (gap + column * (width + gap), top))
-        draw.text((gap, top + height + 2), caption, fill="black")
+            sheet.paste(picture, (left(column), top + LINE))
+        for column, text in enumerate(texts):
+            draw.text((left(column), top + LINE + height + 2), text, fill="black")
     return np.asarray(sheet) / 255

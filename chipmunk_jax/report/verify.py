@@ -1,43 +1,52 @@
-"""Dense and sparse samples of the same prompts and seeds: how near they come, and in what time."""
+"""Dense samples, sparse ones of the same prompts and seeds, and rivals at the same cost: how near they come, in what time."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from chipmunk_jax.errors import InputError
+from chipmunk_jax.errors import InputError, NotFiniteError
 from chipmunk_jax.media import save_image, save_video
-from chipmunk_jax.pipelines import Pipeline, PipelineOutput
+from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.request import Request
-from chipmunk_jax.quality import psnr
+from chipmunk_jax.quality import psnr, relative_l2
+from chipmunk_jax.report.configurations import Configuration, rivals
+from chipmunk_jax.report.records import machine
 from chipmunk_jax.report.sheets import compare_frames, compare_images, compare_videos
-from chipmunk_jax.sparsity import Sparsity, to_dict
+from chipmunk_jax.report.steps import steps_of
+from chipmunk_jax.report.ways import SAME, Drawn, Sampler, executed, measured, pixels_of
+from chipmunk_jax.report.work import dense_work
+from chipmunk_jax.sparsity import to_dict
 
-SAME = 1000.0  # dB, in place of the infinity of equal samples, which JSON cannot hold
+OTHER = {"float32": "bfloat16", "bfloat16": "float32"}  # dtypes between which samples differ by rounding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """Samples [B, H, W, 3] or [B, T, H, W, 3] in 0..1, and numbers about them that JSON can hold."""
 
-    dense: np.ndarray
-    sparse: np.ndarray
+    samples: dict[str, np.ndarray]  # "dense", "sparse", and the rivals by name
     numbers: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)  # more numbers, for a report
+
+    @property
+    def levels(self) -> dict[str, list[float]]:
+        """PSNR of each sample to the dense one, dB, by the names of all others."""
+        return {"sparse": self.numbers["psnr"]} | {one["name"]: one["psnr"] for one in self.numbers["rivals"]}
 
     def draw(self, path: Path, fps: float | None) -> None:
-        """Writes dense, sparse and their difference side by side; of videos to a .png some frames, else all."""
-        levels = zip(self.numbers["prompts"], self.numbers["psnr"], strict=True)
-        captions, text = [f"{prompt}: {level:.1f} dB" for prompt, level in levels], {"settings": self.numbers}
-        if self.dense.ndim == 4:
-            save_image(path, compare_images(captions, self.dense, self.sparse), text)
+        """Writes all samples and the sparse one's difference side by side; of videos to a .png some frames, else all."""
+        text, given = {"settings": self.numbers}, (self.numbers["prompts"], self.samples, self.levels)
+        if self.samples["dense"].ndim == 4:
+            save_image(path, compare_images(*given), text)
         elif path.suffix.lower() == ".png":
-            save_image(path, compare_frames(captions, self.dense, self.sparse), text)
+            save_image(path, compare_frames(*given), text)
         else:
-            save_video(path, compare_videos(captions, self.dense, self.sparse), fps, text)
+            save_video(path, compare_videos(*given), fps, text)
 
 
 def check_verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto", **settings: Any) -> Request:
@@ -54,52 +63,121 @@ def check_verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = 
     return request
 
 
-def verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto", **settings: Any) -> Verification:
-    """Samples the same prompts and seeds twice, dense and sparse.
+def verify(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    *,
+    at_once: int | None = None,
+    against_rivals: bool = True,
+    sparsity: Any = "auto",
+    **settings: Any,
+) -> Verification:
+    """Samples the same prompts and seeds dense, sparse and by the rivals at the cost of the sparse ones.
 
     Args:
         pipeline: of the model.
-        prompts: sentences.
+        prompts: sentences, one a sample.
+        at_once: samples in a batch; None: all. A gate that decides while it samples takes one.
+        against_rivals: whether the rivals are sampled, too.
         sparsity, settings: as a call of the pipeline takes them.
 
     Raises:
         InputError: see check_verify().
     """
     request = check_verify(pipeline, prompts, sparsity=sparsity, **settings)
-    dense, dense_seconds = _timed(pipeline, prompts, settings, None)
-    sparse, sparse_seconds = _timed(pipeline, prompts, settings, request.sparsity)
-    steps = request.settings["steps"]
-    dense_seconds *= steps / (steps - 1)
-    sparse_seconds += dense_seconds / steps  # its first step is full, as long as a dense one
-    pairs = list(zip(pixels_of(sparse), pixels_of(dense), strict=True))
-    levels = [min(psnr(*pair), SAME) for pair in pairs]
+    steps, cache = request.settings["steps"], request.sparsity.step_cache
+    size = 1 if cache and cache.decides else at_once or len(prompts)
+    batches = {start: prompts[start : start + size] for start in range(0, len(prompts), size)}
+    sampler = Sampler(pipeline=pipeline, batches=batches, settings=settings)
+    ways = {"dense": Configuration(sparsity=None), "sparse": Configuration(sparsity=request.sparsity)}
+    dense, sparse, drift = zip(*(_pair(sampler, start, *ways.values()) for start in batches), strict=True)
+    work, drawn = dense_work(pipeline.variant, request.settings), {"dense": dense, "sparse": sparse}
+    if against_rivals:
+        share = float(np.mean([executed(work, out, steps, steps) for out, _ in sparse]))
+        others = rivals(share, steps)
+        ways |= others
+        drawn |= {name: sampler.draw_all(one) for name, one in others.items()}
+    samples = {name: np.concatenate([pixels_of(out) for out, _ in found]) for name, found in drawn.items()}
+    found = {name: measured(ways[name], drawn[name], samples, name, work, steps) for name in drawn}
+    _add_seconds(found, drawn, steps)
+    numbers = _numbers(pipeline, request, prompts, found, samples)
+    details = {
+        "ways": found,
+        "drift": list(itertools.chain(*drift)),
+        "steps_of": steps_of(pipeline, replace(request, batch=size), sparse[0][0].skipped_steps),
+        "machine": machine(),
+    }
+    return Verification(samples=samples, numbers=numbers, details=details)
+
+
+def noise_floor(pipeline: Pipeline, dense: np.ndarray, prompt: str, **settings: Any) -> dict[str, Any]:
+    """How far rounding alone moves a dense sample: its PSNR, dB, to that of the other dtype, or why there is none.
+
+    Args:
+        pipeline: of the model; its weights give way to those of the other dtype.
+        dense: pixels of the first prompt and seed.
+        prompt, settings: theirs, as a call of the pipeline takes them; dense.
+    """
+    here = pipeline.origin["dtype"]
+    other = OTHER.get(here, "float32")
+    try:
+        pipeline.residents.release()
+        again = Pipeline.from_pretrained(pipeline.folder.path, dtype=other, offload=pipeline.residents.offload)
+        out = again(prompt, **settings, output_type="np")
+    except (InputError, NotFiniteError) as error:
+        return {"dtypes": [here, other], "psnr": None, "error": str(error)}
+    return {"dtypes": [here, other], "psnr": min(psnr(pixels_of(out)[0], dense), SAME)}
+
+
+def _pair(
+    sampler: Sampler, start: int, one: Configuration, other: Configuration
+) -> tuple[Drawn, Drawn, list[list[float]]]:
+    """A batch in two ways of as many steps, and of each sample by step how far the clean tokens of one lie from the other's."""
+    clean: list[np.ndarray] = []  # of one batch: those of a video of 81 frames are a gigabyte
+    moved: list[list[float]] = []
+    first = sampler.draw(one, start, lambda x: clean.append(np.array(x)))
+    compare = lambda x: moved.append([relative_l2(*pair) for pair in zip(x, clean[len(moved)], strict=True)])
+    return first, sampler.draw(other, start, compare), np.transpose(moved).tolist()
+
+
+def _add_seconds(found: dict[str, dict], drawn: Mapping[str, Sequence[Drawn]], steps: int) -> None:
+    """Adds the seconds of all steps; the first one, which no time was taken of, is as long as a dense one."""
+    timed = {name: sum(seconds for _, seconds in batches) for name, batches in drawn.items()}
+    step = timed["dense"] / (steps - 1)
+    for name, seconds in timed.items():
+        found[name]["seconds"] = seconds + step
+
+
+def _numbers(
+    pipeline: Pipeline,
+    request: Request,
+    prompts: Sequence[str],
+    found: Mapping[str, dict],
+    samples: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """What --json writes."""
+    dense, sparse, *others = found.values()
+    shown = ("method", "steps", "skipped_steps", "executed", "seconds", "psnr", "median_psnr")
     numbers = {
         "prompts": list(prompts),
+        "seeds": [request.seed + i for i in range(len(prompts))],
         **pipeline.origin,
         **request.settings,
         "seed": request.seed,
-        "sparsity": request.sparsity and to_dict(request.sparsity),
-        "density": sparse.density,
-        "dense_seconds": dense_seconds,
-        "sparse_seconds": sparse_seconds,
-        "psnr": levels,
-        "median_psnr": float(np.median(levels)),
+        "sparsity": to_dict(request.sparsity),
+        "density": sparse["density"],
+        "executed": sparse["executed"],
+        "dense_seconds": dense["seconds"],
+        "sparse_seconds": sparse["seconds"],
+        "psnr": sparse["psnr"],
+        "median_psnr": sparse["median_psnr"],
+        "rivals": [
+            {"name": name} | {key: one[key] for key in shown} for name, one in zip(list(found)[2:], others, strict=True)
+        ],
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
     if pipeline.variant.video:
-        numbers["psnr_of_frames"] = [[min(psnr(*two), SAME) for two in zip(*pair, strict=True)] for pair in pairs]
-    return Verification(dense=pixels_of(dense), sparse=pixels_of(sparse), numbers=numbers)
-
-
-def _timed(pipeline: Pipeline, prompts, settings, sparsity: Sparsity | None) -> tuple[PipelineOutput, float]:
-    """What the pipeline gives, and seconds of all steps but the first, whose time holds the compilation."""
-    ends: list[float] = []
-    tick = lambda *_: ends.append(time.perf_counter())
-    out = pipeline(prompts, **settings, sparsity=sparsity, output_type="np", callback_on_step_end=tick)
-    return out, ends[-1] - ends[0]
-
-
-def pixels_of(out: PipelineOutput) -> np.ndarray:
-    """Images or videos that were asked for as arrays."""
-    return out.images if out.frames is None else out.frames
+        clips = zip(samples["sparse"], samples["dense"], strict=True)
+        numbers["psnr_of_frames"] = [[min(psnr(*two), SAME) for two in zip(*clip, strict=True)] for clip in clips]
+    return numbers
