@@ -11,6 +11,7 @@ import pytest
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import fit
+from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.report import plot, quality, records
 from chipmunk_jax.report.configurations import read_configurations
 from chipmunk_jax.report.quality import SAME, Samples, compare_configurations
@@ -60,6 +61,12 @@ def test_the_batch_changes_nothing(checkpoint, tmp_path):
     text = "flux: {schedule_steps: null, mlp.random_keys: 0.0}\n"
     together, apart = (run(checkpoint, tmp_path, text, "--batch", n)[0]["psnr"] for n in ("3", "2"))
     np.testing.assert_allclose(together, apart, atol=0.1)
+
+
+def test_prompts_of_a_file_are_those_that_are_judged(checkpoint, tmp_path):
+    (tmp_path / "p.txt").write_text("red striped heart on meadow\n\nblue plain ring on night\n")
+    (entry,) = run(checkpoint, tmp_path, "a: {dense: true}\n", "--prompts", str(tmp_path / "p.txt"), "--batch", "1")
+    assert entry["prompts"] == 2 and entry["psnr"] == [SAME] * 2
 
 
 VARIANTS = """
@@ -223,8 +230,9 @@ def test_the_shipped_configurations_can_be_read():
 @pytest.mark.parametrize("name", ["mini-wan", "mini-flux"])
 def test_the_shipped_frontiers_fit_their_models_and_show_the_rivals(name):
     found = read_configurations(ROOT / f"benchmarks/frontier-{name}.yaml")
-    given = dict(checkpoint=str(ROOT / "examples" / name), count=1, at_once=1, seed=0, dtype=None, settings={})
-    comparison = compare_configurations(Samples(**given), found)
+    pipeline = Pipeline.from_pretrained(ROOT / "examples" / name)
+    samples = Samples(prompts=["red striped heart on meadow"], at_once=1, seed=0, settings={})
+    comparison = compare_configurations(pipeline, samples, found)
     steps = comparison.reference.settings["steps"]
     methods = [one.method(steps) for one in found.values()]
     rivals = (

@@ -16,6 +16,8 @@ from chipmunk_jax.bench.samples import bench_sample
 from chipmunk_jax.bench.schedule import by_schedule
 from chipmunk_jax.bench.steps import KINDS, bench_step
 from chipmunk_jax.cli.parser import Menu, Parser
+from chipmunk_jax.cli.prompts import some_prompts
+from chipmunk_jax.cli.sample import open_pipeline
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.compilation import keep_compilations
 from chipmunk_jax.errors import InputError
@@ -156,7 +158,12 @@ def _schedule_flags(parser: argparse.ArgumentParser) -> None:
 def _quality_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder written by chipmunk convert")
     parser.add_argument("configurations", metavar="YAML", help="configurations by name")
-    parser.add_argument("--prompts", type=int, default=16, help="drawn by chance (default: 16)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE|N",
+        default="16",
+        help="text file of prompts, one a line, or a number of them, drawn by chance for a small model (default: 16)",
+    )
     parser.add_argument("--batch", type=int, default=4, help="samples at once (default: 4); the first is not timed")
     parser.add_argument(
         "--cost-of", metavar="RECORDS", help="file of `chipmunk bench step -o`, by whose times steps are priced, too"
@@ -165,6 +172,7 @@ def _quality_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else as saved")
+    parser.set_defaults(offload="auto")
     parser.add_argument("--commit", help="what to record as the commit where git is not there")
     parser.add_argument("-o", "--output", help="JSON lines file to append the records to")
 
@@ -261,16 +269,17 @@ def run_schedule(args: argparse.Namespace) -> int:
 
 def run_quality(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk bench quality`."""
-    _check(args, "prompts", "batch")
+    _check(args, "batch")
     configurations = read_configurations(args.configurations)
     prices = args.cost_of and read_prices(args.cost_of)
     names = dict(
         num_frames="frames", num_inference_steps="steps", guidance_scale="guidance", height="height", width="width"
     )
     settings = {theirs: getattr(args, ours) for theirs, ours in names.items()}
-    given = dict(count=args.prompts, at_once=args.batch, seed=args.seed, dtype=args.dtype)
-    samples = Samples(checkpoint=args.checkpoint, settings=settings, **given)
-    comparison = compare_configurations(samples, configurations)
+    pipeline = open_pipeline(args)
+    prompts = some_prompts(pipeline, args.prompts, args.seed)
+    samples = Samples(prompts=prompts, at_once=args.batch, seed=args.seed, settings=settings)
+    comparison = compare_configurations(pipeline, samples, configurations)
     features = _features()
     keep_compilations()
     entries = []

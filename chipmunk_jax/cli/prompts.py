@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from chipmunk_jax.arguments import check_seed
 from chipmunk_jax.errors import InputError, quoted
+from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines.pixels import PixelPipeline
 
 MOST_BYTES = 10_000_000  # of a file: a mistyped name must not be taken for prompts
 STDIN = "-"
@@ -39,6 +42,29 @@ def read_prompts(file: str) -> list[str]:
     if not prompts:
         raise InputError(f"--prompts {name}: holds no prompts, expected one a line")
     return prompts
+
+
+def some_prompts(pipeline: Pipeline, given: str, seed: int) -> list[str]:
+    """The prompts of a file, see read_prompts(), or as many by chance as a number says.
+
+    Args:
+        pipeline: of the model.
+        given: path or number.
+        seed: of the prompts by chance.
+
+    Raises:
+        InputError: no such file, a number below 1, or a number for a model without a table of words to draw prompts from.
+    """
+    if not re.fullmatch(r"-?\d{1,9}", given, re.ASCII):
+        return read_prompts(given)
+    if (count := int(given)) < 1:
+        raise InputError(f"--prompts {count}: expected at least 1")
+    if not isinstance(pipeline, PixelPipeline):
+        raise InputError(
+            f"--prompts {count}: a {pipeline.variant.network} model reads any sentence, expected a file of some"
+        )
+    check_seed(seed, count)
+    return pipeline.random_prompts(count, seed)
 
 
 def calls_of(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -7,17 +7,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from chipmunk_jax.arguments import check_seed
-from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Pipeline, PipelineOutput
-from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.quality import check_window, psnr, ssim
 from chipmunk_jax.report.configurations import Configuration, telling
 from chipmunk_jax.report.perceptual import Weights, perceptual_distance
 from chipmunk_jax.report.price import Prices
 from chipmunk_jax.report.records import Entry, machine
-from chipmunk_jax.report.verify import pixels_of
+from chipmunk_jax.report.ways import executed, pixels_of
 from chipmunk_jax.report.work import Work, dense_work
 from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import Step
@@ -30,11 +27,9 @@ SAME = 100.0  # dB, in place of more: samples that differ by rounding alone, or 
 class Samples:
     """What is sampled."""
 
-    checkpoint: str
-    count: int  # of prompts
+    prompts: Sequence[str]
     at_once: int  # in a batch
     seed: int
-    dtype: str | None
     settings: dict[str, Any]  # of the dense samples, as a call of the pipeline takes them; None for the usual ones
 
 
@@ -42,36 +37,30 @@ class Samples:
 class Comparison:
     """Configurations that fit their model, and the dense samples that they are compared with."""
 
-    pipeline: PixelPipeline
+    pipeline: Pipeline
     samples: Samples
-    prompts: list[str]
     configurations: Mapping[str, Configuration]
     requests: dict[str, Request]  # of the configurations, by name
     reference: Request  # of the dense samples, but for their guidance, which is each configuration's own
 
 
-def compare_configurations(samples: Samples, configurations: Mapping[str, Configuration]) -> Comparison:
+def compare_configurations(
+    pipeline: Pipeline, samples: Samples, configurations: Mapping[str, Configuration]
+) -> Comparison:
     """What judge() goes through, checked; no weights are read.
 
     Raises:
-        InputError: a checkpoint, setting or schedule that does not fit.
+        InputError: a prompt, setting or schedule that does not fit.
     """
-    pipeline = Pipeline.from_pretrained(samples.checkpoint, dtype=samples.dtype)
-    if not isinstance(pipeline, PixelPipeline):
-        raise InputError(f"{samples.checkpoint}: expected a model with a table of words to draw prompts from")
-    check_seed(samples.seed, samples.count)
-    prompts = pipeline.random_prompts(samples.count, samples.seed)
     settings = samples.settings | {"seed": samples.seed}
-    reference = pipeline.check(prompts, **settings, sparsity=None)
+    reference = pipeline.check(samples.prompts, **settings, sparsity=None)
     check_window(reference.settings["height"], reference.settings["width"])
     requests: dict[str, Request] = {}
     for name, one in configurations.items():
         with telling(name):
-            requests[name] = pipeline.check(prompts, **settings | one.given, sparsity=one.sparsity)
-    return Comparison(
-        pipeline=pipeline, samples=samples, prompts=prompts, configurations=configurations, requests=requests,
-        reference=reference,
-    )  # fmt: skip
+            requests[name] = pipeline.check(samples.prompts, **settings | one.given, sparsity=one.sparsity)
+    given = dict(pipeline=pipeline, samples=samples, configurations=configurations)
+    return Comparison(requests=requests, reference=reference, **given)
 
 
 def judge(comparison: Comparison, *, prices: Prices | None = None, features: Weights | None = None) -> Iterator[Entry]:
@@ -89,7 +78,7 @@ def judge(comparison: Comparison, *, prices: Prices | None = None, features: Wei
     scales = {request.settings["guidance"] for request in requests.values()}
     dense: dict[float | None, Drawn] = {}
     first = None
-    with tqdm(total=(len(scales) + len(requests)) * samples.count, unit="sample", leave=False) as bar:
+    with tqdm(total=(len(scales) + len(requests)) * len(samples.prompts), unit="sample", leave=False) as bar:
         for name, one in comparison.configurations.items():
             request, scale = requests[name], requests[name].settings["guidance"]
             if scale not in dense:
@@ -111,7 +100,7 @@ def judge(comparison: Comparison, *, prices: Prices | None = None, features: Wei
                 "dense_seconds": dense[scale].seconds,
                 "batch": drawn.sizes[0],  # that was timed
                 "sparsity": one.sparsity and to_dict(one.sparsity),
-                "prompts": samples.count,
+                "prompts": len(samples.prompts),
                 **pipeline.origin,
                 "solver": type(request.solver).__name__,
                 **request.settings,
@@ -136,12 +125,13 @@ class Drawn:
 
 def _draw(comparison: Comparison, options: Mapping[str, Any], bar: tqdm) -> Drawn:
     """Samples of all prompts, some at once; where none but the first batch has its size, that one once more, for its time."""
-    count, seed = comparison.samples.at_once, comparison.samples.seed
-    batches = {start: comparison.prompts[start : start + count] for start in range(0, len(comparison.prompts), count)}
-    given = comparison.samples.settings | options
+    samples = comparison.samples
+    starts = range(0, len(samples.prompts), samples.at_once)
+    batches = {start: samples.prompts[start : start + samples.at_once] for start in starts}
+    given = samples.settings | options
 
     def call(start: int) -> PipelineOutput:
-        return comparison.pipeline(batches[start], **given, seed=seed + start, output_type="np", progress=False)
+        return comparison.pipeline(batches[start], **given, seed=samples.seed + start, output_type="np", progress=False)
 
     outputs = []
     for start, prompts in batches.items():
@@ -183,15 +173,11 @@ def _statistics(likeness: Mapping[str, np.ndarray], first: Mapping[str, np.ndarr
 
 def _shares(drawn: Drawn, work: Work, steps: int, dense_steps: int) -> dict[str, Any]:
     """Shares of keys and neurons that its steps compute, and of all products of the dense sample, by count."""
-
-    def executed(out: PipelineOutput) -> float:
-        return work.executed(out.density, 1 - len(out.skipped_steps) / steps) * steps / dense_steps
-
     return {
         "density": {part: drawn.mean(lambda out, part=part: out.density[part]) for part in ("attention", "mlp")},
         "skipped_steps": drawn.mean(lambda out: len(out.skipped_steps)),
         "reference_steps": dense_steps,
-        "executed": drawn.mean(executed),
+        "executed": drawn.mean(lambda out: executed(work, out, steps, dense_steps)),
     }
 
 
