@@ -33,6 +33,7 @@ COMMANDS = {  # each a module beside this one, with parse(words) and run(argumen
     "inspect": "say what a checkpoint holds",
     "sample": "sample images and videos from prompts",
     "verify": "compare sparse samples with dense ones",
+    "tune": "find the settings for a cost or a quality by measurements",
     "bench": "time kernels, steps and samples",
 }
 

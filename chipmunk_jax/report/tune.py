@@ -1,0 +1,290 @@
+"""The search for the best way to sample at a cost, or the cheapest of a quality, by measurements alone.
+
+Nothing here samples: a judge says how near a sample comes to the dense one, and what it costs. A composition is returned only where
+it beats fewer steps and skipped steps alone at its own cost, on the same prompts.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from chipmunk_jax.report.space import Candidate, Family
+
+QUICK = 2  # prompts of a first look
+SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
+
+Judge = Callable[
+    [Candidate, int], tuple[float, float]
+]  # a way and the number of a prompt -> dB to the dense sample, cost
+Told = Callable[[Candidate, int], None]  # hears which way is measured next, on which prompt
+
+
+class Ways(Protocol):
+    """What is searched; see report.space.Space."""
+
+    steps: int
+
+    def rivals(self) -> list[Family]:
+        """Families that compositions have to beat."""
+
+    def seeds(self, rival: Family) -> list[Family]:
+        """Compositions to begin with, by the best rival."""
+
+    def moves(self, family: Family) -> list[Family]:
+        """Compositions near one."""
+
+    def at(self, family: Family, budget: float) -> Candidate | None:
+        """The way of a family that costs the most, up to a budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """One of both: the best within a budget, a share of the dense cost, or the cheapest that reaches a mean PSNR, dB."""
+
+    budget: float | None = None
+    target: float | None = None
+
+
+@dataclass(kw_only=True)
+class Point:
+    """A way to sample, and what was measured of it: an entry a prompt, in their order."""
+
+    candidate: Candidate
+    levels: list[float] = field(default_factory=list)  # dB
+    costs: list[float] = field(default_factory=list)  # shares of the dense sample's
+
+    @property
+    def cost(self) -> float:
+        """As measured; before that as planned."""
+        return float(np.median(self.costs)) if self.costs else self.candidate.cost
+
+    def mean(self, prompts: int) -> float:
+        """dB over the first prompts."""
+        return float(np.mean(self.levels[:prompts]))
+
+    def over(self, other: "Point") -> tuple[float, float]:
+        """Mean paired difference to another point, dB, over the prompts of both, and its standard error, infinite of one prompt."""
+        differences = [one - two for one, two in zip(self.levels, other.levels, strict=False)]
+        error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        return float(np.mean(differences)) if differences else 0.0, error
+
+    def beats(self, other: "Point") -> bool:
+        """Whether it comes nearer by more than the standard error."""
+        difference, error = self.over(other)
+        return difference > error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search measured, and which point it decided for."""
+
+    points: list[Point]
+    best: Point | None  # None: none reached the target, or nothing was measured in time
+    prompts: int  # that the decision is over
+    finished: bool  # whether the search came to its end before its time did
+
+
+class OutOfTime(Exception):
+    """The time is over."""
+
+
+class Search:
+    """A search as it goes on: points by name, and the time that is left."""
+
+    def __init__(
+        self,
+        ways: Ways,
+        judge: Judge,
+        *,
+        prompts: int,
+        seconds: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+        told: Told = lambda candidate, prompt: None,
+    ) -> None:
+        """Args:
+        ways: what is searched.
+        judge: measures.
+        prompts: on which points are decided.
+        seconds: from now on; no sample is begun that, if it took as long as the longest so far, would end later.
+        clock: seconds.
+        told: hears of every sample before it is made.
+        """
+        self.ways, self.judge, self.prompts, self.clock, self.told = ways, judge, prompts, clock, told
+        self.end, self.longest = clock() + seconds, 0.0
+        self.points: dict[str, Point] = {}
+        self.half = 0.5 / ways.steps  # a rival that costs up to half a step more counts as one of the same cost
+        self.strongest: list[Family] = []  # the best rival of each kind: fewer steps, and skipped ones
+
+    def run(self, goal: Goal) -> Found:
+        """The decision; what the time did not suffice for is left out."""
+        finished = True
+        try:
+            self._to_budget(goal.budget) if goal.budget is not None else self._to_target(goal.target)
+        except OutOfTime:
+            finished = False
+        return self.found(goal, finished)
+
+    def found(self, goal: Goal, finished: bool = False) -> Found:
+        """The decision by what has been measured so far."""
+        prompts = max((len(point.levels) for point in self.points.values() if point.candidate.rival), default=0)
+        best = decide([p for p in self.points.values() if self.admissible(p, prompts)], goal, prompts)
+        return Found(points=list(self.points.values()), best=best, prompts=prompts, finished=finished)
+
+    def admissible(self, point: Point, prompts: int) -> bool:
+        """Whether a point may be returned: a rival, or one that beats every rival of its cost, as far as measured the strongest."""
+        if len(point.levels) < max(prompts, 1):
+            return False
+        if point.candidate.rival:
+            return True
+        needed = [self._point(one) for one in self._rivals_at(point)]
+        measured = bool(needed) and all(len(rival.levels) >= prompts for rival in needed)
+        return measured and all(point.beats(rival) for rival in self._facing(point))
+
+    def measure(self, candidate: Candidate, prompts: int) -> Point:
+        """The point of a way, measured on as many prompts.
+
+        Raises:
+            OutOfTime: before a sample that might end too late.
+        """
+        point = self._point(candidate)
+        while len(point.levels) < prompts:
+            start = self.clock()
+            if start + self.longest > self.end:
+                raise OutOfTime
+            self.told(candidate, len(point.levels))
+            level, cost = self.judge(candidate, len(point.levels))
+            self.longest = max(self.longest, self.clock() - start)
+            self.points.setdefault(candidate.name, point)
+            point.levels.append(level)
+            point.costs.append(cost)
+        return point
+
+    def _point(self, candidate: Candidate) -> Point:
+        return self.points.get(candidate.name) or Point(candidate=candidate)
+
+    def _rivals_at(self, point: Point) -> list[Candidate]:
+        found = [self.ways.at(family, point.cost + self.half) for family in self.strongest]
+        return [one for one in found if one]
+
+    def _facing(self, point: Point) -> list[Point]:
+        """Measured rivals that cost as much as a point, or less."""
+        return [
+            other
+            for other in self.points.values()
+            if other.candidate.rival and other.cost <= point.cost + self.half and other.levels
+        ]
+
+    def _fitting(self, families: Iterable[Family], budget: float) -> list[Candidate]:
+        """The ways of families within a budget, by their measured cost where that is not the planned one."""
+        found: dict[str, Candidate] = {}
+        for family in families:
+            one = self.ways.at(family, budget)
+            if one and (point := self.points.get(one.name)) and point.cost > budget:
+                one = self.ways.at(family, budget * one.cost / point.cost)
+            if one:
+                found[one.name] = one
+        return list(found.values())
+
+    def _halve(self, candidates: Sequence[Candidate], budget: float) -> list[Point]:
+        """Points, the best first: all on few prompts, the better half on twice as many, and so on to all of them."""
+        prompts, left = min(QUICK, self.prompts), list(candidates)
+        order: list[Point] = []
+        while left:
+            points = [self.measure(one, prompts) for one in left]
+            points.sort(key=lambda point: -point.mean(prompts))
+            order = points + [point for point in order if point not in points]
+            if prompts == self.prompts:
+                break
+            left = [point.candidate for point in points[: max(1, len(points) // 2)]]
+            prompts = min(2 * prompts, self.prompts)
+        return [point for point in order if point.cost <= budget]
+
+    def _face_rivals(self, budget: float) -> None:
+        """Measures the rivals of a cost, fewer steps and the best way of skipping, on all prompts."""
+        if not self.strongest:
+            few = min(QUICK, self.prompts)
+            points = [self.measure(one, few) for one in self._fitting(self.ways.rivals(), budget)]
+            points.sort(key=lambda point: -point.mean(few))
+            families = [point.candidate.family for point in points]
+            kinds = {family.steps is None: family for family in reversed(families)}
+            self.strongest = [family for family in families if family in kinds.values()]
+        for one in self._fitting(self.strongest, budget):
+            self.measure(one, self.prompts)
+
+    def _to_budget(self, budget: float) -> None:
+        self._face_rivals(budget)
+        self._compose(budget)
+
+    def _compose(self, budget: float, seeds: Sequence[Family] | None = None) -> Point | None:
+        """The best composition within a budget that a walk from the seeds finds, faced with the rivals of its cost."""
+        seeds = seeds or self.ways.seeds(self.strongest[0] if self.strongest else self.ways.rivals()[-1])
+        ranked = self._halve(self._fitting(seeds, budget), budget)
+        if not ranked:
+            return None
+        best, tried = ranked[0], {point.candidate.name for point in ranked}
+        self._confirm(best)
+        few = min(QUICK, self.prompts)
+        moved = True
+        while moved:
+            moved = False
+            for one in self._fitting(self.ways.moves(best.candidate.family), budget):
+                if one.name in tried:
+                    continue
+                tried.add(one.name)
+                point = self.measure(one, few)
+                if point.cost > budget or point.mean(few) <= best.mean(few):
+                    continue
+                if self.measure(one, self.prompts).mean(self.prompts) > best.mean(self.prompts):
+                    best, moved = point, True
+                    self._confirm(best)
+                    break
+        return best
+
+    def _confirm(self, point: Point) -> None:
+        """Measures the rivals of its cost, and those that it does not beat yet on few prompts, on all of them."""
+        for one in self._rivals_at(point):
+            self.measure(one, self.prompts)
+        for rival in self._facing(point):
+            if not point.beats(rival):
+                self.measure(rival.candidate, self.prompts)
+
+    def _to_target(self, target: float) -> None:
+        """The cheapest rival that reaches the target, by halving the steps that may run; then cheaper compositions."""
+        low, high = 0, self.ways.steps  # steps that do not reach it, and that do
+        while high - low > 1:
+            middle = (low + high) // 2
+            self._face_rivals(middle / self.ways.steps + 1e-9)
+            reached = decide(self._rivals(), Goal(target=target), self.prompts)
+            low, high = (low, middle) if reached else (middle, high)
+        goal, shrink, seeds = Goal(target=target), SHRINK, None
+        best = self.found(goal).best
+        cost = best.cost if best else 1.0
+        while shrink < 1 and (1 - shrink) * cost > self.half:
+            composed = self._compose(cost * shrink, seeds)
+            best = self.found(goal).best
+            if best and best.cost < cost - 1e-9:
+                cost, seeds = best.cost, None if best.candidate.rival else [best.candidate.family]
+            else:
+                shrink, seeds = (1 + shrink) / 2, [composed.candidate.family] if composed else None
+
+    def _rivals(self) -> list[Point]:
+        return [p for p in self.points.values() if p.candidate.rival and len(p.levels) >= self.prompts]
+
+
+def decide(points: Sequence[Point], goal: Goal, prompts: int) -> Point | None:
+    """The best point within a budget, of equal ones the cheapest; or the cheapest that reaches the target, of equal ones the best.
+
+    Args:
+        points: those that may be returned, measured on so many prompts.
+        goal: budget or target.
+        prompts: over which means are taken.
+    """
+    rank = lambda point: (-point.mean(prompts), point.cost)
+    if goal.budget is not None:
+        return min((point for point in points if point.cost <= goal.budget), key=rank, default=None)
+    reached = [point for point in points if point.mean(prompts) >= goal.target]
+    return min(reached, key=lambda point: rank(point)[::-1], default=None)
