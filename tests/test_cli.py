@@ -28,7 +28,7 @@ from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
 
 PROMPT = "red striped heart on meadow"
 BENCHES = ("kernels", "step", "sample", "schedule", "quality", "plot")
-COMMANDS = ("convert", "inspect", "sample", "verify", "bench", *(f"bench {name}" for name in BENCHES))
+COMMANDS = ("convert", "inspect", "sample", "verify", "tune", "bench", *(f"bench {name}" for name in BENCHES))
 SMALL = ["--height", "20", "--width", "12", "--steps", "3"]
 
 
@@ -281,9 +281,9 @@ def test_an_unknown_flag_is_told_with_the_nearest_one(words, told, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "no command: expected one of convert, inspect, sample, verify, bench"),
+        ([], "no command: expected one of convert, inspect, sample, verify, tune, bench"),
         (["smaple"], "unknown command 'smaple'; did you mean sample?"),
-        (["draw"], "unknown command 'draw'; expected one of convert, inspect, sample, verify, bench"),
+        (["draw"], "unknown command 'draw'; expected one of convert, inspect, sample, verify, tune, bench"),
         (["bench"], "no command: expected one of kernels, step, sample, pipeline, schedule, quality, plot"),
         (["bench", "kernel"], "unknown command 'kernel'; did you mean kernels?"),
     ],
@@ -341,7 +341,7 @@ def test_help_lists_all_commands(capsys):
         main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {command} " in text for command in ("convert", "inspect", "sample", "verify", "bench"))
+    assert all(f"\n  {command} " in text for command in ("convert", "inspect", "sample", "verify", "tune", "bench"))
 
 
 def test_sample_writes_a_picture_that_says_how_it_was_made(checkpoint, folder, capsys):
@@ -500,7 +500,7 @@ def test_without_a_command_nothing_heavy_is_imported(words, status):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", ["convert", "inspect", "sample", "verify", "bench"])
+@pytest.mark.parametrize("name", ["convert", "inspect", "sample", "verify", "tune", "bench"])
 def test_only_the_module_of_the_named_command_is_imported(name, monkeypatch):
     imported = []
     module = SimpleNamespace(parse=lambda words: words, run=lambda words: len(words))

@@ -14,8 +14,9 @@ import numpy as np
 
 from chipmunk_jax.report.space import Candidate, Family
 
-QUICK = 2  # prompts of a first look
+QUICK = 1  # prompts of a first look: what it sorts out lies dBs apart
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
+FINE = 0.01  # of the dense cost: less is not worth another round of that search
 
 Judge = Callable[
     [Candidate, int], tuple[float, float]
@@ -73,9 +74,9 @@ class Point:
         return float(np.mean(differences)) if differences else 0.0, error
 
     def beats(self, other: "Point") -> bool:
-        """Whether it comes nearer by more than the standard error."""
+        """Whether it comes nearer by more than the standard error; on one prompt, at all."""
         difference, error = self.over(other)
-        return difference > error
+        return difference > (0.0 if math.isinf(error) else error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,8 @@ class Search:
         """Whether a point may be returned: a rival, or one that beats every rival of its cost, as far as measured the strongest."""
         if len(point.levels) < max(prompts, 1):
             return False
-        if point.candidate.rival:
-            return True
+        if point.candidate.rival or prompts < 2:
+            return point.candidate.rival
         needed = [self._point(one) for one in self._rivals_at(point)]
         measured = bool(needed) and all(len(rival.levels) >= prompts for rival in needed)
         return measured and all(point.beats(rival) for rival in self._facing(point))
@@ -263,7 +264,7 @@ class Search:
         goal, shrink, seeds = Goal(target=target), SHRINK, None
         best = self.found(goal).best
         cost = best.cost if best else 1.0
-        while shrink < 1 and (1 - shrink) * cost > self.half:
+        while (1 - shrink) * cost > FINE:
             composed = self._compose(cost * shrink, seeds)
             best = self.found(goal).best
             if best and best.cost < cost - 1e-9:
