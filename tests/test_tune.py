@@ -68,7 +68,7 @@ GOALS = [Goal(budget=0.2), Goal(budget=0.35), Goal(target=32.0), Goal(target=40.
 @pytest.mark.parametrize("goal", GOALS, ids=str)
 def test_no_rival_of_its_cost_beats_what_is_returned(goal):
     kinds = set()
-    for seed in range(12):
+    for seed in range(18):
         found = search(by_chance(seed)).run(goal)
         best, rivals = found.best, [point for point in found.points if point.candidate.rival]
         kinds.add(best.candidate.rival)
@@ -85,7 +85,7 @@ def test_no_rival_of_its_cost_beats_what_is_returned(goal):
                 differences = np.subtract(best.levels[: len(rival.levels)], rival.levels)
                 many = len(differences) > 1
                 assert differences.mean() > (differences.std(ddof=1) / math.sqrt(len(differences)) if many else 0)
-    assert goal.budget == 0.2 or kinds == {True, False}  # chance favours now these, now those
+    assert kinds == {True, False}  # chance favours now these, now those
 
 
 def test_rivals_of_its_cost_were_measured_for_every_composition_that_is_returned():

@@ -117,8 +117,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the size, steps, seed, guidance, dtype and place of a sample to the parser."""
+def add_sampling_flags(parser: argparse.ArgumentParser, *, shown: bool = True) -> None:
+    """Adds the size, steps, seed, guidance, dtype and place of a sample to the parser; and the speed of a video that is shown."""
     usual = "default: the model's usual, see chipmunk inspect"
     parser.add_argument("--frames", type=int, help=f"of a video ({usual})")
     parser.add_argument("--height", type=int, help=f"pixels ({usual})")
@@ -130,7 +130,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         help=f"scale; FLUX.1-dev was trained with it, for the others 1 is none, in half the time ({usual})",
     )
-    parser.add_argument("--fps", type=float, help=f"frames a second that a video is shown at ({usual})")
+    if shown:
+        parser.add_argument("--fps", type=float, help=f"frames a second that a video is shown at ({usual})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, else as saved")
     parser.add_argument(
         "--offload",

@@ -73,7 +73,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="that the search may take (default: 10)")
     parser.add_argument("-o", "--output", default="tuned.yaml", help="file to write (default: tuned.yaml)")
-    add_sampling_flags(parser)
+    add_sampling_flags(parser, shown=False)
     return parser.parse_args(words)
 
 
@@ -168,11 +168,13 @@ def _write(args: argparse.Namespace, found: Found, trials: Trials, pipeline: Pip
     command = command_of(found.best, args.checkpoint, args.output, _flags(args))
     made = ", ".join(f"{name} {value}" for name, value in pipeline.origin.items())
     settings = ", ".join(f"{name} {value}" for name, value in trials.space.settings.items())
+    one = found.best.candidate.configuration
     lines = [
         verdict(found),
         f"searched: {searched}",
         f"cost: of {trials.costs}",
         f"samples: {made}, {settings}, seed {args.seed}",
+        *(["the number of steps is no part of this file, so it stands in the command"] if one.steps else []),
         command,
     ]
     with whole(args.output) as file:

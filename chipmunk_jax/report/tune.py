@@ -143,7 +143,7 @@ class Search:
             return point.candidate.rival
         needed = [self._point(one) for one in self._rivals_at(point)]
         measured = bool(needed) and all(len(rival.levels) >= prompts for rival in needed)
-        return measured and all(point.beats(rival) for rival in self._facing(point))
+        return measured and all(point.beats(rival) for rival in [*needed, *self._facing(point)])
 
     def measure(self, candidate: Candidate, prompts: int) -> Point:
         """The point of a way, measured on as many prompts.
@@ -179,42 +179,41 @@ class Search:
             if other.candidate.rival and other.cost <= point.cost + self.half and other.levels
         ]
 
-    def _fitting(self, families: Iterable[Family], budget: float) -> list[Candidate]:
-        """The ways of families within a budget, by their measured cost where that is not the planned one."""
-        found: dict[str, Candidate] = {}
-        for family in families:
-            one = self.ways.at(family, budget)
-            if one and (point := self.points.get(one.name)) and point.cost > budget:
-                one = self.ways.at(family, budget * one.cost / point.cost)
-            if one:
-                found[one.name] = one
-        return list(found.values())
+    def _look(self, family: Family, budget: float) -> Point | None:
+        """The way of a family that costs the most within a budget, as measured, on few prompts; None: there is none."""
+        planned = budget
+        for _ in range(2):
+            if (one := self.ways.at(family, planned)) is None:
+                return None
+            point = self.measure(one, min(QUICK, self.prompts))
+            if budget - 2 * self.half < point.cost <= budget:
+                return point
+            planned = budget * one.cost / point.cost
+        return point if point.cost <= budget else None
 
-    def _halve(self, candidates: Sequence[Candidate], budget: float) -> list[Point]:
-        """Points, the best first: all on few prompts, the better half on twice as many, and so on to all of them."""
-        prompts, left = min(QUICK, self.prompts), list(candidates)
-        order: list[Point] = []
-        while left:
-            points = [self.measure(one, prompts) for one in left]
-            points.sort(key=lambda point: -point.mean(prompts))
-            order = points + [point for point in order if point not in points]
-            if prompts == self.prompts:
-                break
-            left = [point.candidate for point in points[: max(1, len(points) // 2)]]
+    def _looks(self, families: Iterable[Family], budget: float) -> list[Point]:
+        """Points of families within a budget, the best first look first."""
+        found = {point.candidate.name: point for family in families if (point := self._look(family, budget))}
+        return sorted(found.values(), key=lambda point: -point.levels[0])
+
+    def _halve(self, families: Iterable[Family], budget: float) -> Point | None:
+        """The best way within a budget: all on few prompts, the better half on twice as many, and so on to one on all of them."""
+        points, prompts = self._looks(families, budget), min(QUICK, self.prompts)
+        while points and prompts < self.prompts:
             prompts = min(2 * prompts, self.prompts)
-        return [point for point in order if point.cost <= budget]
+            points = [self.measure(point.candidate, prompts) for point in points[: max(1, len(points) // 2)]]
+            points.sort(key=lambda point: -point.mean(prompts))
+        return points[0] if points else None
 
     def _face_rivals(self, budget: float) -> None:
         """Measures the rivals of a cost, fewer steps and the best way of skipping, on all prompts."""
+        points = self._looks(self.strongest or self.ways.rivals(), budget)
         if not self.strongest:
-            few = min(QUICK, self.prompts)
-            points = [self.measure(one, few) for one in self._fitting(self.ways.rivals(), budget)]
-            points.sort(key=lambda point: -point.mean(few))
-            families = [point.candidate.family for point in points]
-            kinds = {family.steps is None: family for family in reversed(families)}
-            self.strongest = [family for family in families if family in kinds.values()]
-        for one in self._fitting(self.strongest, budget):
-            self.measure(one, self.prompts)
+            kinds = {point.candidate.family.steps is None: point.candidate.family for point in reversed(points)}
+            self.strongest = list(kinds.values())
+        for point in points:
+            if point.candidate.family in self.strongest:
+                self.measure(point.candidate, self.prompts)
 
     def _to_budget(self, budget: float) -> None:
         self._face_rivals(budget)
@@ -223,27 +222,24 @@ class Search:
     def _compose(self, budget: float, seeds: Sequence[Family] | None = None) -> Point | None:
         """The best composition within a budget that a walk from the seeds finds, faced with the rivals of its cost."""
         seeds = seeds or self.ways.seeds(self.strongest[0] if self.strongest else self.ways.rivals()[-1])
-        ranked = self._halve(self._fitting(seeds, budget), budget)
-        if not ranked:
+        if (best := self._halve(seeds, budget)) is None:
             return None
-        best, tried = ranked[0], {point.candidate.name for point in ranked}
         self._confirm(best)
-        few = min(QUICK, self.prompts)
-        moved = True
-        while moved:
-            moved = False
-            for one in self._fitting(self.ways.moves(best.candidate.family), budget):
-                if one.name in tried:
-                    continue
-                tried.add(one.name)
-                point = self.measure(one, few)
-                if point.cost > budget or point.mean(few) <= best.mean(few):
-                    continue
-                if self.measure(one, self.prompts).mean(self.prompts) > best.mean(self.prompts):
-                    best, moved = point, True
-                    self._confirm(best)
-                    break
+        while better := self._better(best, budget):
+            best = better
+            self._confirm(best)
         return best
+
+    def _better(self, best: Point, budget: float) -> Point | None:
+        """The first way that differs from the best by one move and is better, on few prompts and on all."""
+        few = min(QUICK, self.prompts)
+        for family in self.ways.moves(best.candidate.family):
+            point = self._look(family, budget)
+            if point and point.mean(few) > best.mean(few):
+                self.measure(point.candidate, self.prompts)
+                if point.mean(self.prompts) > best.mean(self.prompts):
+                    return point
+        return None
 
     def _confirm(self, point: Point) -> None:
         """Measures the rivals of its cost, and those that it does not beat yet on few prompts, on all of them."""
