@@ -83,11 +83,13 @@ class Space:
         attention, mlp = self.base.attention, self.base.mlp
         keys, neurons = _nearest(KEYS, attention and attention.top_keys), _nearest(NEURONS, mlp and mlp.top_keys)
         skipping = replace(rival, steps=rival.steps or self.steps, means=64, full_every=3)
-        found = [replace(skipping, keys=keys or 0.2), replace(skipping, keys=keys or 0.2, full_every=5)]
+        # The first is what measured best on mini-wan, benchmarks/frontier-mini-wan.yaml.
+        found = [replace(skipping, keys=keys or 0.2, full_every=5, predict=("residual", 0))]
+        found += [replace(skipping, keys=keys or 0.2, full_every=every) for every in (5, 3)]
         if neurons:
             found += [replace(skipping, keys=keys or 0.2, neurons=neurons), replace(skipping, neurons=neurons)]
         found.append(replace(skipping, steps=round(FEWER[1] * self.steps)))
-        found.append(replace(found[0], steps=None))
+        found.append(replace(skipping, keys=keys or 0.2, steps=None))
         return list(dict.fromkeys(family.plain() for family in found))
 
     def moves(self, family: Family) -> list[Family]:

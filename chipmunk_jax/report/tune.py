@@ -196,24 +196,24 @@ class Search:
         found = {point.candidate.name: point for family in families if (point := self._look(family, budget))}
         return sorted(found.values(), key=lambda point: -point.levels[0])
 
-    def _halve(self, families: Iterable[Family], budget: float) -> Point | None:
-        """The best way within a budget: all on few prompts, the better half on twice as many, and so on to one on all of them."""
-        points, prompts = self._looks(families, budget), min(QUICK, self.prompts)
-        while points and prompts < self.prompts:
-            prompts = min(2 * prompts, self.prompts)
-            points = [self.measure(point.candidate, prompts) for point in points[: max(1, len(points) // 2)]]
-            points.sort(key=lambda point: -point.mean(prompts))
-        return points[0] if points else None
+    def _race(self, points: Sequence[Point]) -> Point:
+        """The best of some, measured on all prompts.
+
+        The one that is ahead on the prompts that it shares with the one measured most is measured on one more, until it has them all.
+        """
+        while True:
+            first = max(points, key=lambda point: (len(point.levels), point.mean(len(point.levels))))
+            ahead = max([first, *points], key=lambda point: point.over(first)[0])
+            if len(ahead.levels) >= self.prompts:
+                return ahead
+            self.measure(ahead.candidate, len(ahead.levels) + 1)
 
     def _face_rivals(self, budget: float) -> None:
         """Measures the rivals of a cost, fewer steps and the best way of skipping, on all prompts."""
-        points = self._looks(self.strongest or self.ways.rivals(), budget)
-        if not self.strongest:
-            kinds = {point.candidate.family.steps is None: point.candidate.family for point in reversed(points)}
-            self.strongest = list(kinds.values())
-        for point in points:
-            if point.candidate.family in self.strongest:
-                self.measure(point.candidate, self.prompts)
+        kinds: dict[bool, list[Point]] = {}
+        for point in self._looks(self.ways.rivals(), budget):
+            kinds.setdefault(point.candidate.family.steps is None, []).append(point)
+        self.strongest = [self._race(points).candidate.family for points in kinds.values()]
 
     def _to_budget(self, budget: float) -> None:
         self._face_rivals(budget)
@@ -222,24 +222,24 @@ class Search:
     def _compose(self, budget: float, seeds: Sequence[Family] | None = None) -> Point | None:
         """The best composition within a budget that a walk from the seeds finds, faced with the rivals of its cost."""
         seeds = seeds or self.ways.seeds(self.strongest[0] if self.strongest else self.ways.rivals()[-1])
-        if (best := self._halve(seeds, budget)) is None:
+        if not (points := self._looks(seeds, budget)):
             return None
-        self._confirm(best)
-        while better := self._better(best, budget):
-            best = better
+        best, before = self._race(points), None
+        while best is not before:
             self._confirm(best)
+            before, best = best, self._better(best, budget) or self._race(self._compositions(budget))
         return best
 
     def _better(self, best: Point, budget: float) -> Point | None:
-        """The first way that differs from the best by one move and is better, on few prompts and on all."""
-        few = min(QUICK, self.prompts)
+        """The first way that differs from the best by one move and is better on all prompts, if it is so at a first look."""
         for family in self.ways.moves(best.candidate.family):
             point = self._look(family, budget)
-            if point and point.mean(few) > best.mean(few):
-                self.measure(point.candidate, self.prompts)
-                if point.mean(self.prompts) > best.mean(self.prompts):
-                    return point
+            if point and point is not best and self._race([best, point]) is point:
+                return point
         return None
+
+    def _compositions(self, budget: float) -> list[Point]:
+        return [point for point in self.points.values() if not point.candidate.rival and point.cost <= budget]
 
     def _confirm(self, point: Point) -> None:
         """Measures the rivals of its cost, and those that it does not beat yet on few prompts, on all of them."""
