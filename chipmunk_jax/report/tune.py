@@ -14,7 +14,6 @@ import numpy as np
 
 from chipmunk_jax.report.space import Candidate, Family
 
-QUICK = 1  # prompts of a first look: what it sorts out lies dBs apart
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
 FINE = 0.01  # of the dense cost: less is not worth another round of that search
 
@@ -180,12 +179,12 @@ class Search:
         ]
 
     def _look(self, family: Family, budget: float) -> Point | None:
-        """The way of a family that costs the most within a budget, as measured, on few prompts; None: there is none."""
+        """The way of a family that costs the most within a budget, as measured, on one prompt at least; None: there is none."""
         planned = budget
         for _ in range(2):
             if (one := self.ways.at(family, planned)) is None:
                 return None
-            point = self.measure(one, min(QUICK, self.prompts))
+            point = self.measure(one, 1)
             if budget - 2 * self.half < point.cost <= budget:
                 return point
             planned = budget * one.cost / point.cost
@@ -199,7 +198,7 @@ class Search:
     def _race(self, points: Sequence[Point]) -> Point:
         """The best of some, measured on all prompts.
 
-        The one that is ahead on the prompts that it shares with the one measured most is measured on one more, until it has them all.
+        The one that is ahead, on the prompts that it shares with the one measured most, is measured on one more until it has all.
         """
         while True:
             first = max(points, key=lambda point: (len(point.levels), point.mean(len(point.levels))))
@@ -250,7 +249,7 @@ class Search:
                 self.measure(rival.candidate, self.prompts)
 
     def _to_target(self, target: float) -> None:
-        """The cheapest rival that reaches the target, by halving the steps that may run; then cheaper compositions."""
+        """The cheapest rival that reaches the target, by bisection of the steps that run; then cheaper compositions."""
         low, high = 0, self.ways.steps  # steps that do not reach it, and that do
         while high - low > 1:
             middle = (low + high) // 2
