@@ -94,16 +94,22 @@ SKIPPING = {
 }
 OF_VIDEOS = {"recompute_mask": True, "query_stride": 2, "random_keys": 0.01, "fixed_random_keys": 0.01}
 OF_HUNYUAN = {"top_keys": 0.05, "text_keys": True, "text_queries": True, "full_step_schedule": [0, 1, 10, 40]}
-OF_MINIS = {"group": 64, "full_step_every": 5}
-OF_MINI_WAN = {"group": 64, "first_n_dense_layers": 0, "block_means": 64, "share_sides": True}
-OF_MINI_WAN |= {"full_step_schedule": [0, 1, 2, 7, 12, 17, 22, 27]}
+OF_MINIS = {"group": 64, "first_n_dense_layers": 0, "block_means": 64, "share_sides": True}
+SKIPPED = {  # of the small models
+    "mini-flux": {"predict": "hidden", "order": 1, "skip_steps": [*range(4, 26, 3)]},
+    "mini-wan": {"predict": "residual", "skip_steps": [4, 6, 9, 11, 14, 16, 19, 21, 24, 26]},
+}
 VALUES = {
     "flux": (KEYS, NEURONS, [8, 4]),
     "hunyuan-video": (KEYS | OF_VIDEOS | OF_HUNYUAN, None, [[4, 4, 8]]),
     "wan-14b": (KEYS | OF_VIDEOS | {"top_keys": 0.1, "local_voxels": 5}, None, [[4, 4, 8]]),
     "wan-1.3b": (KEYS | OF_VIDEOS | {"top_keys": 0.1, "local_voxels": 3}, None, [[4, 4, 8]]),
-    "mini-flux": (KEYS | OF_MINIS, NEURONS | OF_MINIS, [8, 4]),
-    "mini-wan": (KEYS | OF_MINI_WAN, None, [[4, 4, 4]]),
+    "mini-flux": (
+        KEYS | OF_MINIS | {"top_keys": 0.33, "full_step_schedule": [0, 1, 2, *range(5, 27, 3)]},
+        None,
+        [8, 4],
+    ),
+    "mini-wan": (KEYS | OF_MINIS | {"full_step_schedule": [0, 1, *range(2, 28, 5)]}, None, [[4, 4, 4]]),
 }
 STEP_CACHES = {f"{name}-step-cache": VALUES[name] for name in ("flux", "hunyuan-video", "wan-14b", "wan-1.3b")}
 
@@ -120,8 +126,8 @@ def test_the_presets_are_these():
 def test_every_field_of_the_presets_is_as_it_was_measured(name):
     attention, mlp, patches = (VALUES | STEP_CACHES)[name]
     step_cache = SKIPPING if name in STEP_CACHES else None
-    if name == "mini-wan":
-        step_cache = SKIPPING | {"predict": "residual", "skip_steps": [4, 6, 9, 11, 14, 16, 19, 21, 24, 26]}
+    if name in SKIPPED:
+        step_cache = SKIPPING | SKIPPED[name]
     rest = {"schedule_steps": {"mini-flux": 28, "mini-wan": 30}.get(name, 50), "patches": patches}
     assert to_dict(PRESETS[name]) == {"attention": attention, "mlp": mlp, "step_cache": step_cache} | rest
     assert load_sparsity(name) == PRESETS[name]
