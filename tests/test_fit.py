@@ -58,7 +58,8 @@ def test_a_full_step_stays_at_its_time_and_all_presets_plan_any_number_of_steps(
         assert set(after.full_step_schedule) == {*np.floor(exact + 0.5).astype(int), *filling} <= set(range(steps))
         assert len(after.full_step_schedule) < steps
     shares = density(plan_steps(preset, steps, **SIZES), 57)
-    assert fitted.saves_nothing == (set(shares.values()) == {1.0}) and (not fitted.saves_nothing or steps < 8)
+    few = 28 if name == "mini-flux" else 8  # every third of 28 steps is full
+    assert fitted.saves_nothing == (set(shares.values()) == {1.0}) and (not fitted.saves_nothing or steps < few)
 
 
 @pytest.mark.parametrize("steps", NUMBERS)
@@ -66,19 +67,22 @@ def test_a_full_step_stays_at_its_time_and_all_presets_plan_any_number_of_steps(
 def test_as_many_steps_are_skipped_as_in_proportion_where_there_is_room(name, steps):
     preset, table = PRESETS[name], plan_steps(PRESETS[name], steps, **SIZES)
     skipped = np.flatnonzero(table.skip) if table.skip is not None else np.zeros(0, int)
-    wanted = 25 * steps // 50
+    named = preset.step_cache.skip_steps or PAPER_SKIPS
+    written = WRITTEN[name]
+    wanted = len(named) * steps // written
     # The times of the list, from the start of its first step to the end of its last, without what is full, the first and the last.
-    named, step = PAPER_SKIPS, np.arange(steps)
-    within = (step + 1) / steps > named[0] / 50 + 1e-9
-    within &= step / steps < (named[-1] + 1) / 50 - 1e-9
+    step = np.arange(steps)
+    within = (step + 1) / steps > named[0] / written + 1e-9
+    within &= step / steps < (named[-1] + 1) / written - 1e-9
     must = plan_steps(dataclasses.replace(preset, step_cache=None), steps, **SIZES)
     room = within & ~full_steps(must, steps) & (step > 0) & (step < steps - 1)
     assert len(skipped) == min(wanted, room.sum()) and room[skipped].all()
     # Before each step as many as the list has skipped by then, but for those that full steps put off.
     if steps >= 20:
-        by_now = np.array([np.sum(np.array(named) < i * 50 / steps) * steps / 50 for i in step])
+        by_now = np.array([np.sum(np.array(named) < i * written / steps) * steps / written for i in step])
         so_far = np.array([np.sum(skipped < i) for i in step])
-        assert np.abs(by_now - so_far).max() < 2
+        gaps = 1 if named is PAPER_SKIPS else max(1, steps / written)  # between full steps that put some off
+        assert np.abs(by_now - so_far).max() < 2 * gaps
 
 
 def test_the_wish_for_more_steps_skips_no_fewer():

@@ -125,7 +125,8 @@ TESTED = {
     },
     "benchmarks/README.md": {
         "FLUX.1-dev, 50 steps", "prompt to pixels, seconds", "one step", "FLUX.1-dev, over dense", "video, seconds", "kernel",
-        "exact top-k", "run of the MLP", "model and preset, or a rival at its cost", "setting", "pattern", "idea", "Chipmunk paper, H100",
+        "exact top-k", "run of the MLP", "model and preset, or a rival at its cost",
+        "setting", "pattern", "idea", "Chipmunk paper, H100",
     },
 }  # fmt: skip
 

@@ -17,8 +17,11 @@ from chipmunk_jax.sparsity import load_sparsity, to_dict
 
 PROMPTS = ("red striped heart on meadow", "blue plain ring on night")
 # In three layers, of which a preset's first two are dense.
-SMALL = ["--height", "20", "--width", "12", "--steps", "4", "--sparsity.schedule-steps", "null"]
-SMALL += ["--sparsity.mlp.first-n-dense-layers", "0"]
+CHANGES = {"attention.full_step_every": 5, "attention.group": 64, "mlp.full_step_every": 5, "mlp.group": 64}
+CHANGES |= {"schedule_steps": None, "mlp.first_n_dense_layers": 0}
+SMALL = ["--height", "20", "--width", "12", "--steps", "4", "--sparsity", "flux"]
+for name, value in CHANGES.items():
+    SMALL += [f"--sparsity.{name.replace('_', '-')}", "null" if value is None else str(value)]
 NUMBERS = {
     *("model", "checkpoint", "solver", "dtype", "version", "prompts", "seeds", "height", "width", "steps", "guidance", "seed"),
     *("sparsity", "density", "executed", "dense_seconds", "sparse_seconds", "psnr", "median_psnr", "rivals", "device", "jax"),
@@ -51,9 +54,7 @@ def test_verify_writes_its_sheet_and_numbers(verified):
     numbers = json.loads((folder / "numbers.json").read_text())
     assert numbers.keys() == NUMBERS
     assert (numbers["prompts"], numbers["seeds"]) == ([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, [3, 4, 5, 6])
-    assert numbers["sparsity"] == to_dict(
-        load_sparsity("mini-flux", {"schedule_steps": None, "mlp.first_n_dense_layers": 0})
-    )
+    assert numbers["sparsity"] == to_dict(load_sparsity("flux", CHANGES))
     assert (numbers["steps"], numbers["jax"]) == (4, jax.__version__)
     assert len(set(numbers["psnr"])) == 4 and numbers["median_psnr"] == pytest.approx(np.median(numbers["psnr"]))
     # Attention: 1 of 3 layers in 2 of 4 steps keeps 64 of 76 keys. MLP: 3 of 4 steps keep 64 of 128 neurons.
