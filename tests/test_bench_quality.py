@@ -227,6 +227,14 @@ def test_the_shipped_configurations_can_be_read():
     assert fit(first, measured["steps"]) == fit(records.sparsity_of(measured), measured["steps"]) and len(found) > 10
 
 
+def test_the_shipped_frontier_is_what_was_measured():
+    found = read_configurations(ROOT / "benchmarks/frontier-mini-wan.yaml")
+    for entry in records.read(ROOT / "benchmarks/results/frontier-mini-wan-h200.jsonl", timed=False):
+        if entry["sparsity"]:
+            one = found[entry["variant"]].sparsity
+            assert fit(one, entry["steps"]) == fit(records.sparsity_of(entry), entry["steps"]), entry["variant"]
+
+
 @pytest.mark.parametrize("name", ["mini-wan", "mini-flux"])
 def test_the_shipped_frontiers_fit_their_models_and_show_the_rivals(name):
     found = read_configurations(ROOT / f"benchmarks/frontier-{name}.yaml")
