@@ -555,6 +555,9 @@ def test_numbers_in_the_prose_of_the_readme_are_the_committed_records():
     """Those with a unit; each is asserted above or here."""
     demos = [record(f"benchmarks/results/{name}-demo-cpu.json") for name in ("mini-flux", "mini-wan")]
     expected = [f"{demo_seconds(entry):.0f}" for entry in demos]
+    preset, alone = records("extrapolated-mini-wan-cpu")
+    assert preset["variant"] == "preset" and len(alone["psnr"]) == 3
+    expected += [f"{number:.1f}" for e in (alone, preset) for number in (e["mean_psnr"], 100 * e["cost"])]
     assert re.findall(MEASURED, prose(README)) == expected
     small, large = (records(name)[0] for name in (FRONTIER, LARGER))
     assert f"PSNR to its dense samples of {small['steps']} steps" in prose(README)
