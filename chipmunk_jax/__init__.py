@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from chipmunk_jax.pipelines.wan import WanPipeline
     from chipmunk_jax.sampling import denoise, plan, sample, start
     from chipmunk_jax.solvers import Euler, UniPC, flux_timesteps, shifted_timesteps, wan_timesteps
-    from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity, StepCache, load_sparsity
+    from chipmunk_jax.sparsity import AttentionSparsity, GuidanceCache, MlpSparsity, Sparsity, StepCache, load_sparsity
 
 # Module -> what users find here of it.
 _EXPORTS = {
@@ -34,7 +34,7 @@ _EXPORTS = {
     "pipelines.wan": ("WanPipeline",),
     "sampling": ("denoise", "plan", "sample", "start"),
     "solvers": ("Euler", "UniPC", "flux_timesteps", "shifted_timesteps", "wan_timesteps"),
-    "sparsity": ("AttentionSparsity", "MlpSparsity", "Sparsity", "StepCache", "load_sparsity"),
+    "sparsity": ("AttentionSparsity", "GuidanceCache", "MlpSparsity", "Sparsity", "StepCache", "load_sparsity"),
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -43,6 +43,7 @@ __all__ = [
     "Euler",
     "FluxConfig",
     "FluxPipeline",
+    "GuidanceCache",
     "HunyuanVideoConfig",
     "InputError",
     "Layout",

@@ -1,7 +1,8 @@
 """fit(): a Sparsity whose schedules name steps of a sample of one length, for a sample of any length, or for a part of one."""
 
+import itertools
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from chipmunk_jax.sparsity import (
     PAPER_SKIPS,
     PAPER_STEPS,
     AttentionSparsity,
+    GuidanceCache,
     MlpSparsity,
     Sparsity,
     StepCache,
@@ -26,7 +28,8 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
 
     A full step stays at its time of the path. A step is skipped where the number of skipped steps so far, in proportion, reaches a
     whole number; where that step must run, a later one that need not, or else an earlier one. Steps 0 and 1 are full in attention,
-    step 0 in the MLP. For as many steps as the schedules are written for they are what they were.
+    step 0 in the MLP. Both sides of guidance run in full steps and in step 0. For as many steps as the schedules are written for
+    they are what they were.
 
     Args:
         sparsity: its schedules are stretched from schedule_steps, or where that is None, as they are.
@@ -34,14 +37,16 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
         span: the steps that one of several networks runs, which has caches of its own; they count from 0 in the result. None: all.
 
     Raises:
-        InputError: a schedule that names a step beyond those that it is written for, or skips a full one.
+        InputError: a schedule that names a step beyond those that it is written for, or a full one as skipped or one-sided.
     """
     check_schedules(sparsity, steps)
     written, span = sparsity.schedule_steps or steps, span or (0, steps)
     full = {name: _full(part, written, steps, span) for name, part in _parts(sparsity).items()}
-    cache = sparsity.step_cache and _fit_cache(sparsity.step_cache, written, steps, span, set().union(*full.values()))
+    whole, sides = set().union(*full.values()), sparsity.guidance_cache
+    cache = sparsity.step_cache and _fit_cache(sparsity.step_cache, written, steps, span, whole)
     skipped = cache.skip_steps if cache and cache.gate == "list" else ()
-    fitted: dict[str, Any] = {"step_cache": cache}
+    sides = sides and _fit_sides(sides, written, steps, span, whole, skipped)
+    fitted: dict[str, Any] = {"step_cache": cache, "guidance_cache": sides}
     for name, numbers in full.items():
         part, delta = getattr(sparsity, name), span[1] - span[0] > len(numbers.union(skipped))
         every = min(max(1, _stretched(part.full_step_every, written, steps)), steps)
@@ -51,12 +56,14 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
 
 
 def check_schedules(sparsity: Sparsity, steps: int) -> None:
-    """Raises InputError where a schedule names a step beyond those that it is written for, or skips a full one."""
+    """Raises InputError where a schedule names a step beyond those it is written for, or a full one as skipped or one-sided."""
     written, parts = sparsity.schedule_steps or steps, _parts(sparsity)
     schedules = {f"{name}.full_step_schedule": part.full_step_schedule or () for name, part in parts.items()}
-    skipped = (sparsity.step_cache and sparsity.step_cache.skip_steps) or ()
-    latest = {name: max(numbers, default=0) for name, numbers in schedules.items()}
-    latest["step_cache.skip_steps"] = max(skipped, default=0)
+    saving = {
+        "step_cache.skip_steps": (sparsity.step_cache and sparsity.step_cache.skip_steps) or (),
+        "guidance_cache.one_sided_steps": (sparsity.guidance_cache and sparsity.guidance_cache.one_sided_steps) or (),
+    }
+    latest = {name: max(numbers, default=0) for name, numbers in (schedules | saving).items()}
     name = max(latest, key=latest.get)
     if (last := latest[name]) >= written:
         are = "schedule_steps says" if sparsity.schedule_steps else "there are"
@@ -64,11 +71,9 @@ def check_schedules(sparsity: Sparsity, steps: int) -> None:
             f"{name} names step {last}, but {are} {written} steps (0 to {written - 1}): expected {last + 1} or more, or "
             f"another {name}"
         )
-    for name, part in parts.items():
-        if both := sorted(_full(part, written, written, (0, written)) & set(skipped)):
-            raise InputError(
-                f"step_cache.skip_steps names step {both[0]}: expected none that the {name} computes in full"
-            )
+    for part, (name, numbers) in itertools.product(parts, saving.items()):
+        if both := sorted(_full(parts[part], written, written, (0, written)) & set(numbers)):
+            raise InputError(f"{name} names step {both[0]}: expected none that the {part} computes in full")
 
 
 def _parts(sparsity: Sparsity) -> dict[str, Part]:
@@ -108,6 +113,26 @@ def _fit_cache(config: StepCache, written: int, steps: int, span: Span, full: Se
         skips = free
     gate = config.gate if config.decides else "list"
     return replace(config, gate=gate, skip_steps=tuple(skips)) if skips else None
+
+
+def _fit_sides(
+    config: GuidanceCache, written: int, steps: int, span: Span, full: Set[int], skipped: Collection[int]
+) -> GuidanceCache | None:
+    """The GuidanceCache with a list of the steps that run one side; None where there are none."""
+    first, stop = span
+    run = [step for step in range(stop - first) if step not in skipped]
+    if config.one_sided_steps is not None:
+        chosen = [step for step in run if (first + step) * written // steps in config.one_sided_steps]
+        chosen = [step for step in chosen if step and step not in full]
+    else:
+        chosen, last = [], 0
+        for step in run:
+            late = first + step >= config.after * steps
+            if late and step not in full and 0 < (step - last) * written < config.every * steps:
+                chosen.append(step)
+            else:
+                last = step
+    return replace(config, one_sided_steps=tuple(chosen)) if chosen else None
 
 
 def _stretched_skips(named: Sequence[int], written: int, steps: int, span: Span, full: Set[int]) -> list[int]:

@@ -72,6 +72,8 @@ def plan(
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((sides * a.shape[0], *a.shape[1:]), a.dtype), cond)
     x = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
     state, caching = jax.eval_shape((solver or Euler()).init, x), sparsity and sparsity.step_cache
+    one_sided = sides == 2 and sparsity is not None and sparsity.guidance_cache is not None
+    kept = noise.shape[0] if one_sided else batch
     return {
         "weights": nbytes(model),
         "noise and conditions": nbytes((noise, rows)),
@@ -79,7 +81,8 @@ def plan(
         "latents of the solver": 3 * nbytes(x) + nbytes(state),
         "modulations of all steps": nbytes(modulations_of.eval_shape(model, times, rows)),
         **caches.nbytes(stacks, sparsity, batch, model.dtype),
-        **({"kept for skipped steps": of_skipped(model, stacks, x, batch, caching)} if caching else {}),
+        **({"kept for skipped steps": of_skipped(model, stacks, x, kept, caching)} if caching else {}),
+        **({"difference of both sides": nbytes(x)} if one_sided else {}),
         **of_layers(stacks, sparsity, batch, model.dtype, implementation),
     }
 

@@ -22,12 +22,13 @@ from chipmunk_jax.arguments import check, check_settings, is_whole, parse_timest
 from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.errors import InputError, NotFiniteError, listed
 from chipmunk_jax.fit import fit
-from chipmunk_jax.model import Condition, Model, Stack, modulations_of
+from chipmunk_jax.guidance_cache import Told, guide, run_sides
+from chipmunk_jax.model import Condition, Model, Stack
 from chipmunk_jax.order import inverse, patch_order
 from chipmunk_jax.pinned_keys import pinned_keys
 from chipmunk_jax.progress import Reporter, finished
 from chipmunk_jax.progress import on_step as progress_of
-from chipmunk_jax.schedule import Step, by_kind, plan_steps
+from chipmunk_jax.schedule import Step, plan_steps
 from chipmunk_jax.solvers import Euler, Solver
 from chipmunk_jax.sparsity import Sparsity
 from chipmunk_jax.step_cache import (
@@ -70,11 +71,13 @@ class SampleState:
     """All that one step hands to the next."""
 
     x: jax.Array  # f32 [B, N, C], tokens in raster order
-    solver: Any  # state of the solver; its tokens are in the table's order, as are the next three's
+    solver: Any  # state of the solver; its tokens are in the table's order, as are all of the following
     cache: dict[str, LayerCache] | None  # of every stack of layers; None for dense sampling
     kept: Kept | None  # of the last steps that ran, for those that run no block; None: all do
     broken: jax.Array  # i32 [B], the first step whose x is not finite, or -1
     gate: GateState | None = None  # of a gate that decides which steps are skipped; None: there is none
+    # f32 [B, N, C], of the velocities of both sides of guidance in the last step that ran both; None: each step does
+    difference: jax.Array | None = None
 
 
 @usual_modes()
@@ -101,9 +104,11 @@ def plan(
     if caching:
         check_caching(fitted.step_cache, model, len(noise))
     order = patch_order(grid, sparsity.patches if sparsity else ())
-    step = plan_stacks(model.stacks(noise.shape[1], cond), sparsity, steps, grid) if sparsity else Step()
+    sides = 1 if guidance is None else 2
+    stacks = model.stacks(noise.shape[1], cond)
+    step = plan_stacks(stacks, sparsity, steps, grid, sides) if sparsity else Step(sides=sides)
     return Table(
-        step=step.replace(key=key_of(seed), sides=1 if guidance is None else 2, implementation=implementation),
+        step=step.replace(key=key_of(seed), implementation=implementation),
         timesteps=timesteps,
         times=solver.times(timesteps),
         order=order,
@@ -115,12 +120,15 @@ def plan(
     )
 
 
-def plan_stacks(stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: tuple[int, ...]) -> Step:
+def plan_stacks(
+    stacks: dict[str, Stack], sparsity: Sparsity, steps: int, grid: tuple[int, ...], sides: int = 1
+) -> Step:
     """plan_steps() for a model's stacks, which share the tokens of their attention and the width of their MLP."""
     first = next(iter(stacks.values()))
     attention = sparsity.attention
     pinned = attention and pinned_keys(attention, grid, sparsity.patches, first.text)
-    return plan_steps(sparsity, steps, tokens=first.tokens, mlp_width=first.mlp_width, pinned=pinned)
+    sizes = dict(tokens=first.tokens, mlp_width=first.mlp_width)
+    return plan_steps(sparsity, steps, **sizes, pinned=pinned, sides=sides)
 
 
 @usual_modes()
@@ -148,16 +156,17 @@ def start(
         raise InputError(f"sparsity={sparsity}: expected that of the table, as plan() was given it")
     x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
-    batch, caching = _entries(x, table), table.caching
+    batch, caching, both = _entries(x, table), table.caching, table.step.one_sided is None
     return SampleState(
         x=x,
         solver=table.solver.init(x[:, table.order]),
         cache=caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None,
-        kept=start_kept(caching, model, stacks, x, batch) if caching else None,
+        kept=start_kept(caching, model, stacks, x, batch if both else len(x)) if caching else None,
         broken=jnp.full(len(x), -1, jnp.int32),
         gate=start_gate(caching, len(table.times), x, partial(_first_signal, model, x, cond, table))
         if caching
         else None,
+        difference=None if both else jnp.zeros_like(x),
     )
 
 
@@ -187,63 +196,60 @@ def denoise(
     Raises:
         InputError: a span of steps that the table does not have, or conditions of another batch than the network sees.
     """
-    order, back, timesteps, guidance = table.order, table.back, table.timesteps, table.guidance
+    order, back, timesteps, guidance = table.order, table.back, jnp.asarray(table.timesteps), table.guidance
     steps = len(table.times)
     span = (0, steps) if span is None else span
     two = isinstance(span, (tuple, list)) and len(span) == 2 and all(map(is_whole, span))
     if not two or not 0 <= span[0] <= span[1] <= steps:
         raise InputError(f"span={span}: expected two of the {steps} steps in order, such as (0, {steps})")
-    _check_entries(cond, _entries(state.x, table))
+    entries, caching = _entries(state.x, table), table.caching
+    _check_entries(cond, entries)
     cond = {name: x[:, order] if name in model.on_grid else x for name, x in cond.items()}
-    times = jnp.broadcast_to(jnp.asarray(table.times)[:, None], (steps, _entries(state.x, table)))
-    modulations = modulations_of(model, times, cond)
-    timesteps, caching = jnp.asarray(timesteps), table.caching
+    # Of all entries, and of those whose velocity is asked for: where steps are one-sided, the prompt's.
+    all_told = Told.of(model, table.times, cond, entries)
+    own_told = all_told if state.difference is None else Told.of(model, table.times, cond, len(state.x))
 
     def body(state: SampleState, index: jax.Array):
-        t, mods = jax.tree.map(lambda a: a[index], (times, modulations))
-        step, now = table.step.at_step(index), timesteps[index]
+        step, now, told = table.step.at_step(index), timesteps[index], all_told.at(index)
+        own = told if state.difference is None else own_told.at(index)
         tokens = model.embed(state.x if guidance is None else jnp.concatenate([state.x, state.x]), cond)
-        network = lambda step, tokens, cache: model.hidden(tokens, t, cond, table.positions, cache, step, mods)
-        compute = lambda cache: by_kind(step, network, tokens, cache)
-        guided = lambda hidden: guide(model.velocity(hidden, mods), guidance)
+        compute = partial(run_sides, model, step, told, own, table.positions, tokens)
+        guided = lambda hidden, difference: guide(model.velocity(hidden, own.mods), guidance, difference)
         if caching is None:
-            hidden, cache = compute(state.cache)
-            velocity, kept, gate = guided(hidden), None, None
+            hidden, cache, difference = compute(state.cache, state.difference)
+            velocity, kept, gate = guided(hidden, difference), None, None
         else:
+            own_tokens = tokens if state.difference is None else tokens[: len(state.x)]
 
-            def run(cache, kept, gate, _):
-                hidden, cache = compute(cache)
+            def run(cache, kept, gate, difference, _):
+                hidden, cache, difference = compute(cache, difference)
                 if caching.gate == "easy":
-                    gate = ran(gate, state.x, model.velocity(hidden, mods)[: len(state.x)])
+                    gate = ran(gate, state.x, model.velocity(hidden, own.mods)[: len(state.x)])
                 if caching.predict == "residual":
-                    return cache, kept.after(hidden - tokens, now), gate, hidden
-                return cache, kept.after(guided(hidden) if caching.predict == "velocity" else hidden, now), gate, None
+                    return cache, kept.after(hidden - own_tokens, now), gate, difference, hidden
+                found = guided(hidden, difference) if caching.predict == "velocity" else hidden
+                return cache, kept.after(found, now), gate, difference, None
 
             skip, gate = step.skip, state.gate
             if gate is not None:
-                skip, gate = decide(caching, gate, skip, index, signal_of(model, table, state.x, tokens, mods, now))
+                skip, gate = decide(
+                    caching, gate, skip, index, signal_of(model, table, state.x, tokens, told.mods, now)
+                )
             # tokens + (hidden - tokens) is not hidden bit for bit, so a step that runs hands hidden on beside the residual.
-            hidden = tokens + state.kept.at(now) if caching.predict == "residual" else None
-            cache, kept, gate, hidden = unless_skipped(skip, run, state.cache, state.kept, gate, hidden)
+            hidden = own_tokens + state.kept.at(now) if caching.predict == "residual" else None
+            carried = state.cache, state.kept, gate, state.difference, hidden
+            cache, kept, gate, difference, hidden = unless_skipped(skip, run, *carried)
             found = kept.at(now) if hidden is None else hidden
-            velocity = found if caching.predict == "velocity" else guided(found)
+            velocity = found if caching.predict == "velocity" else guided(found, difference)
         x, solver = table.solver.step(state.x, state.solver, velocity, now, timesteps[index + 1])
         if on_step:
             on_step(index, timesteps[index + 1], x[:, back], (state.x - now * velocity)[:, back])
         cache = None if state.cache is None else cache
         broken = jnp.where((state.broken < 0) & ~jnp.isfinite(x).all((1, 2)), index, state.broken)
-        return SampleState(x, solver, cache, kept, broken, gate), None
+        return SampleState(x, solver, cache, kept, broken, gate, difference), None
 
     state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(*span, dtype=jnp.int32))
     return state.replace(x=state.x[:, back])
-
-
-def guide(velocity: jax.Array, guidance: jax.Array | None) -> jax.Array:
-    """The velocity of B samples, of those of both sides of guidance; None: there is one side."""
-    if guidance is None:
-        return velocity
-    prompted, other = jnp.split(velocity, 2)
-    return other + guidance * (prompted - other)
 
 
 def signal_of(model: Model, table: Table, x: jax.Array, tokens: jax.Array, mods: Any, t: jax.Array) -> jax.Array:
@@ -399,7 +405,7 @@ def run(
         reporter.pause("compiling")
         state = finished(_run.lower(*given, report=reporter.kind), *given, started=reporter.resume)
     check_finite(np.asarray(state.broken), table, model.dtype, first=reporter.first)
-    return state.replace(cache=None, kept=None)
+    return state.replace(cache=None, kept=None, difference=None)
 
 
 # The caches alone are donated: the noise is the caller's.

@@ -16,7 +16,6 @@ from jax import lax
 
 from chipmunk_jax.fit import fit
 from chipmunk_jax.sparsity import AttentionSparsity, MlpSparsity, Sparsity
-from chipmunk_jax.step_cache import skipped
 from pallas_kernels import Implementation, PinnedKeys
 from pallas_kernels.dispatch import choose
 from pallas_kernels.groups import group_count
@@ -68,6 +67,8 @@ class Step:
     attention: Share | None = None
     mlp: Share | None = None
     skip: jax.Array | None = None  # bool, whether no block runs (of plan_steps(): [steps]); None: all of them do
+    # bool, whether of both sides of guidance the prompt's alone runs (of plan_steps(): [steps]), in delta steps; None: both do
+    one_sided: jax.Array | None = None
     key: jax.Array | None = None  # PRNG key of this step and layer
     sample_key: jax.Array | None = None  # PRNG key of the whole sample
     layer: jax.Array | int = 0  # i32, the layer's place in its stack
@@ -80,8 +81,9 @@ class Step:
         """Row `index` of a plan, with a key of its own."""
         row = lambda share: share and share.replace(phase=jnp.asarray(share.phase)[index])
         key = None if self.key is None else jax.random.fold_in(self.key, index)
-        skip = None if self.skip is None else jnp.asarray(self.skip)[index]
-        return self.replace(attention=row(self.attention), mlp=row(self.mlp), skip=skip, key=key, sample_key=self.key)
+        skip, one_sided = jax.tree.map(lambda flags: jnp.asarray(flags)[index], (self.skip, self.one_sided))
+        shares = dict(attention=row(self.attention), mlp=row(self.mlp))
+        return self.replace(**shares, skip=skip, one_sided=one_sided, key=key, sample_key=self.key)
 
     def runs(self, first: int, layers: int) -> list[tuple[int, int, "Step"]]:
         """Runs of alike layers of a stack whose first stands at depth `first` of the model: (start, stop, their step)."""
@@ -115,18 +117,25 @@ KINDS = (
 )
 
 
-def by_kind(step: Step, run: Callable, *operands):
+def by_kind(step: Step, run: Callable, *operands, delta: bool = False):
     """run(step, *operands), on a GPU compiled once for any step, and once more for each of KINDS.
 
     Their layers then have nothing to choose. A choice takes a GPU some 25 us, two in every layer of FLUX.1 3 ms of 79; and in a
     branch XLA copies every slice of a stack of weights.
+
+    Args:
+        step: what is known of it as it runs.
+        run: runs the blocks.
+        operands: of run.
+        delta: whether it is known now that the step is no full one, but one of the first two KINDS: nothing else is compiled.
     """
-    if choose(step.implementation, dtype=jnp.bfloat16) != "pallas" or not (step.attention or step.mlp):
-        return run(step, *operands)
     shares = (step.attention, step.mlp)
+    apart = delta or choose(step.implementation, dtype=jnp.bfloat16) == "pallas"
+    if not (apart and any(shares)):
+        return run(step, *operands)
     known = lambda kind: tuple(share and phase for share, phase in zip(shares, kind, strict=True))
-    place, branches = 0, [partial(run, step)]
-    for phases in dict.fromkeys(map(known, KINDS)):
+    place, branches = 0, [] if delta else [partial(run, step)]
+    for phases in dict.fromkeys(map(known, KINDS[:2] if delta else KINDS)):
         here = [share.phase == phase for share, phase in zip(shares, phases, strict=True) if share]
         place = jnp.where(jnp.array(here).all(), len(branches), place)
         attention, mlp = (
@@ -137,7 +146,13 @@ def by_kind(step: Step, run: Callable, *operands):
 
 
 def plan_steps(
-    sparsity: Sparsity, steps: int, *, tokens: int, mlp_width: int, pinned: PinnedKeys | None = None
+    sparsity: Sparsity,
+    steps: int,
+    *,
+    tokens: int,
+    mlp_width: int,
+    pinned: PinnedKeys | None = None,
+    sides: int = 1,
 ) -> Step:
     """A Step whose phases are arrays i32[steps]: the table that the step loop scans over.
 
@@ -147,12 +162,14 @@ def plan_steps(
         tokens: N of the attention, text included; its columns.
         mlp_width: F, the columns of the MLP.
         pinned: keys that groups of queries attend to whatever their scores.
+        sides: of guidance.
 
     Raises:
         InputError: a schedule that the steps cannot follow.
     """
     fitted = fit(sparsity, steps)
-    attention, mlp, step_cache = fitted.attention, fitted.mlp, fitted.step_cache
+    attention, mlp = fitted.attention, fitted.mlp
+    named = lambda numbers: np.isin(np.arange(steps), numbers)
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
     if share:
         chance = np.float32(attention.fixed_random_keys) if attention.fixed_random_keys else None
@@ -161,7 +178,9 @@ def plan_steps(
     return Step(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
-        skip=step_cache and skipped(step_cache, steps),
+        skip=fitted.step_cache and named(fitted.step_cache.skip_steps),
+        one_sided=fitted.guidance_cache and named(fitted.guidance_cache.one_sided_steps) if sides > 1 else None,
+        sides=sides,
     )
 
 
@@ -177,21 +196,31 @@ def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns:
 
 
 def density(table: Step, layers: int) -> dict[str, float]:
-    """Mean share of columns computed over all steps and layers, {"attention": .., "mlp": ..}; 1 is dense, 0 skipped.
+    """Mean share of columns computed over all steps and layers, {"attention": .., "mlp": ..}; 1 is dense, as of run_shares().
 
     Args:
         table: of plan_steps().
         layers: of the whole model.
     """
     shares = {"attention": (table.attention, AttentionPhase.DELTA), "mlp": (table.mlp, MlpPhase.SELECT_DELTA)}
-    run = 1.0 if table.skip is None else ~np.asarray(table.skip)
+    run = run_shares(table)
     return {
         name: _density(share, first_delta, layers, run) if share else float(np.mean(run))
         for name, (share, first_delta) in shares.items()
     }
 
 
-def _density(share: Share, first_delta: IntEnum, layers: int, run: np.ndarray | float) -> float:
+def run_shares(table: Step) -> np.ndarray:
+    """Share of the entries that run: 0 in a skipped step, 0.5 in a one-sided one, else 1; [steps], or [] where all are alike.
+
+    Args:
+        table: of plan_steps().
+    """
+    skipped, one_sided = (False if flags is None else np.asarray(flags) for flags in (table.skip, table.one_sided))
+    return np.where(skipped, 0.0, np.where(one_sided, 0.5, 1.0))
+
+
+def _density(share: Share, first_delta: IntEnum, layers: int, run: np.ndarray) -> float:
     sparse_layers = max(0, layers - share.dense_layers) / layers
     sparse_steps = np.asarray(share.phase) >= first_delta
     return float(np.mean(run * (1 - sparse_layers * sparse_steps * (1 - _kept(share) / share.columns))))

@@ -263,7 +263,36 @@ class StepCache:
         return self.gate not in PLANNED_GATES
 
 
-PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity, "step_cache": StepCache}
+@explained
+@dataclass(frozen=True, kw_only=True)
+class GuidanceCache:
+    """Runs the prompt's side of guidance alone at some steps: its difference to the other side is that of the last step with both.
+
+    A full step of the other parts runs both. Saves nothing where there is one side, as in distilled models.
+    """
+
+    after: float = option(0.4, "fraction of the steps, at the start, that run both sides: from 0 to 1")
+    every: int = option(
+        5,
+        "number of steps after that from one that runs both sides to the next, among schedule_steps; 1 for all of them",
+    )
+    one_sided_steps: tuple[int, ...] | None = option(
+        None,
+        "steps that run the prompt's side alone, by number, counted from 0 among schedule_steps, none of them a full one, in place "
+        "of after and every; null for none",
+    )
+
+    def __post_init__(self):
+        check_types(self)
+        require(0 <= self.after <= 1, "after", self.after, "a fraction from 0 to 1")
+        require(1 <= self.every < 2**31, "every", self.every, "at least 1")
+        if self.one_sided_steps is not None:
+            object.__setattr__(self, "one_sided_steps", tuple(sorted(set(self.one_sided_steps))))
+            found = self.one_sided_steps
+            require(min(found, default=0) > 0, "one_sided_steps", found, "at least one, none before step 1")
+
+
+PARTS = {"attention": AttentionSparsity, "mlp": MlpSparsity, "step_cache": StepCache, "guidance_cache": GuidanceCache}
 
 
 @explained
@@ -274,10 +303,14 @@ class Sparsity:
     attention: AttentionSparsity | None = option(AttentionSparsity(), "sparse attention, or null for dense")
     mlp: MlpSparsity | None = option(MlpSparsity(), "sparse MLP, or null for dense")
     step_cache: StepCache | None = option(None, "steps to skip, or null to run every step")
+    guidance_cache: GuidanceCache | None = option(
+        None, "steps of guidance that run one side, or null to run both in every step"
+    )
     schedule_steps: int | None = option(
         None,
-        "number of steps of the sample that full_step_every, full_step_schedule and skip_steps are written for; in a sample of "
-        "another number they are stretched to the same times of the path; null to take them as they are in any sample",
+        "number of steps of the sample that full_step_every, full_step_schedule, skip_steps, every and one_sided_steps are written "
+        "for; in a sample of another number they are stretched to the same times of the path; null to take them as they are in any "
+        "sample",
     )
     patches: tuple[int | tuple[int, ...], ...] = option(
         (8, 4),
@@ -294,7 +327,7 @@ class Sparsity:
     @property
     def saves_nothing(self) -> bool:
         """Whether every step computes everything."""
-        return not (self.attention or self.mlp or self.step_cache)
+        return not (self.attention or self.mlp or self.step_cache or self.guidance_cache)
 
 
 def _nested(patches: tuple[int | tuple[int, ...], ...]) -> bool:

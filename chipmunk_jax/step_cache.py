@@ -150,7 +150,7 @@ def start_kept(caching: Caching, model: Model, stacks: dict[str, Stack], x: jax.
         model: the network.
         stacks: its stacks.
         x: [B, N, C].
-        entries: that the network sees, with guidance 2 B.
+        entries: whose hidden tokens are kept, with guidance those of both sides or, where steps are one-sided, of the prompt's.
     """
     width = next(iter(stacks.values())).width
     velocity = caching.predict == "velocity"
@@ -226,16 +226,11 @@ def _relative(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.abs(a - b).mean() / jnp.abs(b).mean()
 
 
-def skipped(config: StepCache, steps: int) -> np.ndarray:
-    """bool[steps]: the steps that run no block, or of a gate that decides, those that it may skip; config as fit() gives it."""
-    return np.isin(np.arange(steps), config.skip_steps)
-
-
 def unless_skipped(skip: jax.Array | None, run: Callable, *kept: Any) -> tuple[Any, ...]:
-    """Returns run(*kept), what this step makes of what was kept, or in a skipped step what was kept, unchanged.
+    """Returns run(*kept), what this step makes of what was kept, or where that is skipped what was kept, unchanged.
 
     Args:
-        skip: bool, whether this step runs no block; None: no step is ever skipped.
+        skip: bool, whether it does not run in this step; None: it runs in every step.
         run: runs the blocks.
         kept: pytrees of arrays.
     """

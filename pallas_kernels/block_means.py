@@ -66,7 +66,7 @@ def block_means(
     mean = functools.partial(_mean, block=block, valid=valid)
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     count = _reference if implementation == "reference" else functools.partial(_pallas, implementation=implementation)
-    return BlockMeans(mean(k), mean(v), count(columns, layer, pinned, valid, keys, block))
+    return BlockMeans(mean(k), mean(v), count(columns, layer, pinned, valid, batch, keys, block))
 
 
 def _mean(x, *, block, valid):
@@ -92,12 +92,12 @@ def _ends(valid, keys, batch):
     return jnp.full(batch, keys, jnp.int32) if valid is None else valid.astype(jnp.int32)
 
 
-def _reference(columns: Columns, layer, pinned: PinnedKeys | None, valid, keys, block):
+def _reference(columns: Columns, layer, pinned: PinnedKeys | None, valid, batch, keys, block):
     blocks = _blocks(keys, block)
-    kept = _by_block(*columns.listed(layer), blocks, block)  # [B, H, G, M]
+    kept = _by_block(*columns.listed(layer, batch), blocks, block)  # [B, H, G, M]
     if pinned is not None:
         kept += _by_block(*pinned.listed(valid, keys), blocks, block)
-    ends = _ends(valid, keys, kept.shape[0])
+    ends = _ends(valid, keys, batch)
     sizes = jnp.clip(ends[:, None] - block * jnp.arange(blocks), 0, block)
     return (sizes[:, None, None] - kept).astype(jnp.float32)
 
@@ -107,8 +107,8 @@ def _by_block(ids, listed, blocks, block):
     return ((ids // block)[..., None] == jnp.arange(blocks)).sum(-2, dtype=jnp.int32, where=listed[..., None])
 
 
-def _pallas(columns: Columns, layer, pinned: PinnedKeys | None, valid, keys, block, *, implementation):
-    batch, heads, groups = columns.counts.shape[1:]
+def _pallas(columns: Columns, layer, pinned: PinnedKeys | None, valid, batch, keys, block, *, implementation):
+    heads, groups = columns.counts.shape[2:]
     blocks = _blocks(keys, block)
     theirs = None if pinned is None else pinned.counted(valid, batch)
     parts = group_count(blocks, LANES)

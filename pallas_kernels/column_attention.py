@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
 from pallas_kernels.block_means import STEP, BlockMeans
-from pallas_kernels.columns import Columns, PinnedKeys, Scaled
+from pallas_kernels.columns import Columns, PinnedKeys, Scaled, covers
 from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
 from pallas_kernels.launch import Launch
@@ -74,8 +74,8 @@ def column_attention(
     _check(q, k, v, columns, lse, group, residual)
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
-        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), means, group, scale)
-        base = 0 if residual is None else _unscaled(residual, layer)
+        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k), means, group, scale)
+        base = 0 if residual is None else _unscaled(residual, layer, len(q))
         return (base + out).astype(q.dtype)
     options = dict(group=group, scale=scale, residual=residual, pinned=pinned, means=means, valid=valid)
     return _pallas(q, k, v, columns, lse, layer, **options, implementation=implementation)
@@ -113,7 +113,7 @@ def store_attention_residual(
         raise ValueError(f"dense {dense.shape}: expected the shape of q, {q.shape}")
     implementation = _choose(implementation, q, residual)
     if implementation == "reference":
-        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k.shape[1]), means, group, scale)
+        out = _reference(q, k, v, *_listed(columns, layer, pinned, valid, k), means, group, scale)
         return _with_layer(residual, layer, dense.astype(jnp.float32) - out)
     options = dict(group=group, scale=scale, residual=residual, pinned=pinned, means=means, valid=valid)
     return _pallas(q, k, v, columns, lse, layer, **options, dense=dense, implementation=implementation)
@@ -129,36 +129,40 @@ def _check(q, k, v, columns: Columns, lse, group, residual) -> None:
     if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, width):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, N, H, d] with equal B, H and d")
     columns.check((batch, heads, group_count(rows, group)), f"q {q.shape}", packable=True)
-    if lse.shape[1:] != (batch, heads, rows):
+    if not covers(lse.shape[1:], (batch, heads, rows)):
         raise ValueError(f"lse {lse.shape}: expected [L, B, H, N] = [L, {batch}, {heads}, {rows}]")
     shape = None if residual is None else jax.tree.leaves(residual)[0].shape
-    if shape is not None and shape[1:] != q.shape:
+    if shape is not None and not covers(shape[1:], q.shape):
         raise ValueError(f"residual {shape}: expected [L, {', '.join(map(str, q.shape))}]")
 
 
-def _listed(columns: Columns, layer, pinned: PinnedKeys | None, valid, keys: int):
+def _listed(columns: Columns, layer, pinned: PinnedKeys | None, valid, k):
     """Ids [B, H, G, n], i32, of all keys of one layer's groups, and which of these entries count."""
-    own = columns.listed(layer)
+    batch, keys = k.shape[:2]
+    own = columns.listed(layer, batch)
     if pinned is None:
         return own
     theirs = (jnp.broadcast_to(a, (*own[0].shape[:-1], keys)) for a in pinned.listed(valid, keys))
     return tuple(jnp.concatenate(both, -1) for both in zip(own, theirs, strict=True))
 
 
-def _unscaled(residual, layer):
+def _unscaled(residual, layer, batch):
     """residual[layer], f32 [B, N, H, d]."""
-    if not isinstance(residual, Scaled):
-        return residual[layer].astype(jnp.float32)
-    return residual.values[layer].astype(jnp.float32) * residual.scale[layer].swapaxes(1, 2)[..., None]
+    own = jax.tree.map(lambda stack: stack[layer, :batch], residual)
+    if not isinstance(own, Scaled):
+        return own.astype(jnp.float32)
+    return own.values.astype(jnp.float32) * own.scale.swapaxes(1, 2)[..., None]
 
 
 def _with_layer(residual, layer, values):
     """residual with values [B, N, H, d], f32, in its layer."""
+    batch = len(values)
     if not isinstance(residual, Scaled):
-        return residual.at[layer].set(values.astype(residual.dtype))
+        return residual.at[layer, :batch].set(values.astype(residual.dtype))
     scale = jnp.abs(values).max(-1) / LARGEST_FLOAT8
     values = (values / jnp.where(scale > 0, scale, 1)[..., None]).astype(residual.values.dtype)
-    return Scaled(residual.values.at[layer].set(values), residual.scale.at[layer].set(scale.swapaxes(1, 2)))
+    scale = residual.scale.at[layer, :batch].set(scale.swapaxes(1, 2))
+    return Scaled(residual.values.at[layer, :batch].set(values), scale)
 
 
 def _reference(q, k, v, ids, listed, means: BlockMeans | None, group, scale):

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch, launch
-from pallas_kernels.columns import Columns
+from pallas_kernels.columns import Columns, covers
 from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.groups import check_group, group_count, join_groups, split_groups
 from pallas_kernels.launch import Launch
@@ -54,7 +54,7 @@ def column_fc1(
     _check(x, fc1, columns, group)
     if b1.shape != fc1.shape[:-1]:
         raise ValueError(f"b1 {b1.shape}: expected [L, F] to fit fc1 {fc1.shape}")
-    if activations is not None and activations.shape[1:] != (x.shape[0], fc1.shape[1], x.shape[1]):
+    if activations is not None and not covers(activations.shape[1:], (x.shape[0], fc1.shape[1], x.shape[1])):
         raise ValueError(f"activations {activations.shape}: expected [L, B, F, N] to fit x {x.shape}, fc1 {fc1.shape}")
     implementation = dispatch.choose(implementation, dtype=x.dtype)
     if implementation == "reference":
@@ -103,7 +103,7 @@ def move_column_fc2(
     out: jax.Array,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [L, B, N, D], in place, with out[layer] += packed @ fc2[layer, chosen]; and a copy of out[layer], [B, N, D].
+    """out [L, B, N, D], in place, with out[layer] += packed @ fc2[layer, chosen]; and that as a copy, [B, N, D].
 
     Args:
         packed, fc2, columns, layer, group, implementation: as in column_fc2.
@@ -160,11 +160,11 @@ def store_activations(
         NotImplementedError: a named implementation cannot take these arguments.
     """
     batch, rows, neurons = activations.shape
-    if cached.shape[1:] != (batch, neurons, rows):
+    if not covers(cached.shape[1:], (batch, neurons, rows)):
         raise ValueError(f"cached {cached.shape}: expected [L, B, F, N] to fit activations {activations.shape}")
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     if implementation == "reference":
-        return cached.at[layer].set(activations.swapaxes(1, 2).astype(cached.dtype))
+        return cached.at[layer, :batch].set(activations.swapaxes(1, 2).astype(cached.dtype))
     side = 64
     return pl.pallas_call(
         functools.partial(_store_activations_body, side=side),
@@ -195,20 +195,21 @@ def _check(x, weights, columns: Columns, group) -> None:
 
 
 def _fc1_reference(x, fc1, b1, columns: Columns, layer, group, activations):
-    ids, listed = columns.listed(layer)  # [B, G, K]
+    batch = len(x)
+    ids, listed = columns.listed(layer, batch)  # [B, G, K]
     logits = jnp.einsum("bgrd,bgkd->bgrk", split_groups(x, group), fc1[ids], preferred_element_type=jnp.float32)
     new = jax.nn.gelu(logits + b1[ids][:, :, None].astype(jnp.float32), approximate=True)
     new = jnp.where(listed[:, :, None], new, 0).astype(x.dtype)
     if activations is None:
         return join_groups(new, x.shape[1]), None
-    cached = split_groups(activations[layer].swapaxes(1, 2), group)  # [B, G, group, F]
+    cached = split_groups(activations[layer, :batch].swapaxes(1, 2), group)  # [B, G, group, F]
     old = jnp.take_along_axis(cached, ids[:, :, None], axis=-1)
     change = jnp.where(listed[:, :, None], new.astype(jnp.float32) - old.astype(jnp.float32), 0).astype(x.dtype)
     # Unlisted slots write past the last neuron, where a scatter drops them.
     where = jnp.where(listed, ids, cached.shape[-1])
     write = jax.vmap(jax.vmap(lambda rows, neurons, values: rows.at[:, neurons].set(values, mode="drop")))
     updated = join_groups(write(cached, where, new.astype(cached.dtype)), x.shape[1])
-    return join_groups(change, x.shape[1]), activations.at[layer].set(updated.swapaxes(1, 2))
+    return join_groups(change, x.shape[1]), activations.at[layer, :batch].set(updated.swapaxes(1, 2))
 
 
 def _fc1_body(x_ref, fc1_ref, b1_ref, columns, layer_ref, *refs, cached, part: Launch, group):
@@ -271,21 +272,23 @@ def _load_2d(ref, prefix, rows, columns, columns_total, inside=None):
 
 
 def _fc2(packed, fc2, columns, layer, group, base, mode, implementation, dense=None):
-    if base.shape[1:] != (*packed.shape[:2], fc2.shape[-1]):
+    batch = len(packed)
+    shape = (*packed.shape[:2], fc2.shape[-1])  # [B, N, D]
+    if not covers(base.shape[1:], shape):
         raise ValueError(f"residual or out {base.shape}: expected [L, B, N, D] to fit {packed.shape} and {fc2.shape}")
-    if packed.shape[-1] != columns.capacity or (dense is not None and dense.shape != base.shape[1:]):
+    if packed.shape[-1] != columns.capacity or (dense is not None and dense.shape != shape):
         shapes = f"packed {packed.shape}" + ("" if dense is None else f", dense {dense.shape}")
         raise ValueError(f"{shapes}: expected [B, N, K] and [B, N, D] to fit K = {columns.capacity} and {base.shape}")
-    _check(jax.ShapeDtypeStruct(base.shape[1:], packed.dtype), fc2, columns, group)
+    _check(jax.ShapeDtypeStruct(shape, packed.dtype), fc2, columns, group)
     implementation = dispatch.choose(implementation, dtype=packed.dtype)
     if implementation == "reference":
-        product = _fc2_reference(packed, fc2[layer], *columns.listed(layer), group)
+        product = _fc2_reference(packed, fc2[layer], *columns.listed(layer, batch), group)
         if mode == "store":
-            return base.at[layer].set((dense.astype(jnp.float32) - product).astype(base.dtype))
-        total = (base[layer].astype(jnp.float32) + product).astype(base.dtype)
-        return total if mode == "add" else (base.at[layer].set(total), total)
+            return base.at[layer, :batch].set((dense.astype(jnp.float32) - product).astype(base.dtype))
+        total = (base[layer, :batch].astype(jnp.float32) + product).astype(base.dtype)
+        return total if mode == "add" else (base.at[layer, :batch].set(total), total)
     inputs = (packed, fc2, columns, jnp.asarray(layer, jnp.int32)[None])
-    fresh = None if mode == "store" else jax.ShapeDtypeStruct(base.shape[1:], base.dtype)
+    fresh = None if mode == "store" else jax.ShapeDtypeStruct(shape, base.dtype)
     stack = base
     for part in launch.launches(packed.shape[1], fc2.shape[-1], packed.shape[0], *tiles("column_fc2", group)):
         body = functools.partial(_fc2_body, mode=mode, part=part, group=group)

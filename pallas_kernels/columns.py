@@ -1,7 +1,8 @@
 """Lists of chosen columns, pinned keys and residuals of 8 bits: passed to kernels whole.
 
 A column is a key of attention or a neuron of an MLP. Lists of keys may be packed, two ids a word of 32 bits: an ascending list
-passes 65,536 at most once on its way to 131,071, and `wrap` says where.
+passes 65,536 at most once on its way to 131,071, and `wrap` says where. What is stacked by layers, [L, B, ..], may have more
+entries than the call: its first B of a layer are used, and the others left alone.
 """
 
 import functools
@@ -37,7 +38,7 @@ class Columns(NamedTuple):
         return self.indices.shape[-1] * (1 if self.wrap is None else 2)
 
     def check(self, lists: tuple[int, ...], to_fit: str, *, packable: bool = False) -> None:
-        """Raises ValueError unless there is a list for each of [L, *lists].
+        """Raises ValueError unless there is a list for each of [L, *lists], of B or more entries.
 
         Args:
             lists: B, .., G.
@@ -45,20 +46,20 @@ class Columns(NamedTuple):
             packable: whether the lists may be packed.
         """
         shapes, expected = f"indices {self.indices.shape}, counts {self.counts.shape}", ", ".join(map(str, lists))
-        if self.indices.shape[1:-1] != lists or self.counts.shape != self.indices.shape[:-1]:
+        if not covers(self.indices.shape[1:-1], lists) or self.counts.shape != self.indices.shape[:-1]:
             raise ValueError(f"{shapes}: expected [L, {expected}, K], [L, {expected}] to fit {to_fit}")
         if self.wrap is not None and not packable:
             raise ValueError(f"{shapes}, packed: expected lists of neurons as they are, only those of keys are packed")
         if self.wrap is not None and self.wrap.shape != self.counts.shape:
             raise ValueError(f"{shapes}, wrap {self.wrap.shape}: expected wrap [L, {expected}] to fit {to_fit}")
 
-    def listed(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    def listed(self, layer: jax.Array | int, batch: int) -> tuple[jax.Array, jax.Array]:
         """Ids [B, .., G, K], i32, of one layer's lists, and which of these entries count, bool; those that do not are 0."""
-        ids = self.indices[layer]
-        if self.wrap is not None:
+        ids, counts, wrap = jax.tree.map(lambda stack: stack[layer, :batch], self)
+        if wrap is not None:
             ids = jnp.stack([ids & (WRAP - 1), lax.shift_right_logical(ids, 16)], -1).reshape(*ids.shape[:-1], -1)
-            ids += WRAP * (jnp.arange(ids.shape[-1]) >= self.wrap[layer][..., None])
-        listed = jnp.arange(ids.shape[-1]) < self.counts[layer][..., None]
+            ids += WRAP * (jnp.arange(ids.shape[-1]) >= wrap[..., None])
+        listed = jnp.arange(ids.shape[-1]) < counts[..., None]
         return jnp.where(listed, ids, 0), listed
 
     def loader(self, *at: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
@@ -75,6 +76,11 @@ class Columns(NamedTuple):
             return ids + jnp.where(slots < self.wrap[*at], 0, WRAP)
 
         return load, self.counts[*at]
+
+
+def covers(stacked: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the shape of one layer of a stack is [B, ..], or has more entries than B: the kernels use the first B."""
+    return stacked[1:] == shape[1:] and stacked[0] >= shape[0]
 
 
 def pack_lists(columns: Columns) -> Columns:

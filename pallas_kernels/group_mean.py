@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.columns import Columns
+from pallas_kernels.columns import Columns, covers
 from pallas_kernels.groups import group_count
 
 GROUPS, NEURONS, INNER = 64, 32, 64  # a program's tile: small, as many in flight read memory fastest
@@ -42,15 +42,15 @@ def group_mean_change(
     """
     batch, groups, width = rows.shape
     neurons = fc1.shape[1]
-    if fc1.shape[2:] != (width,) or b1.shape != fc1.shape[:2] or cached.shape[1:] != (batch, groups, neurons):
+    shape = (batch, groups, neurons)
+    if fc1.shape[2:] != (width,) or b1.shape != fc1.shape[:2] or not covers(cached.shape[1:], shape):
         shapes = f"fc1 {fc1.shape}, b1 {b1.shape}, cached {cached.shape}"
         raise ValueError(f"{shapes}: expected [L, F, D], [L, F], [L, B, G, F] to fit rows {rows.shape}")
     implementation = dispatch.choose(implementation, dtype=rows.dtype)
     if implementation == "reference":
         mean = jnp.einsum("bgd,fd->bgf", rows, fc1[layer], preferred_element_type=jnp.float32)
         mean += b1[layer].astype(jnp.float32)
-        return mean, jnp.abs(mean - cached[layer]).astype(rows.dtype)
-    shape = (batch, groups, neurons)
+        return mean, jnp.abs(mean - cached[layer, :batch]).astype(rows.dtype)
     return pl.pallas_call(
         _change_body,
         grid=(group_count(neurons, NEURONS), group_count(groups, GROUPS), batch),
@@ -104,16 +104,17 @@ def store_group_mean(
         ValueError: shapes that do not fit.
         NotImplementedError: a named implementation cannot take these arguments.
     """
-    if cached.shape[1:] != mean.shape:
+    if not covers(cached.shape[1:], mean.shape):
         raise ValueError(f"cached {cached.shape}: expected [L, B, G, F] to fit mean {mean.shape}")
     columns.check(mean.shape[:-1], f"mean {mean.shape}")
     implementation = dispatch.choose(implementation, dtype=jnp.bfloat16)  # no matrix units here: any dtype goes
     if implementation == "reference":
         # Unlisted slots write past the last neuron, where a scatter drops them.
-        ids, listed = columns.listed(layer)
+        ids, listed = columns.listed(layer, len(mean))
         where = jnp.where(listed, ids, mean.shape[-1])
         row = lambda old, new, ids: old.at[ids].set(new[jnp.minimum(ids, new.size - 1)], mode="drop")
-        return cached.at[layer].set(jax.vmap(jax.vmap(row))(cached[layer], mean, where))
+        own = cached[layer, : len(mean)]
+        return cached.at[layer, : len(mean)].set(jax.vmap(jax.vmap(row))(own, mean, where))
     return pl.pallas_call(
         _store_body,
         grid=(group_count(columns.capacity, SLOTS), mean.shape[1], mean.shape[0]),

@@ -160,3 +160,13 @@ def save_with_words(model: nnx.Module, tmp_path_factory) -> Path:
     write_safetensors(folder / "word_embeddings.safetensors", {"embeddings": embeddings})
     save(model, folder / "tiny", (folder / "words.json", folder / "word_embeddings.safetensors"))
     return folder / "tiny"
+
+
+@pytest.fixture
+def compilations():
+    """What XLA compiles, by its seconds."""
+    found = []
+    listen = lambda name, seconds, **_: found.append(seconds) if name.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.clear_event_listeners()

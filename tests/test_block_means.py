@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels import LAYER, LAYERS, agree, draw, draw_lists, dtype_of, whole
+from test_kernels import LAYER, LAYERS, MORE, agree, draw, draw_lists, dtype_of, whole
 
 from pallas_kernels import Columns, PinnedKeys, block_means, column_attention, columns, pack_lists
 
 B, N, H, D, GROUP = 2, 333, 2, 64, 128
 VALID = np.array([N - 33, N - 80])  # whole blocks are padding in the second of the batch
 PINNED = [np.arange(200, 240), np.arange(0), np.arange(N - 20, N)]  # the last are padding
-OPTIONS = dict(group=GROUP, scale=0.125, valid=jnp.asarray(VALID), lse=jnp.zeros((LAYERS, B, H, N)), layer=LAYER)
+OPTIONS = dict(group=GROUP, scale=0.125, valid=jnp.asarray(VALID), lse=jnp.zeros((LAYERS, B + MORE, H, N)), layer=LAYER)
 
 
 def naive(q, k, v, chosen, end, block):
@@ -28,7 +28,7 @@ def test_the_keys_that_are_left_out_count_as_the_mean_of_their_block(implementat
     monkeypatch.setattr(columns, "WRAP", 128)  # packed lists wrap early for once
     rng, dtype = np.random.default_rng(0), dtype_of(implementation)
     (q, nq), (k, nk), (v, nv) = (draw(rng, B, N, H, D, dtype=dtype) for _ in range(3))
-    keys = draw_lists(rng, (B, H, len(PINNED)), 70, 200, "mixed")
+    keys = draw_lists(rng, (B + MORE, H, len(PINNED)), 70, 200, "mixed")
     starts = np.cumsum([0, *map(len, PINNED)])
     pinned = PinnedKeys(jnp.asarray(np.concatenate(PINNED)), jnp.asarray(starts))
     poison = lambda x: jnp.where((np.arange(N) >= VALID[:, None])[..., None, None], jnp.nan, x).astype(dtype)

@@ -159,7 +159,10 @@ def test_bad_input_of_one_command_is_one_sentence_too(command, flags, words, che
         ({"attention": {"topkeys": 0.2}}, ["sparsity.attention: unknown key topkeys", "known are top_keys"]),
         (
             {"atention": None},
-            ["sparsity: unknown key atention", "known are attention, mlp, step_cache, schedule_steps, patches"],
+            [
+                "sparsity: unknown key atention",
+                "known are attention, mlp, step_cache, guidance_cache, schedule_steps, patches",
+            ],
         ),
         ({"mlp": {"top_keys": "0.2"}}, ["sparsity.mlp.top_keys='0.2'", "a number"]),
         ([1, 2], ["bad.yaml", "expected keys"]),

@@ -37,6 +37,7 @@ from pallas_kernels import (
 from pallas_kernels.tiles import Tile
 
 LAYERS, LAYER = 2, 1
+MORE = 1  # entries of the stacked arrays that a call has not: it leaves them alone
 
 
 CARDS = [("9.0", 132), ("9.0", 2), ("8.9", 2)]
@@ -90,6 +91,12 @@ def draw_lists(rng, lists, capacity, columns, counts):
     return Columns(jnp.asarray(indices), jnp.asarray(sizes))
 
 
+def assert_others_untouched(stored, before, batch):
+    """In the other layer, and where the stack has more entries than the call."""
+    np.testing.assert_array_equal(stored[1 - LAYER], before[1 - LAYER])
+    np.testing.assert_array_equal(stored[LAYER, batch:], before[LAYER, batch:])
+
+
 def naive_column_attention(q, k, v, indices, counts, group, scale):
     out, indices, counts = np.zeros_like(q), np.asarray(indices), np.asarray(counts)
     for b, i, h in np.ndindex(q.shape[:3]):
@@ -116,20 +123,20 @@ def test_column_attention_is_softmax_over_the_listed_columns(
     rng, scale = np.random.default_rng(0), width**-0.5
     dtype = dtype_of(implementation)
     (q, nq), (k, nk), (v, nv) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(3))
-    residual, naive_residual = draw(rng, LAYERS, *q.shape, dtype=dtype)
+    residual, naive_residual = draw(rng, LAYERS, batch + MORE, *q.shape[1:], dtype=dtype)
     dense, naive_dense = draw(rng, *q.shape, dtype=dtype)
     groups = -(-rows // group)
-    keys = draw_lists(rng, (batch, heads, groups), capacity, rows, counts)
+    keys = draw_lists(rng, (batch + MORE, heads, groups), capacity, rows, counts)
     expected = naive_column_attention(nq, nk, nv, keys.indices[LAYER], keys.counts[LAYER], group, scale)
 
-    lse = draw(rng, LAYERS, batch, heads, rows)[0]  # of logits that have moved since
+    lse = draw(rng, LAYERS, batch + MORE, heads, rows)[0]  # of logits that have moved since
     options = dict(layer=LAYER, lse=lse, group=group, scale=scale, implementation=implementation)
     agree(whole(column_attention, q, k, v, keys, **options), expected, implementation)
     added = whole(column_attention, q, k, v, keys, residual=residual, **options)
-    agree(added, naive_residual[LAYER] + expected, implementation)
+    agree(added, naive_residual[LAYER, :batch] + expected, implementation)
     stored = jax.jit(lambda r: store_attention_residual(dense, q, k, v, keys, residual=r, **options))(residual)
-    agree(stored[LAYER], naive_dense - expected, implementation)
-    np.testing.assert_array_equal(stored[0], residual[0])  # the other layer is untouched
+    agree(stored[LAYER, :batch], naive_dense - expected, implementation)
+    assert_others_untouched(stored, residual, batch)
 
 
 # Any two of the three in all their combinations.
@@ -175,13 +182,15 @@ def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(planned):
     dtype = dtype_of(implementation)
     (q, nq), (k, nk), (v, nv), (dense, _) = (draw(rng, batch, rows, heads, width, dtype=dtype) for _ in range(4))
     dense = dense.at[0, 7].set(0).at[0, 8].multiply(1e4)
-    keys = draw_lists(rng, (batch, heads, 3), 64, rows, "mixed")
+    keys = draw_lists(rng, (batch + MORE, heads, 3), 64, rows, "mixed")
     sparse = naive_column_attention(nq, nk, nv, keys.indices[LAYER], keys.counts[LAYER], group, 0.125)
     expected = np.asarray(dense, np.float64) - sparse
-    options = dict(lse=jnp.zeros((LAYERS, batch, heads, rows)), group=group, scale=0.125, implementation=implementation)
+    lse = jnp.zeros((LAYERS, batch + MORE, heads, rows))
+    options = dict(lse=lse, group=group, scale=0.125, implementation=implementation)
     store = lambda r: store_attention_residual(dense, q, k, v, keys, LAYER, residual=r, **options)
-    stored = jax.jit(store)(Scaled.zeros((LAYERS, *q.shape)))
-    values = np.asarray(stored.values[LAYER], np.float64) * np.asarray(stored.scale[LAYER]).swapaxes(1, 2)[..., None]
+    stored = jax.jit(store)(Scaled.zeros((LAYERS, batch + MORE, *q.shape[1:])))
+    own = Scaled(*(np.asarray(a[LAYER, :batch], np.float64) for a in stored))
+    values = own.values * own.scale.swapaxes(1, 2)[..., None]
     # Three bits of mantissa: half a unit is 1/16 of a value; below 2^-6 of 448 the units are even.
     bound = (
         np.abs(expected) / 15
@@ -189,7 +198,8 @@ def test_a_residual_of_8_bits_is_that_of_16_but_for_its_rounding(planned):
         + (1e-1 if dtype == jnp.bfloat16 else 1e-4)
     )
     assert (np.abs(values - expected) <= bound).all()
-    assert not np.asarray(stored.values[0], np.float32).any() and not np.asarray(stored.scale[0]).any()
+    for a in stored:
+        assert_others_untouched(a.astype(jnp.float32), jnp.zeros(a.shape), batch)
     added = whole(column_attention, q, k, v, keys, layer=LAYER, residual=stored, **options)
     agree(added, values + (np.asarray(dense, np.float64) - expected), implementation)
 
@@ -297,15 +307,16 @@ def test_column_mlp_is_the_mlp_of_the_listed_neurons(planned, batch, rows, width
     fc1, n1 = (a / width**0.5 for a in draw(rng, LAYERS, neurons, width, dtype=dtype))
     b1, nb1 = draw(rng, LAYERS, neurons, dtype=dtype)
     fc2, n2 = (a / neurons**0.5 for a in draw(rng, LAYERS, neurons, width, dtype=dtype))
-    cached, naive_cached = draw(rng, LAYERS, batch, neurons, rows, dtype=dtype)
-    base, naive_base = draw(rng, LAYERS, batch, rows, width, dtype=dtype)
+    cached, naive_cached = draw(rng, LAYERS, batch + MORE, neurons, rows, dtype=dtype)
+    base, naive_base = draw(rng, LAYERS, batch + MORE, rows, width, dtype=dtype)
     dense, naive_dense = draw(rng, batch, rows, width, dtype=dtype)
     n1, n2 = np.asarray(fc1, np.float64), np.asarray(fc2, np.float64)
-    lists = draw_lists(rng, (batch, -(-rows // group)), capacity, neurons, counts)
+    lists = draw_lists(rng, (batch + MORE, -(-rows // group)), capacity, neurons, counts)
+    naive_base = naive_base[LAYER, :batch]
 
     full = naive_gelu(nx @ n1[LAYER].T + nb1[LAYER])
     packed = np.zeros((batch, rows, capacity))
-    change, moved, product = packed.copy(), naive_cached[LAYER].copy(), np.zeros((batch, rows, width))
+    change, moved, product = packed.copy(), naive_cached[LAYER, :batch].copy(), np.zeros((batch, rows, width))
     listed, counts = np.asarray(lists.indices[LAYER]), np.asarray(lists.counts[LAYER])
     for b, i in np.ndindex(batch, rows):
         chosen = listed[b, i // group, : counts[b, i // group]]
@@ -320,27 +331,27 @@ def test_column_mlp_is_the_mlp_of_the_listed_neurons(planned, batch, rows, width
     agree(got, packed, implementation)
     got_change, got_cache = jax.jit(lambda a: column_fc1(x, fc1, b1, lists, activations=a, **options))(cached)
     agree(got_change, change, implementation)
-    agree(got_cache[LAYER], moved, implementation)
-    np.testing.assert_array_equal(got_cache[0], cached[0])
+    agree(got_cache[LAYER, :batch], moved, implementation)
+    assert_others_untouched(got_cache, cached, batch)
 
-    agree(whole(column_fc2, got, fc2, lists, residual=base, **options), naive_base[LAYER] + product, implementation)
+    agree(whole(column_fc2, got, fc2, lists, residual=base, **options), naive_base + product, implementation)
     added, fresh = jax.jit(lambda o: move_column_fc2(got, fc2, lists, out=o, **options))(base)
-    agree(fresh, naive_base[LAYER] + product, implementation)
-    np.testing.assert_array_equal(added[LAYER], fresh)
-    np.testing.assert_array_equal(added[0], base[0])
+    agree(fresh, naive_base + product, implementation)
+    np.testing.assert_array_equal(added[LAYER, :batch], fresh)
+    assert_others_untouched(added, base, batch)
     left = jax.jit(lambda o: store_fc2_residual(dense, got, fc2, lists, residual=o, **options))(base)
-    agree(left[LAYER], naive_dense - product, implementation)
-    np.testing.assert_array_equal(left[0], base[0])
+    agree(left[LAYER, :batch], naive_dense - product, implementation)
+    assert_others_untouched(left, base, batch)
 
 
 @pytest.mark.parametrize(("batch", "rows", "neurons"), [(1, 64, 128), (2, 77, 100)])
 def test_activations_are_stored_transposed(implementation, batch, rows, neurons):
     rng = np.random.default_rng(7)
-    activations, cached = draw(rng, batch, rows, neurons)[0], draw(rng, LAYERS, batch, neurons, rows)[0]
+    activations, cached = draw(rng, batch, rows, neurons)[0], draw(rng, LAYERS, batch + MORE, neurons, rows)[0]
     store = jax.jit(lambda c: store_activations(activations, LAYER, cached=c, implementation=implementation))
     stored = store(cached)
-    np.testing.assert_array_equal(stored[LAYER], np.swapaxes(activations, 1, 2))
-    np.testing.assert_array_equal(stored[0], cached[0])
+    np.testing.assert_array_equal(stored[LAYER, :batch], np.swapaxes(activations, 1, 2))
+    assert_others_untouched(stored, cached, batch)
 
 
 def test_launches_cover_every_tile_once(monkeypatch):

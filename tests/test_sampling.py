@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from chipmunk_jax import (
     AttentionSparsity,
     Euler,
+    GuidanceCache,
     MlpSparsity,
     Sparsity,
     StepCache,
@@ -59,6 +60,7 @@ SPARSE = Sparsity(
     mlp=MlpSparsity(first_n_dense_layers=0, full_step_every=4, group=64),
 )
 SKIPPING = dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=(3, 5)))
+ONE_SIDED = dataclasses.replace(SPARSE, guidance_cache=GuidanceCache(one_sided_steps=(2, 5)))
 DECIDING = dataclasses.replace(SPARSE, step_cache=StepCache(gate="easy", threshold=9.0, predict="residual", order=1))
 
 
@@ -176,16 +178,6 @@ def test_a_solver_with_a_history_and_a_callback_see_skipped_steps_like_others(mo
     options = dict(timesteps=times, solver=solver, callback=lambda i, t, x: seen.append(i))
     np.testing.assert_allclose(draw(model, noise, cond, sparsity=caching, **options), x, **CLOSE)
     assert seen == list(range(STEPS))
-
-
-@pytest.fixture
-def compilations():
-    """What XLA compiles, by its seconds."""
-    found = []
-    listen = lambda name, seconds, **_: found.append(seconds) if name.endswith("backend_compile_duration") else None
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.clear_event_listeners()
 
 
 def test_another_choice_of_skipped_steps_compiles_nothing(model, compilations):
@@ -453,8 +445,12 @@ def test_compiled_kernels_sample_what_the_references_do(cache):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sparsity", [SPARSE, SKIPPING], ids=["sparse", "skipping"])
-def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
+@pytest.mark.parametrize(
+    ("sparsity", "guidance"),
+    [(SPARSE, None), (SKIPPING, None), (ONE_SIDED, 2.0)],
+    ids=["sparse", "skipping", "one side"],
+)
+def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity, guidance):
     """A copy of a stacked cache at every layer costs more than the delta step saves. (Of one layer, the stack is its part.)"""
     texts, caches_in, finished = [], set(), sampling.finished
     names = dict(int32="s32", float32="f32", bfloat16="bf16", float8_e4m3fn="f8e4m3fn")
@@ -466,7 +462,7 @@ def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity):
         return finished(program, model, cache, *args, **options)
 
     monkeypatch.setattr(sampling, "finished", spy)
-    draw(half(depth=2, depth_single_blocks=3), *inputs(), sparsity=sparsity)
+    draw(half(depth=2, depth_single_blocks=3), *inputs(), sparsity=sparsity, guidance=guidance)
     copies = re.findall(r"= (\w+\[[\d,]+\])\S* copy(?:-start)?\(", texts[0])
     assert len(caches_in) > 3 and not caches_in & set(copies)
     parts = tuple(f"{kind}[{layers}," for kind in ("s32", "bf16") for layers in (1, 2))  # of one layer, too

@@ -129,7 +129,8 @@ def test_every_field_of_the_presets_is_as_it_was_measured(name):
     if name in SKIPPED:
         step_cache = SKIPPING | SKIPPED[name]
     rest = {"schedule_steps": {"mini-flux": 28, "mini-wan": 30}.get(name, 50), "patches": patches}
-    assert to_dict(PRESETS[name]) == {"attention": attention, "mlp": mlp, "step_cache": step_cache} | rest
+    rest |= {"step_cache": step_cache, "guidance_cache": None}
+    assert to_dict(PRESETS[name]) == {"attention": attention, "mlp": mlp} | rest
     assert load_sparsity(name) == PRESETS[name]
 
 
@@ -373,7 +374,7 @@ def test_overrides_by_dotted_names_win():
         (
             {"atention": {}},
             {},
-            ["sparsity: unknown key atention", "attention, mlp, step_cache, schedule_steps, patches"],
+            ["sparsity: unknown key atention", "attention, mlp, step_cache, guidance_cache, schedule_steps, patches"],
         ),
         ({"attention": {"topkeys": 1}}, {}, ["sparsity.attention: unknown key topkeys", "top_keys", "recompute_mask"]),
         ({"mlp": {"recompute_mask": True, 7: 7}}, {}, ["sparsity.mlp: unknown key recompute_mask, 7", "select_every"]),

@@ -45,7 +45,7 @@ def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
         right = {kind: Timed(call) for kind, call in calls.items() if np.isfinite(outputs[kind]).all()}
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
     # Of a gate that decides in the sample as if it skipped nothing, which sample() does not tell.
-    table = plan_stacks(work.stacks, work.fitted, steps, grid)
+    table = plan_stacks(work.stacks, work.fitted, steps, grid, 1 if variant.guidance is None else 2)
     decides = work.fitted.step_cache and work.fitted.step_cache.decides
     shares = density(table.replace(skip=None) if decides else table, work.layers)
 

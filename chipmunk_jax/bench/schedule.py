@@ -9,7 +9,8 @@ import numpy as np
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import check_schedules, fit
-from chipmunk_jax.report.price import step_kinds
+from chipmunk_jax.pipelines import VARIANTS
+from chipmunk_jax.report.price import ONE_SIDE, by_kind, step_kinds
 from chipmunk_jax.report.records import Entry, sparsity_of
 from chipmunk_jax.schedule import plan_steps
 from chipmunk_jax.sparsity import PLANNED_GATES, Sparsity, to_dict
@@ -40,9 +41,11 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
         raise InputError(f"{found}; expected the sparsity of the timed steps, but for its schedules")
     check_schedules(sparsity, steps)
     every = replace(sparsity, step_cache=None)
-    samples = {"dense": (measured, Counter(dense=steps)), "sparse": (every, Counter(kinds(every, steps)))}
+    variant = VARIANTS.get(entries[0]["model"])
+    sides = 2 if variant and variant.guidance is not None else 1
+    samples = {"dense": (measured, Counter(dense=steps)), "sparse": (every, Counter(kinds(every, steps, sides)))}
     if sparsity.step_cache:
-        samples["sparse, steps skipped"] = (sparsity, Counter(kinds(sparsity, steps)))
+        samples["sparse, steps skipped"] = (sparsity, Counter(kinds(sparsity, steps, sides)))
     ms = {name: _ms(timed, counts) for name, (_, counts) in samples.items()}
     common = {key: value for key, value in timed["dense"].items() if key != "kernels"}
     return [
@@ -66,7 +69,7 @@ def by_schedule(entries: list[Entry], steps: int, sparsity: Sparsity | None = No
 
 
 # Settings that say when.
-SCHEDULES = {"full_step_every", "full_step_schedule", "select_every", "step_cache", "schedule_steps"}
+SCHEDULES = {"full_step_every", "full_step_schedule", "select_every", "step_cache", "guidance_cache", "schedule_steps"}
 
 
 def _settings(sparsity: Sparsity) -> dict[str, Any]:
@@ -78,20 +81,21 @@ def _settings(sparsity: Sparsity) -> dict[str, Any]:
     return {name: value for name, value in found.items() if not SCHEDULES & set(name.split("."))}
 
 
-def kinds(sparsity: Sparsity, steps: int) -> list[str]:
-    """The kind of every step, as of step_kinds()."""
+def kinds(sparsity: Sparsity, steps: int, sides: int = 1) -> list[str]:
+    """The kind of every step, as of step_kinds(), with so many sides of guidance."""
     fitted = fit(sparsity, steps)
     if fitted.step_cache and fitted.step_cache.decides:
         raise InputError(
             f"gate={fitted.step_cache.gate!r}: it decides in a sample; expected one of {', '.join(PLANNED_GATES)}"
         )
-    plan = plan_steps(fitted, steps, tokens=1, mlp_width=1)  # its phases are those of any size
+    plan = plan_steps(fitted, steps, tokens=1, mlp_width=1, sides=sides)  # its phases are those of any size
     return step_kinds(plan, steps, () if plan.skip is None else np.flatnonzero(plan.skip))
 
 
 def _ms(timed: dict[str, Entry], counts: Counter) -> float:
-    if missing := [kind for kind in counts if kind not in timed or timed[kind]["ms"] is None]:
+    ms = {kind: entry["ms"] for kind, entry in timed.items() if entry["ms"] is not None}
+    if missing := [kind for kind in (kind.removesuffix(ONE_SIDE) for kind in counts) if kind not in ms]:
         raise InputError(
             f"no time of a step of kind {', '.join(missing)}; time the steps again with `chipmunk bench step`"
         )
-    return sum(count * timed[kind]["ms"] for kind, count in counts.items())
+    return sum(count * by_kind(ms, kind) for kind, count in counts.items())

@@ -57,11 +57,12 @@ def numbers(out: PipelineOutput, files: Sequence[dict[str, Any]], settings: dict
         "density": out.density,
         "full_steps": out.full_steps,
         "skipped_steps": out.skipped_steps,
+        "one_sided_steps": out.one_sided_steps,
     }
 
 
 def summary(out: PipelineOutput, count: int, kind: str) -> str:
-    """Seconds, shares computed, and which steps were full or skipped."""
+    """Seconds, shares computed, and which steps were full, skipped or one-sided."""
     device = " on cpu" if jax.default_backend() == "cpu" else ""  # where the kernels are plain references, and slow
     stages = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in out.stages.items())
     first = f"{count} {kind}{'s' * (count > 1)} in {out.seconds:.1f} s{device}, compilation included, "
@@ -69,8 +70,9 @@ def summary(out: PipelineOutput, count: int, kind: str) -> str:
         return f"{first}dense\n{stages}"
     steps = out.settings["num_inference_steps"]
     shares = f"{100 * out.density['attention']:.1f} % of the keys, {100 * out.density['mlp']:.1f} % of the neurons"
-    skipped = f", skipped {_listed(out.skipped_steps)}" if out.skipped_steps else ""
-    return f"{first}sparse: {shares}\nof {steps} steps (0 to {steps - 1}) full {_listed(out.full_steps)}{skipped}\n{stages}"
+    named = {"full": out.full_steps, "skipped": out.skipped_steps, "one-sided": out.one_sided_steps}
+    kinds = ", ".join(f"{name} {_listed(numbers)}" for name, numbers in named.items() if numbers)
+    return f"{first}sparse: {shares}\nof {steps} steps (0 to {steps - 1}) {kinds}\n{stages}"
 
 
 def _listed(steps: Sequence[int]) -> str:

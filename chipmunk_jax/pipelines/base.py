@@ -61,6 +61,7 @@ class PipelineOutput:
     density: dict[str, float]  # shares of keys and neurons computed over all steps and layers: "attention", "mlp"
     full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block
+    one_sided_steps: tuple[int, ...] = ()  # steps that ran the prompt's side of guidance alone
     # What the sample was made with, by the names of a call: height, num_inference_steps, guidance_scale, seed, ..; and
     # "vae_tile", rows and columns of latents, where there was no room to decode whole frames.
     settings: dict[str, Any] = field(default_factory=dict)

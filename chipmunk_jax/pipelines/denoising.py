@@ -15,7 +15,7 @@ from chipmunk_jax.pipelines.request import Request, guides
 from chipmunk_jax.pipelines.residents import Residents
 from chipmunk_jax.pipelines.variant import Variant
 from chipmunk_jax.progress import Reporter
-from chipmunk_jax.schedule import density, full_steps
+from chipmunk_jax.schedule import density, full_steps, run_shares
 from pallas_kernels import Implementation
 
 
@@ -116,14 +116,16 @@ def is_dense(spans: Sequence[Span]) -> bool:
 
 
 def computed(spans: Sequence[Span], layers: int) -> dict[str, Any]:
-    """What of a sample was computed, of so many layers: density, full_steps and skipped_steps of PipelineOutput."""
+    """What of a sample was computed, of so many layers: density, full_steps, skipped_steps, one_sided_steps of PipelineOutput."""
     tables = [span.table for span in spans]
     counts = [len(table.times) for table in tables]
     shares = [density(table.step, layers) for table in tables]
     full = [span.first + np.flatnonzero(full_steps(span.table.step, n)) for span, n in zip(spans, counts, strict=True)]
-    skipped = [span.first + np.flatnonzero(span.table.step.skip) for span in spans if span.table.step.skip is not None]
+    run = [np.broadcast_to(run_shares(table.step), n) for table, n in zip(tables, counts, strict=True)]
+    run = np.concatenate(run)  # of all steps, whichever network runs them
     return {
         "density": {name: float(np.average([s[name] for s in shares], weights=counts)) for name in shares[0]},
         "full_steps": tuple(np.concatenate(full).tolist()),
-        "skipped_steps": tuple(np.concatenate([np.zeros(0, int), *skipped]).tolist()),
+        "skipped_steps": tuple(np.flatnonzero(run == 0).tolist()),
+        "one_sided_steps": tuple(np.flatnonzero(run == 0.5).tolist()),
     }

@@ -13,10 +13,13 @@ HEADROOM = 0.12  # of the height, above the best sample
 # Kinds of steps as step_kinds() names them, from most work to none, in the words of the legend.
 KINDS = {
     "dense": "dense",
+    "dense, one side": "dense, one side of guidance",
     "full": "full",
     "select": "full, chooses keys",
     "select neurons": "delta, chooses neurons",
+    "select neurons, one side": "delta, chooses neurons, one side of guidance",
     "delta": "delta",
+    "delta, one side": "delta, one side of guidance",
     "skipped": "skipped",
 }
 
@@ -155,5 +158,5 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _word(kind: str) -> str:
-    """The class of a kind of step."""
-    return kind.replace(" ", "-")
+    """The classes of a kind of step."""
+    return kind.replace(" ", "-").replace(",-", " ")

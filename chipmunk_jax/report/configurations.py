@@ -44,6 +44,7 @@ class Configuration:
         savings = {
             "sparse deltas": sparse,
             "skipped steps": self.sparsity and self.sparsity.step_cache,
+            "one-sided steps": self.sparsity and self.sparsity.guidance_cache,
             "fewer steps": self.steps is not None and self.steps < steps,
             str(self.solver): self.solver,
         }

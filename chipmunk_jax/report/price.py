@@ -1,7 +1,7 @@
 """What a sample would cost on a published model: each step of its plan, priced by the steps that were measured there."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,29 +17,41 @@ from chipmunk_jax.sampling import plan_stacks
 from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, density
 from chipmunk_jax.sparsity import Sparsity
 
+ONE_SIDE = ", one side"  # the end of the name of a kind of step that runs the prompt's side of guidance alone
 NEEDED = ("dense", "full", "select", "delta", "skipped")  # kinds of steps, as `chipmunk bench step` names them
 
 
 def step_kinds(plan: Step, steps: int, skipped: Collection[int]) -> list[str]:
     """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest.
 
+    A one-sided step has the name of one that runs both sides, and ONE_SIDE.
+
     Args:
         plan: of plan_steps(), or a Step() for dense sampling.
         steps: of the sampler.
         skipped: the steps that ran no block.
     """
+    alone = np.broadcast_to(False if plan.one_sided is None else plan.one_sided, steps)
+    names = _kinds(plan, steps)
+    return [
+        "skipped" if i in skipped else name + ONE_SIDE * bool(one)
+        for i, (name, one) in enumerate(zip(names, alone, strict=True))
+    ]
+
+
+def _kinds(plan: Step, steps: int) -> list[str]:
+    """Those of step_kinds(), as if every step ran both sides."""
     if not (plan.attention or plan.mlp):
-        return ["skipped" if i in skipped else "dense" for i in range(steps)]
+        return ["dense"] * steps
     phases = lambda share, delta: np.full(steps, delta) if share is None else np.asarray(share.phase)
     attention, mlp = phases(plan.attention, AttentionPhase.DELTA), phases(plan.mlp, MlpPhase.DELTA)
     names = np.select(
         [
-            np.isin(np.arange(steps), list(skipped)),
             attention == AttentionPhase.SELECT,
             (attention != AttentionPhase.DELTA) | (mlp == MlpPhase.FULL),
             mlp == MlpPhase.SELECT_DELTA,
         ],
-        ["skipped", "select", "full", "select neurons"],
+        ["select", "full", "select neurons"],
         "delta",
     )
     return names.tolist()
@@ -56,7 +68,7 @@ class Prices:
     again: float  # the same in a full step, which computes it a second time
 
     def cost(self, plan: Step, steps: int, skipped: Collection[int], layers: int) -> float:
-        """Sum of the prices of all steps of a sample, in dense steps.
+        """Sum of the prices of all steps of a sample, in dense steps; one-sided ones have half the price.
 
         Args:
             plan: of plan_steps(), or a Step() for dense sampling.
@@ -65,7 +77,7 @@ class Prices:
             layers: of the model that the plan is of.
         """
         prices = self.of(plan, layers)
-        return sum(prices[kind] for kind in step_kinds(plan, steps, skipped))
+        return sum(by_kind(prices, kind) for kind in step_kinds(plan, steps, skipped))
 
     def of(self, plan: Step, layers: int) -> dict[str, float]:
         """The price of each kind of step with a plan's shares of columns; what choosing columns takes, does not depend on them."""
@@ -79,6 +91,12 @@ class Prices:
             "delta": delta,
             "skipped": self.kinds["skipped"],
         }
+
+
+def by_kind(known: Mapping[str, float], kind: str) -> float:
+    """What is known of a kind of step_kinds(), half of it for one side."""
+    whole = kind.removesuffix(ONE_SIDE)
+    return known[whole] if kind == whole else known[whole] / 2
 
 
 def read_prices(path: str | Path) -> Prices:

@@ -176,6 +176,7 @@ def _shares(drawn: Drawn, work: Work, steps: int, dense_steps: int) -> dict[str,
     return {
         "density": {part: drawn.mean(lambda out, part=part: out.density[part]) for part in ("attention", "mlp")},
         "skipped_steps": drawn.mean(lambda out: len(out.skipped_steps)),
+        "one_sided_steps": drawn.mean(lambda out: len(out.one_sided_steps)),
         "reference_steps": dense_steps,
         "executed": drawn.mean(lambda out: executed(work, out, steps, dense_steps)),
     }
@@ -186,7 +187,8 @@ def _cost(prices: Prices, pipeline: Pipeline, request: Request, drawn: Drawn, de
     variant, settings = pipeline.variant, request.settings
     network, noise, cond = variant.shapes(settings, 1, pipeline.network.dtype)
     stacks, grid = network.stacks(noise.shape[1], cond), variant.grid(settings)
-    plan = plan_stacks(stacks, request.sparsity, settings["steps"], grid) if request.sparsity else Step()
+    steps, sides = settings["steps"], 2 if request.guided else 1
+    plan = plan_stacks(stacks, request.sparsity, steps, grid, sides) if request.sparsity else Step()
     layers = pipeline.layers(request)
-    price = lambda out: prices.cost(plan, settings["steps"], out.skipped_steps, layers) / dense_steps
+    price = lambda out: prices.cost(plan, steps, out.skipped_steps, layers) / dense_steps
     return {"cost": drawn.mean(price), "cost_of": prices.name}

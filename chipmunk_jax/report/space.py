@@ -5,15 +5,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax.numpy as jnp
+import numpy as np
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Variant
+from chipmunk_jax.pipelines.request import guides
 from chipmunk_jax.pipelines.variant import Settings
 from chipmunk_jax.report.configurations import Configuration, rivals
 from chipmunk_jax.report.price import Prices
 from chipmunk_jax.report.work import dense_work
 from chipmunk_jax.sampling import plan_stacks
-from chipmunk_jax.schedule import Step, density
+from chipmunk_jax.schedule import Step, density, run_shares
 from chipmunk_jax.sparsity import Predict, Sparsity, StepCache
 
 KEYS = (None, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares that are tried, in order; None: all, without sparse deltas
@@ -160,14 +162,16 @@ class Space:
             InputError: a neighbourhood that the grid has no room for, or too few steps for its sparse deltas to save anything.
         """
         steps = one.steps or self.steps
-        plan = plan_stacks(self._stacks, one.sparsity, steps, self._grid) if one.sparsity else Step()
+        sides = 2 if guides(self.settings.get("guidance")) else 1
+        plan = plan_stacks(self._stacks, one.sparsity, steps, self._grid, sides) if one.sparsity else Step()
         for part in ("attention", "mlp"):
             if one.sparsity and getattr(one.sparsity, part) and getattr(plan, part) is None:
                 raise InputError(f"{part}: {steps} steps are too few for it to save anything")
         skipped = [] if plan.skip is None else [i for i, skip in enumerate(plan.skip) if skip]
         if self.prices:
             return self.prices.cost(plan, steps, skipped, self._layers) / self.steps
-        return self._work.executed(density(plan, self._layers), 1 - len(skipped) / steps) * steps / self.steps
+        run = float(np.mean(run_shares(plan)))
+        return self._work.executed(density(plan, self._layers), run) * steps / self.steps
 
     def _rival(self, family: Family) -> bool:
         return not family.sparse and family.steps in (None, self.steps)

@@ -123,6 +123,7 @@ i.select {
 }
 i.select-neurons { background: color-mix(in srgb, var(--ours) 45%, var(--card)); }
 i.delta { background: color-mix(in srgb, var(--ours) 24%, var(--card)); }
+.cells i.one-side, .legend i.one-side { align-self: end; height: 50%; }
 i.skipped { background: none; border: 1px solid var(--line); }
 .heat i { background: var(--grid); overflow: hidden; }
 .heat b { display: block; height: 100%; background: var(--ours); }

@@ -63,6 +63,7 @@ def measured(
         "method": one.method(dense_steps),
         "steps": steps,
         "skipped_steps": mean(lambda out: len(out.skipped_steps)),
+        "one_sided_steps": mean(lambda out: len(out.one_sided_steps)),
         "executed": mean(lambda out: executed(work, out, steps, dense_steps)),
         "density": {part: mean(lambda out, part=part: out.density[part]) for part in outs[0].density},
         "psnr": levels,
@@ -84,7 +85,8 @@ def _stages(outs: Sequence[PipelineOutput]) -> dict[str, Any]:
 
 def executed(work: Work, out: PipelineOutput, steps: int, dense_steps: int) -> float:
     """Share of the work of a dense sample that a sample of so many steps computes, by count."""
-    return work.executed(out.density, 1 - len(out.skipped_steps) / steps) * steps / dense_steps
+    run = 1 - (len(out.skipped_steps) + len(out.one_sided_steps) / 2) / steps
+    return work.executed(out.density, run) * steps / dense_steps
 
 
 def pixels_of(out: PipelineOutput) -> np.ndarray:

@@ -29,7 +29,7 @@ class Work:
 
         Args:
             density: shares of the keys, "attention", and of the neurons, "mlp", over all steps and layers.
-            run: share of the steps that are not skipped.
+            run: share of the steps that are not skipped, a one-sided one half.
         """
         return self.attention * density["attention"] + self.mlp * density["mlp"] + self.other * run
 

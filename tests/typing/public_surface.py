@@ -15,6 +15,7 @@ from chipmunk_jax import (
     Euler,
     FluxConfig,
     FluxPipeline,
+    GuidanceCache,
     HunyuanVideoConfig,
     InputError,
     Layout,
@@ -87,6 +88,7 @@ def images_of_prompts(folder: Path) -> PipelineOutput:
     assert_type(out.density, dict[str, float])
     assert_type(out.full_steps, tuple[int, ...])
     assert_type(out.skipped_steps, tuple[int, ...])
+    assert_type(out.one_sided_steps, tuple[int, ...])
     assert_type(out.settings, dict[str, Any])
     save_image("heart.png", pipe("red striped heart on meadow").images[0], {"seed": 0})
     save_video("heart.webp", pipe("red striped heart on meadow").frames[0], fps=8)
@@ -102,6 +104,7 @@ def sparsities() -> dict[str, Sparsity]:
         attention=AttentionSparsity(top_keys=0.2, group=64, full_step_schedule=(0, 1, 10), query_stride=2),
         mlp=MlpSparsity(top_keys=0.3, random_keys=0.05, cache="residual"),
         step_cache=StepCache(gate="tea", threshold=0.2, coefficients=(1.0, 0.0), predict="residual", order=1),
+        guidance_cache=GuidanceCache(after=0.4, every=5),
         patches=((4, 4, 8),),
     )
     assert_type(own.attention, AttentionSparsity | None)
