@@ -7,7 +7,7 @@
 sample() is all three on the host: checked, compiled once for a shape, with a bar and a callback.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -306,7 +306,7 @@ def sample(
     callback: Callable[[int, float, np.ndarray], None] | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """The sample, f32 [B, N, C], tokens in raster order.
+    """The samples, f32 [B, N, C], tokens in raster order; one after another under a gate that decides (step_cache.gate).
 
     The same arguments give the same bits; on a GPU, where XLA chooses algorithms by timing them, in another process only with a
     compilation cache (jax_compilation_cache_dir), as the command line keeps one.
@@ -327,7 +327,8 @@ def sample(
         seed: of the columns kept by chance.
         solver: None for Euler.
         progress: draws a bar.
-        callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order.
+        callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order; under a gate that
+            decides, with all steps of one sample, x [1, N, C], and then with those of the next.
         implementation: of the kernels, see pallas_kernels.dispatch.choose.
 
     What the networks take, and how they are usually sampled (chipmunk_jax.pipelines.variant_of has all of it by config):
@@ -358,10 +359,12 @@ def sample(
     noise, cond, uncond = placed(model, noise, cond, uncond)
     check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
-    table = plan(model, noise, cond, **fixed)
-    dense = sparsity is None or fit(sparsity, len(table.times)).saves_nothing
-    with Reporter(len(table.times), "dense" if dense else "sparse", progress, seen) as reporter:
-        return run(model, noise, cond, table, reporter, uncond=uncond, sparsity=sparsity).x
+    apart = sparsity is not None and sparsity.decides
+    table = plan(model, noise[:1] if apart else noise, cond, **fixed)
+    steps, dense = len(table.times), sparsity is None or fit(sparsity, len(table.times)).saves_nothing
+    with Reporter(steps * len(noise) if apart else steps, "dense" if dense else "sparse", progress, seen) as reporter:
+        given = dict(uncond=uncond, sparsity=sparsity)
+        return jnp.concatenate([state.x for state in run(model, noise, cond, table, reporter, apart=apart, **given)])
 
 
 def run(
@@ -373,20 +376,46 @@ def run(
     *,
     uncond: Condition | None = None,
     sparsity: Sparsity | None = None,
-    carried: SampleState | None = None,
-) -> SampleState:
-    """The state after the last step of a table, without caches; its x is what sample() gives, once all is checked.
+    carried: Sequence[SampleState] = (),
+    apart: bool = False,
+) -> list[SampleState]:
+    """The states after the last step of a table, one of all samples or one each; their x is what sample() gives, once checked.
 
     Args:
         model, noise, cond, uncond: as of sample().
-        table: of plan().
+        table: of plan(), for one sample where they are apart.
         reporter: entered; its callback(step, t, x, clean) sees the clean sample too, that x points at, in raster order.
         sparsity: that of the table.
         carried: what another network led to, whose steps came before: x and the solver go on from there, the caches are new.
+        apart: samples one after another, as gates that decide have it, in place of all at once.
 
     Raises:
-        NotFiniteError: the sample is not finite; it says from which step on.
+        NotFiniteError: a sample is not finite; it says from which step on.
     """
+    states, broken = [], np.full(len(noise), -1)
+    for i in range(len(noise) if apart else 1):
+        take = lambda x, i=i: lax.dynamic_slice_in_dim(x, i, 1)
+        one = jax.tree.map(take, (noise, cond, uncond)) if apart else (noise, cond, uncond)
+        state = _run_together(model, *one, table, reporter, sparsity, carried[i] if carried else None)
+        broken[i : i + len(state.broken)] = state.broken
+        check_finite(broken, table, model.dtype, first=reporter.first)
+        # Of a gate only what it decided: what it has seen is as large as the tokens.
+        gate = state.gate and state.gate.replace(signal=None, ran_x=None, ran_velocity=None)
+        states.append(state.replace(cache=None, kept=None, gate=gate))
+    return states
+
+
+def _run_together(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    uncond: Condition | None,
+    table: Table,
+    reporter: Reporter,
+    sparsity: Sparsity | None,
+    carried: SampleState | None,
+) -> SampleState:
+    """The state of all samples of run() at once."""
     if table.guidance is not None:
         cond = both_sides(model, cond, uncond)
     state = start(model, noise, cond, table, sparsity=sparsity)
@@ -397,9 +426,7 @@ def run(
     with jax.disable_jit(False):
         given = *given, jax.device_put(reporter.run)
         reporter.pause("compiling")
-        state = finished(_run.lower(*given, report=reporter.kind), *given, started=reporter.resume)
-    check_finite(np.asarray(state.broken), table, model.dtype, first=reporter.first)
-    return state.replace(cache=None, kept=None)
+        return finished(_run.lower(*given, report=reporter.kind), *given, started=reporter.resume)
 
 
 # The caches alone are donated: the noise is the caller's.

@@ -210,7 +210,7 @@ class StepCache:
         "list",
         "which steps are skipped: those of a 'list', a 'share' of them evenly, or those up to which an estimate of change, summed, "
         "stays below the threshold: that of 'mag' (MagCache), 'tea' (TeaCache), 'sea' (SeaCache) or 'easy' (EasyCache); the last "
-        "three take one sample at a time, and decide by the prompt's side of guidance for both",
+        "three decide for each sample, which are made one after another, by the prompt's side of guidance for both",
     )
     predict: Predict = option(
         "hidden",
@@ -295,6 +295,11 @@ class Sparsity:
     def saves_nothing(self) -> bool:
         """Whether every step computes everything."""
         return not (self.attention or self.mlp or self.step_cache)
+
+    @property
+    def decides(self) -> bool:
+        """Whether a gate decides while a sample runs, so that samples run one after another."""
+        return self.step_cache is not None and self.step_cache.decides
 
 
 def _nested(patches: tuple[int | tuple[int, ...], ...]) -> bool:

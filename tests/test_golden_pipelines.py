@@ -153,6 +153,21 @@ def test_a_result_says_how_long_each_stage_took_and_what_was_made(pipelines):
     )
 
 
+def test_two_networks_make_samples_of_which_a_gate_decides_for_each_one_after_another(pipelines):
+    name = "wan22_pipeline"
+    sparsity = {"attention": None, "mlp": None, "step_cache": {"gate": "easy", "threshold": 1e3, "warm_up": 0.1}}
+    case = cases(name)["usual"]
+    words = zip(case.settings["prompt"], case.settings["negative_prompt"], case.arrays["noise"], strict=True)
+    names = ("prompt", "negative_prompt", "latents")
+    alone = [
+        draw(pipelines[name], name, sparsity=sparsity, **dict(zip(names, (*texts, noise[None]), strict=True)))
+        for *texts, noise in words
+    ]
+    both = draw(pipelines[name], name, sparsity=sparsity)
+    np.testing.assert_array_equal(both, np.concatenate(alone))
+    assert np.abs(both - case.arrays["pixels"]).max() > 1e-2  # steps were skipped
+
+
 def test_times_can_be_given_in_place_of_their_number(pipelines):
     pipeline, name = pipelines["flux_dev_pipeline"], "flux_dev_pipeline"
     steps = cases(name)[USUAL[name]].settings["num_inference_steps"]

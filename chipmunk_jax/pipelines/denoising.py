@@ -1,6 +1,6 @@
 """The networks of a pipeline in turn: which steps each of them runs, planned and with room before anything is read; and the run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ def plan_spans(
     switch = steps if boundary is None else int(np.sum(solver.times(request.timesteps) >= np.float32(boundary)))
     parts = [("transformer", 0, switch, settings["guidance"])]
     parts += [("transformer_2", switch, steps, settings["guidance_2"])] if boundary is not None else []
+    one = jax.ShapeDtypeStruct((request.at_once, *noise.shape[1:]), noise.dtype)
     spans = []
     for role, first, stop, scale in parts:
         if first == stop:
@@ -75,7 +76,7 @@ def plan_spans(
             Span(
                 role=role,
                 first=first,
-                table=sampling.plan(*shapes, **options),
+                table=sampling.plan(residents.shapes[role], one, cond, **options),
                 need=sum(size for name, size in planned.items() if name != "weights"),
                 options=options,
             )
@@ -90,23 +91,28 @@ def run_spans(
     cond: Condition,
     uncond: Condition | None,
     reporter: Reporter,
-) -> tuple[np.ndarray, list[Span]]:
+    *,
+    apart: bool,
+) -> tuple[np.ndarray, list[list[Span]]]:
     """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample().
 
-    And the spans with the steps that were skipped, which a gate may have decided.
+    And the spans with the steps that were skipped, which a gate may have decided: those of all samples, or of each where they are
+    apart, one after another.
     """
-    state, done = None, []
+    states: list[sampling.SampleState] = []
+    done: list[list[Span]] = [[] for _ in range(len(noise) if apart else 1)]
     for span in spans:
         reporter.pause("loading")
         model = residents.place(span.role, span.need)
         *arrays, other = placed(model, noise, cond, uncond if span.options["guidance"] is not None else None)
         check(model, *arrays, uncond=other, **span.options)
         reporter.first = span.first
-        given = dict(uncond=other, sparsity=span.options["sparsity"], carried=state)
-        state = sampling.run(model, *arrays, span.table, reporter, **given)
-        done.append(span if state.gate is None else span.having_skipped(np.asarray(state.gate.skipped)))
+        given = dict(uncond=other, sparsity=span.options["sparsity"], carried=states, apart=apart)
+        states = sampling.run(model, *arrays, span.table, reporter, **given)
+        for found, state in zip(done, states, strict=True):
+            found.append(span if state.gate is None else span.having_skipped(np.asarray(state.gate.skipped)))
         del model, arrays, other  # whose room the next one may need
-    return np.asarray(state.x), done
+    return np.concatenate([state.x for state in states]), done
 
 
 def is_dense(spans: Sequence[Span]) -> bool:
@@ -115,15 +121,32 @@ def is_dense(spans: Sequence[Span]) -> bool:
     return all(sparsity is None or sparsity.saves_nothing for sparsity in found)
 
 
-def computed(spans: Sequence[Span], layers: int) -> dict[str, Any]:
-    """What of a sample was computed, of so many layers: density, full_steps and skipped_steps of PipelineOutput."""
+def computed(spans: Sequence[Span], layers: int, samples: int) -> dict[str, Any]:
+    """What of so many samples was computed, of so many layers: density, full_steps, .. of PipelineOutput."""
     tables = [span.table for span in spans]
     counts = [len(table.times) for table in tables]
     shares = [density(table.step, layers) for table in tables]
     full = [span.first + np.flatnonzero(full_steps(span.table.step, n)) for span, n in zip(spans, counts, strict=True)]
-    skipped = [span.first + np.flatnonzero(span.table.step.skip) for span in spans if span.table.step.skip is not None]
+    gone = [span.first + np.flatnonzero(span.table.step.skip) for span in spans if span.table.step.skip is not None]
+    skipped = tuple(np.concatenate([np.zeros(0, int), *gone]).tolist())
     return {
         "density": {name: float(np.average([s[name] for s in shares], weights=counts)) for name in shares[0]},
         "full_steps": tuple(np.concatenate(full).tolist()),
-        "skipped_steps": tuple(np.concatenate([np.zeros(0, int), *skipped]).tolist()),
+        "skipped_steps": skipped,
+        "skipped_by_sample": (skipped,) * samples,
+    }
+
+
+def together(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What of all samples was computed, of several times what computed() gives of some of them."""
+    if len(found) == 1:
+        return dict(found[0])
+    counts = [len(one["skipped_by_sample"]) for one in found]
+    mean = lambda part: float(np.average([one["density"][part] for one in found], weights=counts))
+    in_all = lambda name: tuple(sorted(set.intersection(*(set(one[name]) for one in found))))
+    return {
+        "density": {part: mean(part) for part in found[0]["density"]},
+        "full_steps": in_all("full_steps"),
+        "skipped_steps": in_all("skipped_steps"),
+        "skipped_by_sample": sum((one["skipped_by_sample"] for one in found), ()),
     }

@@ -80,6 +80,16 @@ class Request:
     sparsity: Sparsity | None
 
     @property
+    def apart(self) -> bool:
+        """Whether samples are made one after another, as a gate decides for each which steps are skipped."""
+        return self.sparsity is not None and self.sparsity.decides
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a network sees at once."""
+        return 1 if self.apart else self.batch
+
+    @property
     def guided(self) -> bool:
         """Whether any network sees the other side of true guidance."""
         return _guided(self.settings)

@@ -87,6 +87,7 @@ def images_of_prompts(folder: Path) -> PipelineOutput:
     assert_type(out.density, dict[str, float])
     assert_type(out.full_steps, tuple[int, ...])
     assert_type(out.skipped_steps, tuple[int, ...])
+    assert_type(out.skipped_by_sample, tuple[tuple[int, ...], ...])
     assert_type(out.settings, dict[str, Any])
     save_image("heart.png", pipe("red striped heart on meadow").images[0], {"seed": 0})
     save_video("heart.webp", pipe("red striped heart on meadow").frames[0], fps=8)
