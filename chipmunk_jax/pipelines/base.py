@@ -58,7 +58,9 @@ class PipelineOutput:
     frames: Any = None
     seconds: float  # of all of it, compilation included
     stages: dict[str, Stage] = field(default_factory=dict)  # "text", "transformer", "decoder"
-    density: dict[str, float]  # shares of keys and neurons computed over all steps, layers and samples: "attention", "mlp"
+    density: dict[
+        str, float
+    ]  # shares of keys and neurons computed over all steps, layers and samples: "attention", "mlp"
     full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything, of every sample
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block, of any sample
     # The skipped steps of each sample: under a gate that decides, which samples meet one after another, they differ.
