@@ -78,13 +78,14 @@ def test_no_rival_of_its_cost_beats_what_is_returned(goal):
         else:
             assert np.mean(best.levels) >= goal.target
         for rival in rivals:
+            if not best.candidate.rival and rival.cost <= best.cost + 0.5 / STEPS:
+                assert len(rival.levels) == 5  # as many prompts as what is said to beat it
             if best.candidate.rival:
                 same = len(rival.levels) == 5 and (rival.cost <= best.cost)
                 assert not same or np.mean(rival.levels) <= np.mean(best.levels)
             elif rival.cost <= best.cost + 0.5 / STEPS:
                 differences = np.subtract(best.levels[: len(rival.levels)], rival.levels)
-                many = len(differences) > 1
-                assert differences.mean() > (differences.std(ddof=1) / math.sqrt(len(differences)) if many else 0)
+                assert differences.mean() > differences.std(ddof=1) / math.sqrt(len(differences))
     assert kinds == {True, False}  # chance favours now these, now those
 
 
@@ -108,6 +109,28 @@ def test_a_composition_that_is_better_is_returned():
     for goal in (Goal(budget=0.15), Goal(target=9.5)):
         best = search(better).run(goal).best
         assert best.candidate.family.keys == 0.2 and best.cost <= 0.17  # a rival of 9.5 dB costs 0.3
+
+
+class Gated(Ways):
+    """With skipped steps of a gate that decides: what a way of it costs is known when it was measured."""
+
+    def rivals(self):
+        return [*super().rivals(), Family(steps=STEPS, gate="easy")]
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.35, 0.6])
+def test_a_gate_that_decides_is_searched_by_the_costs_that_it_has(budget):
+    def judge(one, prompt):
+        deciding = one.rival and one.family.gate == "easy"
+        cost = one.cost**2 + 0.004 * drawn(one.name, prompt) if deciding else one.cost
+        return 20 + 30 * cost + 3 * deciding + 20 * (one.family.keys == 0.2) + drawn(one.name, prompt), cost
+
+    found = Search(Gated(), judge, prompts=3).run(Goal(budget=budget))
+    gated = [point for point in found.points if point.candidate.family.gate == "easy"]
+    assert any(budget - 1 / STEPS < point.cost <= budget for point in gated)
+    assert found.best.candidate.family.keys == 0.2 and found.best.cost <= budget
+    faced = [point for point in gated if point.candidate.rival and point.cost <= found.best.cost + 0.5 / STEPS]
+    assert all(len(point.levels) == 3 for point in faced) and max(p.cost for p in faced) > found.best.cost - 1 / STEPS
 
 
 def test_a_larger_budget_never_gives_less():
@@ -167,6 +190,7 @@ def test_standard_errors_are_of_paired_differences():
     change, error = point(1, 20, 33).over(point(0, 18, 30))
     assert (change, error) == pytest.approx((2, 1 / math.sqrt(3)))
     assert point(5, 6).beats(point(4, 5, 90)) and point(5).beats(point(1, 9))
+    assert not point(5, 6).beats(point(4)) and not point(5, 6).beats(point())  # which have met fewer prompts
 
 
 @pytest.fixture(scope="module")
@@ -184,11 +208,14 @@ def test_ways_of_the_space_are_within_the_budget_and_one_step_more_is_not(real):
     for family in dict.fromkeys(families):
         one = real.at(family, 0.55)
         if one:
-            assert one.cost <= 0.55 and one.cost == real.cost(one.configuration)
+            planned, sparsity = real.at(replace(family, gate="share"), 0.55), one.configuration.sparsity
+            assert one.cost <= 0.55 and one.cost == planned.cost == real.cost(planned.configuration)
+            if family.gate != "share" and sparsity.step_cache:  # what it costs is known by what it skips
+                assert (sparsity.step_cache.gate, sparsity.step_cache.threshold > 0) == (family.gate, True)
+                assert real.cost(one.configuration, range(2, 8)) < real.cost(one.configuration, ())
+            assert not (sparsity and sparsity.attention) or sparsity.attention.share_sides
             assert one.rival == (not family.sparse and family.steps in (None, 12))
-            assert (family.keys is not None) == bool(
-                one.configuration.sparsity and one.configuration.sparsity.attention
-            )
+            assert (family.keys is not None) == bool(sparsity and sparsity.attention)
     fewer, skipping = (real.at(family, 0.55) for family in rivals[:2])
     assert fewer.cost == skipping.cost == 0.5 and fewer.configuration.steps == 6
 
@@ -205,6 +232,7 @@ SMALL = ["--height", "12", "--width", "16", "--steps", "3", "--prompts", "2"]
 
 def test_the_file_holds_what_was_measured_and_its_command_samples_so(checkpoint, folder, capsys, monkeypatch):
     monkeypatch.setattr(space, "PREDICTIONS", space.PREDICTIONS[:1])
+    monkeypatch.setattr(space, "GATES", space.GATES[:1])
     monkeypatch.setattr(Space, "seeds", lambda self, rival: [Family(steps=3, neurons=0.5)])
     monkeypatch.setattr(Space, "moves", lambda self, family: [])
     assert main(["tune", str(checkpoint), *SMALL, "--budget", "0.95"]) == 0

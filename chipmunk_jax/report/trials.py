@@ -51,7 +51,8 @@ class Trials:
         """dB of a sample to the dense one, and its cost as a share of that one's."""
         dense = self.draw_dense(number)
         out, seconds = self.sampler.time(candidate.configuration, number)
-        return level(pixels_of(out)[0], dense), self._share(seconds) if self.timed else candidate.cost
+        cost = self._share(seconds) if self.timed else self.space.cost(candidate.configuration, *out.skipped_by_sample)
+        return level(pixels_of(out)[0], dense), cost
 
     def _share(self, seconds: float) -> float:
         """Of the time of a dense sample; the first step, which no time was taken of, is as long as a dense one."""

@@ -16,6 +16,7 @@ from chipmunk_jax.report.space import Candidate, Family
 
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
 FINE = 0.01  # of the dense cost: less is not worth another round of that search
+LOOKS = 5  # at ways of a family for one budget, whose costs are not known before they are measured
 
 Judge = Callable[
     [Candidate, int], tuple[float, float]
@@ -38,7 +39,7 @@ class Ways(Protocol):
         """Compositions near one."""
 
     def at(self, family: Family, budget: float) -> Candidate | None:
-        """The way of a family that costs the most, up to a budget."""
+        """The way of a family that costs the most as it is planned, up to a budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,9 @@ class Point:
         return float(np.mean(differences)) if differences else 0.0, error
 
     def beats(self, other: "Point") -> bool:
-        """Whether it comes nearer by more than the standard error; on one prompt, at all."""
+        """Whether it comes nearer by more than the standard error, on one prompt at all; no other that has met fewer prompts."""
         difference, error = self.over(other)
-        return difference > (0.0 if math.isinf(error) else error)
+        return len(other.levels) >= len(self.levels) and difference > (0.0 if math.isinf(error) else error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +141,9 @@ class Search:
             return False
         if point.candidate.rival or prompts < 2:
             return point.candidate.rival
-        needed = [self._point(one) for one in self._rivals_at(point)]
-        measured = bool(needed) and all(len(rival.levels) >= prompts for rival in needed)
-        return measured and all(point.beats(rival) for rival in [*needed, *self._facing(point)])
+        facing, budget = self._facing(point), point.cost + self.half
+        known = all(self._next(family, budget) is None for family in self.strongest)
+        return known and bool(facing) and all(map(point.beats, facing))
 
     def measure(self, candidate: Candidate, prompts: int) -> Point:
         """The point of a way, measured on as many prompts.
@@ -150,7 +151,7 @@ class Search:
         Raises:
             OutOfTime: before a sample that might end too late.
         """
-        point = self._point(candidate)
+        point = self.points.get(candidate.name) or Point(candidate=candidate)
         while len(point.levels) < prompts:
             start = self.clock()
             if start + self.longest > self.end:
@@ -163,13 +164,6 @@ class Search:
             point.costs.append(cost)
         return point
 
-    def _point(self, candidate: Candidate) -> Point:
-        return self.points.get(candidate.name) or Point(candidate=candidate)
-
-    def _rivals_at(self, point: Point) -> list[Candidate]:
-        found = [self.ways.at(family, point.cost + self.half) for family in self.strongest]
-        return [one for one in found if one]
-
     def _facing(self, point: Point) -> list[Point]:
         """Measured rivals that cost as much as a point, or less."""
         return [
@@ -180,15 +174,31 @@ class Search:
 
     def _look(self, family: Family, budget: float) -> Point | None:
         """The way of a family that costs the most within a budget, as measured, on one prompt at least; None: there is none."""
-        planned = budget
-        for _ in range(2):
-            if (one := self.ways.at(family, planned)) is None:
-                return None
-            point = self.measure(one, 1)
-            if budget - 2 * self.half < point.cost <= budget:
-                return point
-            planned = budget * one.cost / point.cost
-        return point if point.cost <= budget else None
+        for _ in range(LOOKS):
+            if (one := self._next(family, budget)) is None:
+                break
+            self.measure(one, 1)
+        return self._within(family, budget)
+
+    def _within(self, family: Family, budget: float) -> Point | None:
+        points = [point for point in self._of(family) if point.cost <= budget]
+        return max(points, key=lambda point: point.cost, default=None)
+
+    def _next(self, family: Family, budget: float) -> Candidate | None:
+        """The way that may come nearer to a budget than those measured, between the nearest two or in proportion; None: none."""
+        below, planned = self._within(family, budget), budget
+        if below and below.cost > budget - 2 * self.half:
+            return None
+        above = min((p for p in self._of(family) if p.cost > budget), key=lambda point: point.cost, default=None)
+        if below and above:
+            planned = (below.candidate.cost + above.candidate.cost) / 2
+        elif near := below or above:
+            planned *= near.candidate.cost / near.cost
+        one = self.ways.at(family, planned)
+        return None if one is None or one.name in self.points else one
+
+    def _of(self, family: Family) -> list[Point]:
+        return [point for point in self.points.values() if point.candidate.family == family]
 
     def _looks(self, families: Iterable[Family], budget: float) -> list[Point]:
         """Points of families within a budget, the best first look first."""
@@ -241,12 +251,14 @@ class Search:
         return [point for point in self.points.values() if not point.candidate.rival and point.cost <= budget]
 
     def _confirm(self, point: Point) -> None:
-        """Measures the rivals of its cost, and those that it does not beat yet on few prompts, on all of them."""
-        for one in self._rivals_at(point):
-            self.measure(one, self.prompts)
-        for rival in self._facing(point):
-            if not point.beats(rival):
+        """Measures the rivals of its cost, and those that cost less, on all prompts, until one is not beaten."""
+        for family in self.strongest:
+            while (rival := self._look(family, point.cost + self.half)) and len(rival.levels) < self.prompts:
                 self.measure(rival.candidate, self.prompts)
+        for rival in sorted(self._facing(point), key=lambda rival: point.over(rival)[0]):
+            self.measure(rival.candidate, self.prompts)
+            if not point.beats(rival):
+                break
 
     def _to_target(self, target: float) -> None:
         """The cheapest rival that reaches the target, by bisection of the steps that run; then cheaper compositions."""
