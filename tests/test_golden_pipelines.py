@@ -180,6 +180,16 @@ def test_times_can_be_given_in_place_of_their_number(pipelines):
     assert np.abs(draw(pipeline, name, solver="unipc") - usual).max() > 1e-3
 
 
+def test_a_shift_that_follows_the_size_is_that_of_the_scheduler_whatever_the_model(folders, tmp_path):
+    folder, target = shutil.copytree(folders["flux_schnell_pipeline"], tmp_path / "schnell"), tmp_path / "out"
+    assert Pipeline.from_pretrained(folder).variant.shift == 1.0
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    assert Pipeline.from_pretrained(folder).variant.shift is None
+    convert(folder, target, component="vae", progress=False)
+    assert inspect(target).shift == "with size"
+
+
 def test_a_conversion_that_was_cut_off_goes_on_where_it_was(folders, tmp_path, capsys):
     target = tmp_path / "out"
     convert(folders["wan22_pipeline"], target, component="vae", progress=False)

@@ -24,7 +24,7 @@ from chipmunk_jax.media import to_bytes
 from chipmunk_jax.memory import device_bytes
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
-from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
+from chipmunk_jax.models.checkpoint import WITH_SIZE, check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
 from chipmunk_jax.pipelines.denoising import computed, is_dense, plan_spans, run_spans, together
 from chipmunk_jax.pipelines.elsewhere import COMPONENTS, ELSEWHERE, NotHereError, check_known
@@ -147,7 +147,7 @@ class Pipeline:
             raise InputError(f"{folder}: a {found.network} alone, expected a pipeline or its transformer")
         variant = variant_of(configs["transformer"], found.boundary)
         if found.shift is not None:
-            variant = replace(variant, shift=found.shift, small_shift=None)
+            variant = replace(variant, shift=None if found.shift == WITH_SIZE else found.shift, small_shift=None)
         if variant.pipeline is None:
             raise InputError(
                 f"{folder}: a {variant.network} model, whose text encoders and VAE are not here yet; chipmunk_jax.sample takes "

@@ -1,5 +1,6 @@
 """The networks of a pipeline in turn: which steps each of them runs, planned and with room before anything is read; and the run."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,14 +140,12 @@ def computed(spans: Sequence[Span], layers: int, samples: int) -> dict[str, Any]
 
 def together(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What of all samples was computed, of several times what computed() gives of some of them."""
-    if len(found) == 1:
-        return dict(found[0])
-    counts = [len(one["skipped_by_sample"]) for one in found]
-    mean = lambda part: float(np.average([one["density"][part] for one in found], weights=counts))
+    skipped = [one["skipped_by_sample"] for one in found]
+    mean = lambda part: float(np.average([one["density"][part] for one in found], weights=list(map(len, skipped))))
     in_all = lambda name: tuple(sorted(set.intersection(*(set(one[name]) for one in found))))
     return {
         "density": {part: mean(part) for part in found[0]["density"]},
         "full_steps": in_all("full_steps"),
         "skipped_steps": in_all("skipped_steps"),
-        "skipped_by_sample": sum((one["skipped_by_sample"] for one in found), ()),
+        "skipped_by_sample": tuple(itertools.chain(*skipped)),
     }

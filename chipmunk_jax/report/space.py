@@ -83,12 +83,12 @@ class Space:
         self.steps = settings["steps"]
 
     def rivals(self) -> list[Family]:
-        """Fewer steps, and skipped steps alone: by every prediction, and of the first two by gates that decide, too."""
-        planned, *deciding = self.gates
-        tried = [(planned, predict) for predict in PREDICTIONS]
-        tried += [(gate, predict) for gate in deciding for predict in PREDICTIONS[:2]]
-        skipping = [Family(steps=self.steps, gate=gate, predict=predict) for gate, predict in tried]
-        return [Family(steps=None), *skipping]
+        """Fewer steps, and skipped steps alone."""
+        return [Family(steps=None), *(Family(steps=self.steps, predict=predict) for predict in PREDICTIONS)]
+
+    def gated(self, rival: Family) -> list[Family]:
+        """The same skipped steps at those that other gates decide for."""
+        return [replace(rival, gate=gate) for gate in self.gates if gate != rival.gate]
 
     def seeds(self, rival: Family) -> list[Family]:
         """Where the search for compositions begins: the model's own shares on top of a rival, and both rivals in one."""
@@ -113,10 +113,10 @@ class Space:
         found += [replace(family, full_every=every) for every in beside(FULL_EVERY, family.full_every)]
         found += [replace(family, neurons=neurons) for neurons in beside(NEURONS, family.neurons)]
         found += [replace(family, predict=predict) for predict in PREDICTIONS]
-        found += [replace(family, gate=gate) for gate in self.gates]
         found += [replace(family, dense_layers=layers) for layers in DENSE_LAYERS]
         found += [replace(family, voxels=side) for side in beside(VOXELS, family.voxels)]
         found += [replace(family, steps=steps) for steps in (*whole, None)]
+        found += self.gated(family)
         return [one for one in dict.fromkeys(family.plain() for family in found) if one != family.plain()]
 
     def at(self, family: Family, budget: float) -> Candidate | None:

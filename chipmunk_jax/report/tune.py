@@ -16,7 +16,7 @@ from chipmunk_jax.report.space import Candidate, Family
 
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
 FINE = 0.01  # of the dense cost: less is not worth another round of that search
-LOOKS = 5  # at ways of a family for one budget, whose costs are not known before they are measured
+LOOKS = 4  # at ways of a family for one budget, whose costs are not known before they are measured
 
 Judge = Callable[
     [Candidate, int], tuple[float, float]
@@ -30,7 +30,10 @@ class Ways(Protocol):
     steps: int
 
     def rivals(self) -> list[Family]:
-        """Families that compositions have to beat."""
+        """Families that compositions have to beat: fewer steps, and ways of skipping them."""
+
+    def gated(self, rival: Family) -> list[Family]:
+        """More of them: the best way of skipping at steps that a gate decides for."""
 
     def seeds(self, rival: Family) -> list[Family]:
         """Compositions to begin with, by the best rival."""
@@ -73,10 +76,14 @@ class Point:
         error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
         return float(np.mean(differences)) if differences else 0.0, error
 
-    def beats(self, other: "Point") -> bool:
-        """Whether it comes nearer by more than the standard error, on one prompt at all; no other that has met fewer prompts."""
+    def leads(self, other: "Point") -> bool:
+        """Whether it comes nearer by more than the standard error over the prompts of both; on one prompt, at all."""
         difference, error = self.over(other)
-        return len(other.levels) >= len(self.levels) and difference > (0.0 if math.isinf(error) else error)
+        return difference > (0.0 if math.isinf(error) else error)
+
+    def beats(self, other: "Point") -> bool:
+        """Whether it leads another point that has met as many prompts."""
+        return len(other.levels) >= len(self.levels) and self.leads(other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +150,7 @@ class Search:
             return point.candidate.rival
         facing, budget = self._facing(point), point.cost + self.half
         known = all(self._next(family, budget) is None for family in self.strongest)
-        return known and bool(facing) and all(map(point.beats, facing))
+        return known and bool(facing) and all(self._passed(point, rival) for rival in facing)
 
     def measure(self, candidate: Candidate, prompts: int) -> Point:
         """The point of a way, measured on as many prompts.
@@ -171,6 +178,11 @@ class Search:
             for other in self.points.values()
             if other.candidate.rival and other.cost <= point.cost + self.half and other.levels
         ]
+
+    def _passed(self, point: Point, rival: Point) -> bool:
+        """Whether a point beats a rival that it faces, or leads it where another of its family is nearer in cost."""
+        nearest = self._within(rival.candidate.family, point.cost + self.half)
+        return point.beats(rival) if rival is nearest else point.leads(rival)
 
     def _look(self, family: Family, budget: float) -> Point | None:
         """The way of a family that costs the most within a budget, as measured, on one prompt at least; None: there is none."""
@@ -220,7 +232,10 @@ class Search:
     def _face_rivals(self, budget: float) -> None:
         """Measures the rivals of a cost, fewer steps and the best way of skipping, on all prompts."""
         kinds: dict[bool, list[Point]] = {}
-        for point in self._looks(self.ways.rivals(), budget):
+        looks = self._looks(self.ways.rivals(), budget)
+        if skipping := next((point for point in looks if point.candidate.family.steps is not None), None):
+            looks += self._looks(self.ways.gated(skipping.candidate.family), budget)
+        for point in looks:
             kinds.setdefault(point.candidate.family.steps is None, []).append(point)
         self.strongest = [self._race(points).candidate.family for points in kinds.values()]
 
@@ -251,13 +266,14 @@ class Search:
         return [point for point in self.points.values() if not point.candidate.rival and point.cost <= budget]
 
     def _confirm(self, point: Point) -> None:
-        """Measures the rivals of its cost, and those that cost less, on all prompts, until one is not beaten."""
+        """Measures the rivals of its cost, and cheaper ones that it does not lead, on all prompts, until it does not pass one."""
         for family in self.strongest:
             while (rival := self._look(family, point.cost + self.half)) and len(rival.levels) < self.prompts:
                 self.measure(rival.candidate, self.prompts)
         for rival in sorted(self._facing(point), key=lambda rival: point.over(rival)[0]):
-            self.measure(rival.candidate, self.prompts)
-            if not point.beats(rival):
+            if not self._passed(point, rival):
+                self.measure(rival.candidate, self.prompts)
+            if not self._passed(point, rival):
                 break
 
     def _to_target(self, target: float) -> None:
