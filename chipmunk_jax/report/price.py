@@ -68,7 +68,11 @@ class Prices:
         return sum(prices[kind] for kind in step_kinds(plan, steps, skipped))
 
     def of(self, plan: Step, layers: int) -> dict[str, float]:
-        """The price of each kind of step with a plan's shares of columns; what choosing columns takes, does not depend on them."""
+        """The price of each kind of step with a plan's shares of columns, in dense steps; choosing columns costs the same for any.
+
+        Args:
+            plan, layers: as of cost().
+        """
         dense, chosen = _delta_parts(self.work, plan, layers)
         full, delta = 1 + self.again * chosen, dense + self.column * chosen
         return {
@@ -84,6 +88,9 @@ class Prices:
 def read_prices(path: str | Path) -> Prices:
     """The prices by a file of `chipmunk bench step`; records of samples and kernels in it do not count.
 
+    Args:
+        path: of JSON lines.
+
     Raises:
         InputError: no such file, no steps in it, or what prices_of() refuses.
     """
@@ -98,7 +105,7 @@ def read_prices(path: str | Path) -> Prices:
 
 
 def prices_of(entries: Sequence[Entry]) -> Prices:
-    """The prices by the records of one run of `chipmunk bench step`.
+    """The prices by the step records of one run of `chipmunk bench step`, times in ms.
 
     The price of a kind of step is its time over that of the dense step, and two of them tell how a dense step's time splits into
     what may be sparse (a part P, the layers that are never sparse left out) and the rest, and what a share K of its columns costs:

@@ -35,6 +35,10 @@ class Comparison:
 def compare_configurations(sampler: Sampler, configurations: Mapping[str, Configuration]) -> Comparison:
     """What judge() goes through, checked; no weights are read.
 
+    Args:
+        sampler: of the prompts; its settings are those of the dense samples.
+        configurations: by name, the first of which the others are compared with.
+
     Raises:
         InputError: a prompt, setting or schedule that does not fit.
     """

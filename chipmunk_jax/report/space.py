@@ -91,7 +91,7 @@ class Space:
         return [replace(rival, gate=gate) for gate in self.gates if gate != rival.gate]
 
     def seeds(self, rival: Family) -> list[Family]:
-        """Where the search for compositions begins: the model's own shares on top of a rival, and both rivals in one."""
+        """Families that the search for compositions begins with: the model's own shares on top of a rival, both rivals in one."""
         attention, mlp = self.base.attention, self.base.mlp
         keys, neurons = _nearest(KEYS, attention and attention.top_keys), _nearest(NEURONS, mlp and mlp.top_keys)
         skipping = replace(rival, steps=rival.steps or self.steps, means=64, full_every=3)
@@ -137,7 +137,12 @@ class Space:
         return None
 
     def configuration(self, family: Family, run: int) -> Configuration | None:
-        """The way of a family that runs so many steps, or as few as it can; None: that is the dense sample."""
+        """The way of a family that runs so many steps, or as few as it can; None: that is the dense sample.
+
+        Args:
+            family: under a gate that decides, the number is a guess.
+            run: steps, 1 or more.
+        """
         if self._rival(family):
             if not (found := rivals(run / self.steps, self.steps)):
                 return None

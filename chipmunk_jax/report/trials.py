@@ -40,7 +40,7 @@ class Trials:
         return f"the dense sample's time on {device}" if self.timed else "the dense sample's matrix products, by count"
 
     def draw_dense(self, number: int) -> np.ndarray:
-        """The dense sample of a prompt, in pixels."""
+        """The dense sample of prompt `number`, from 0: [H, W, 3] or [T, H, W, 3] in 0..1."""
         if number not in self.dense:
             out, seconds = self.sampler.time(DENSE, number)
             self.dense[number] = pixels_of(out)[0]

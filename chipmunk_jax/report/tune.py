@@ -63,11 +63,11 @@ class Point:
 
     @property
     def cost(self) -> float:
-        """As measured; before that as planned."""
+        """Share of the dense sample's cost: the median of those measured, before there are some the planned one."""
         return float(np.median(self.costs)) if self.costs else self.candidate.cost
 
     def mean(self, prompts: int) -> float:
-        """dB over the first prompts."""
+        """Mean PSNR over the first prompts, so many, dB."""
         return float(np.mean(self.levels[:prompts]))
 
     def over(self, other: "Point") -> tuple[float, float]:
@@ -128,7 +128,11 @@ class Search:
         self.strongest: list[Family] = []  # the best rival of each kind: fewer steps, and skipped ones
 
     def run(self, goal: Goal) -> Found:
-        """The decision; what the time did not suffice for is left out."""
+        """The search to its end or to that of its time, and what it decides for.
+
+        Args:
+            goal: budget or target.
+        """
         finished = True
         try:
             self._to_budget(goal.budget) if goal.budget is not None else self._to_target(goal.target)
@@ -137,13 +141,23 @@ class Search:
         return self.found(goal, finished)
 
     def found(self, goal: Goal, finished: bool = False) -> Found:
-        """The decision by what has been measured so far."""
+        """What has been measured so far, and what that decides for.
+
+        Args:
+            goal: budget or target.
+            finished: whether the search came to its end.
+        """
         prompts = max((len(point.levels) for point in self.points.values() if point.candidate.rival), default=0)
         best = decide([p for p in self.points.values() if self.admissible(p, prompts)], goal, prompts)
         return Found(points=list(self.points.values()), best=best, prompts=prompts, finished=finished)
 
     def admissible(self, point: Point, prompts: int) -> bool:
-        """Whether a point may be returned: a rival, or one that beats every rival of its cost, as far as measured the strongest."""
+        """Whether a point may be returned: a rival, or one that passes every rival that it faces, of each kind the strongest.
+
+        Args:
+            point: as measured so far.
+            prompts: that it must have met.
+        """
         if len(point.levels) < max(prompts, 1):
             return False
         if point.candidate.rival or prompts < 2:
@@ -153,7 +167,7 @@ class Search:
         return known and bool(facing) and all(self._passed(point, rival) for rival in facing)
 
     def measure(self, candidate: Candidate, prompts: int) -> Point:
-        """The point of a way, measured on as many prompts.
+        """The point of a way, measured on the first so many prompts.
 
         Raises:
             OutOfTime: before a sample that might end too late.

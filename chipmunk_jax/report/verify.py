@@ -40,7 +40,12 @@ class Verification:
         return {"sparse": self.numbers["psnr"]} | {one["name"]: one["psnr"] for one in self.numbers["rivals"]}
 
     def draw(self, path: Path, fps: float | None) -> None:
-        """Writes all samples and the sparse one's difference side by side; of videos to a .png some frames, else all."""
+        """Writes all samples and the sparse one's difference side by side; of videos to a .png some frames, else all.
+
+        Args:
+            path: of a picture or a video.
+            fps: frames a second, of a video.
+        """
         text, given = {"settings": self.numbers}, (self.numbers["prompts"], self.samples, self.levels)
         if self.samples["dense"].ndim == 4:
             save_image(path, compare_images(*given), text)
@@ -51,7 +56,10 @@ class Verification:
 
 
 def check_verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto", **settings: Any) -> Request:
-    """What verify() would sample, sparse.
+    """The request of the sparse samples of verify(); no weights are read.
+
+    Args:
+        pipeline, prompts, sparsity, settings: as of verify().
 
     Raises:
         InputError: what Pipeline.check() refuses; no sparsity; one step, as the first is not timed.
@@ -73,7 +81,7 @@ def verify(
     sparsity: Any = "auto",
     **settings: Any,
 ) -> Verification:
-    """Samples the same prompts and seeds dense, sparse and by the rivals at the cost of the sparse ones.
+    """Samples of the same prompts and seeds, dense, sparse and by the rivals at the cost of the sparse ones, and their numbers.
 
     Args:
         pipeline: of the model.
@@ -112,7 +120,7 @@ def verify(
 
 
 def noise_floor(pipeline: Pipeline, dense: np.ndarray, prompt: str, **settings: Any) -> dict[str, Any]:
-    """How far rounding alone moves a dense sample: its PSNR, dB, to that of the other dtype, or why there is none.
+    """How far rounding alone moves a dense sample: "dtypes", and its "psnr", dB, to that of the other one, or None and an "error".
 
     Args:
         pipeline: of the model; its weights give way to those of the other dtype.

@@ -32,13 +32,22 @@ class Sampler:
         return range(0, len(self.prompts), self.at_once)
 
     def draw(self, one: Configuration, start: int, **options: Any) -> PipelineOutput:
-        """The batch that begins with a sample, in arrays; options as a call of the pipeline takes them."""
+        """A batch as a call of the pipeline gives it, in arrays.
+
+        Args:
+            one: the way.
+            start: the number of the batch's first sample.
+            options: of the call, beside the settings.
+
+        Raises:
+            InputError, NotFiniteError: of the call.
+        """
         settings = self.settings | one.given | {"seed": self.settings.get("seed", 0) + start} | options
         prompts = self.prompts[start : start + self.at_once]
         return self.pipeline(prompts, **settings, sparsity=one.sparsity, output_type="np")
 
     def time(self, one: Configuration, start: int, watch: Watch = lambda clean: None) -> tuple[PipelineOutput, float]:
-        """A batch, and the seconds of all steps but the first, whose time holds the compilation."""
+        """A batch, and the seconds of all steps but the first, whose time holds the compilation; else as draw()."""
         ends: list[float] = []
 
         def tick(step: int, t: float, latents: np.ndarray, clean: np.ndarray) -> None:
@@ -61,7 +70,7 @@ class Drawn:
         return np.concatenate([pixels_of(out) for out in self.outs])
 
     def mean(self, number: Callable[[PipelineOutput], float]) -> float:
-        """A number of every batch, over all samples."""
+        """The mean over all samples of a number of their batch."""
         return float(np.average([number(out) for out in self.outs], weights=[len(pixels_of(out)) for out in self.outs]))
 
     def shares(self, work: Work, steps: int, dense_steps: int) -> dict[str, Any]:
@@ -117,5 +126,5 @@ def _stages(outs: Sequence[PipelineOutput]) -> dict[str, Any]:
 
 
 def pixels_of(out: PipelineOutput) -> np.ndarray:
-    """Images or videos that were asked for as arrays."""
+    """Images [B, H, W, 3] or videos [B, T, H, W, 3], of a call that gives arrays."""
     return out.images if out.frames is None else out.frames
