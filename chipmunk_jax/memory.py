@@ -65,24 +65,26 @@ def plan(
 
     The arguments are those of sample(), or their shapes alone; sparsity is what fit() makes of it.
     """
-    sides = 1 if guidance is None else 2
-    batch, tokens = sides * noise.shape[0], noise.shape[1]
+    sides, tokens = 1 if guidance is None else 2, noise.shape[1]
+    samples = 1 if sparsity and sparsity.decides else noise.shape[0]  # at once
+    batch = sides * samples
     stacks = model.stacks(tokens, cond)
     times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
-    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((sides * a.shape[0], *a.shape[1:]), a.dtype), cond)
-    x = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), cond)
+    x = jax.ShapeDtypeStruct((samples, *noise.shape[1:]), jnp.float32)
     state, caching = jax.eval_shape((solver or Euler()).init, x), sparsity and sparsity.step_cache
     one_sided = sides == 2 and sparsity is not None and sparsity.guidance_cache is not None
-    kept = noise.shape[0] if one_sided else batch
+    kept = samples if one_sided else batch
     return {
         "weights": nbytes(model),
-        "noise and conditions": nbytes((noise, rows)),
+        "noise and conditions": nbytes(noise) + sides * nbytes(cond),
         # x at one step and the next, and the velocity between them.
         "latents of the solver": 3 * nbytes(x) + nbytes(state),
         "modulations of all steps": nbytes(modulations_of.eval_shape(model, times, rows)),
         **caches.nbytes(stacks, sparsity, batch, model.dtype),
         **({"kept for skipped steps": of_skipped(model, stacks, x, kept, caching)} if caching else {}),
         **({"difference of both sides": nbytes(x)} if one_sided else {}),
+        **({"velocities of the drift guard": 2 * nbytes(x)} if sparsity and sparsity.max_drift else {}),
         **of_layers(stacks, sparsity, batch, model.dtype, implementation),
     }
 

@@ -7,7 +7,7 @@
 sample() is all three on the host: checked, compiled once for a shape, with a bar and a callback.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax import lax
 from chipmunk_jax import cache as caches
 from chipmunk_jax.arguments import check, check_settings, is_whole, parse_timesteps, placed
 from chipmunk_jax.cache import LayerCache
+from chipmunk_jax.drift import DriftGuard
 from chipmunk_jax.errors import InputError, NotFiniteError, listed
 from chipmunk_jax.fit import fit
 from chipmunk_jax.guidance_cache import Told, guide, run_sides
@@ -63,6 +64,7 @@ class Table:
     positions: jax.Array  # [N, axes], in that order
     guidance: jax.Array | None  # f32 scalar, scale of two-sided guidance; None: there is one side
     caching: Caching | None  # how steps are skipped; None: all run
+    max_drift: jax.Array | None  # f32 scalar, bound of the drift guard; None: there is none
     solver: Solver = struct.field(pytree_node=False)
 
 
@@ -78,6 +80,14 @@ class SampleState:
     gate: GateState | None = None  # of a gate that decides which steps are skipped; None: there is none
     # f32 [B, N, C], of the velocities of both sides of guidance in the last step that ran both; None: each step does
     difference: jax.Array | None = None
+    drift: DriftGuard | None = None
+
+    def as_run(self, step: Step) -> Step:
+        """The table's steps as they ran until here, with what was decided on the way."""
+        if self.drift is not None:
+            step = step.made_full(np.asarray(self.drift.full) & ~step.is_full)
+        decided = self.drift or self.gate
+        return step if decided is None or step.skip is None else step.replace(skip=np.asarray(decided.skipped))
 
 
 @usual_modes()
@@ -116,6 +126,7 @@ def plan(
         positions=model.positions(grid)[order],
         guidance=None if guidance is None else np.float32(guidance),
         caching=caching,
+        max_drift=np.float32(fitted.max_drift) if fitted and fitted.decides and fitted.max_drift else None,
         solver=solver,
     )
 
@@ -167,6 +178,7 @@ def start(
         if caching
         else None,
         difference=None if both else jnp.zeros_like(x),
+        drift=None if table.max_drift is None else DriftGuard.start(len(table.times), x),
     )
 
 
@@ -211,13 +223,17 @@ def denoise(
 
     def body(state: SampleState, index: jax.Array):
         step, now, told = table.step.at_step(index), timesteps[index], all_told.at(index)
+        drift = state.drift
+        if drift is not None:
+            step = drift.allowed(step, table.max_drift, now)
         own = told if state.difference is None else own_told.at(index)
         tokens = model.embed(state.x if guidance is None else jnp.concatenate([state.x, state.x]), cond)
+        skip, gate = step.skip, state.gate
         compute = partial(run_sides, model, step, told, own, table.positions, tokens)
         guided = lambda hidden, difference: guide(model.velocity(hidden, own.mods), guidance, difference)
         if caching is None:
             hidden, cache, difference = compute(state.cache, state.difference)
-            velocity, kept, gate = guided(hidden, difference), None, None
+            velocity, kept = guided(hidden, difference), None
         else:
             own_tokens = tokens if state.difference is None else tokens[: len(state.x)]
 
@@ -230,23 +246,23 @@ def denoise(
                 found = guided(hidden, difference) if caching.predict == "velocity" else hidden
                 return cache, kept.after(found, now), gate, difference, None
 
-            skip, gate = step.skip, state.gate
             if gate is not None:
-                skip, gate = decide(
-                    caching, gate, skip, index, signal_of(model, table, state.x, tokens, told.mods, now)
-                )
+                seen = signal_of(model, table, state.x, tokens, told.mods, now)
+                skip, gate = decide(caching, gate, skip, index, seen)
             # tokens + (hidden - tokens) is not hidden bit for bit, so a step that runs hands hidden on beside the residual.
             hidden = own_tokens + state.kept.at(now) if caching.predict == "residual" else None
             carried = state.cache, state.kept, gate, state.difference, hidden
             cache, kept, gate, difference, hidden = unless_skipped(skip, run, *carried)
             found = kept.at(now) if hidden is None else hidden
             velocity = found if caching.predict == "velocity" else guided(found, difference)
+        if drift is not None:
+            drift = drift.after(step.replace(skip=skip), index, now, velocity)
         x, solver = table.solver.step(state.x, state.solver, velocity, now, timesteps[index + 1])
         if on_step:
             on_step(index, timesteps[index + 1], x[:, back], (state.x - now * velocity)[:, back])
         cache = None if state.cache is None else cache
         broken = jnp.where((state.broken < 0) & ~jnp.isfinite(x).all((1, 2)), index, state.broken)
-        return SampleState(x, solver, cache, kept, broken, gate, difference), None
+        return SampleState(x, solver, cache, kept, broken, gate, difference, drift), None
 
     state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(*span, dtype=jnp.int32))
     return state.replace(x=state.x[:, back])
@@ -312,7 +328,7 @@ def sample(
     callback: Callable[[int, float, np.ndarray], None] | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """The sample, f32 [B, N, C], tokens in raster order.
+    """The samples, f32 [B, N, C], tokens in raster order; one after another under a gate that decides (step_cache.gate).
 
     The same arguments give the same bits; on a GPU, where XLA chooses algorithms by timing them, in another process only with a
     compilation cache (jax_compilation_cache_dir), as the command line keeps one.
@@ -333,7 +349,8 @@ def sample(
         seed: of the columns kept by chance.
         solver: None for Euler.
         progress: draws a bar.
-        callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order.
+        callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order; under a gate that
+            decides, with all steps of one sample, x [1, N, C], and then with those of the next.
         implementation: of the kernels, see pallas_kernels.dispatch.choose.
 
     What the networks take, and how they are usually sampled (chipmunk_jax.pipelines.variant_of has all of it by config):
@@ -364,10 +381,12 @@ def sample(
     noise, cond, uncond = placed(model, noise, cond, uncond)
     check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
-    table = plan(model, noise, cond, **fixed)
-    dense = sparsity is None or fit(sparsity, len(table.times)).saves_nothing
-    with Reporter(len(table.times), "dense" if dense else "sparse", progress, seen) as reporter:
-        return run(model, noise, cond, table, reporter, uncond=uncond, sparsity=sparsity).x
+    apart = sparsity is not None and sparsity.decides
+    table = plan(model, noise[:1] if apart else noise, cond, **fixed)
+    steps, dense = len(table.times), sparsity is None or fit(sparsity, len(table.times)).saves_nothing
+    with Reporter(steps * len(noise) if apart else steps, "dense" if dense else "sparse", progress, seen) as reporter:
+        given = dict(uncond=uncond, sparsity=sparsity)
+        return jnp.concatenate([state.x for state in run(model, noise, cond, table, reporter, apart=apart, **given)])
 
 
 def run(
@@ -379,20 +398,47 @@ def run(
     *,
     uncond: Condition | None = None,
     sparsity: Sparsity | None = None,
-    carried: SampleState | None = None,
-) -> SampleState:
-    """The state after the last step of a table, without caches; its x is what sample() gives, once all is checked.
+    carried: Sequence[SampleState] = (),
+    apart: bool = False,
+) -> list[SampleState]:
+    """The states after the last step of a table, one of all samples or one each; their x is what sample() gives, once checked.
 
     Args:
         model, noise, cond, uncond: as of sample().
-        table: of plan().
+        table: of plan(), for one sample where they are apart.
         reporter: entered; its callback(step, t, x, clean) sees the clean sample too, that x points at, in raster order.
         sparsity: that of the table.
         carried: what another network led to, whose steps came before: x and the solver go on from there, the caches are new.
+        apart: samples one after another, as gates that decide have it, in place of all at once.
 
     Raises:
-        NotFiniteError: the sample is not finite; it says from which step on.
+        NotFiniteError: a sample is not finite; it says from which step on.
     """
+    states, broken = [], np.full(len(noise), -1)
+    for i in range(len(noise) if apart else 1):
+        take = lambda x, i=i: lax.dynamic_slice_in_dim(x, i, 1)
+        one = jax.tree.map(take, (noise, cond, uncond)) if apart else (noise, cond, uncond)
+        state = _run_together(model, *one, table, reporter, sparsity, carried[i] if carried else None)
+        broken[i : i + len(state.broken)] = state.broken
+        check_finite(broken, table, model.dtype, first=reporter.first)
+        # Of a gate and the guard only what they decided: what they have seen is as large as the tokens.
+        gate = state.gate and state.gate.replace(signal=None, ran_x=None, ran_velocity=None)
+        drift = state.drift and state.drift.replace(base=None, last=None)
+        states.append(state.replace(cache=None, kept=None, difference=None, gate=gate, drift=drift))
+    return states
+
+
+def _run_together(
+    model: Model,
+    noise: jax.Array,
+    cond: Condition,
+    uncond: Condition | None,
+    table: Table,
+    reporter: Reporter,
+    sparsity: Sparsity | None,
+    carried: SampleState | None,
+) -> SampleState:
+    """The state of all samples of run() at once."""
     if table.guidance is not None:
         cond = both_sides(model, cond, uncond)
     state = start(model, noise, cond, table, sparsity=sparsity)
@@ -403,9 +449,7 @@ def run(
     with jax.disable_jit(False):
         given = *given, jax.device_put(reporter.run)
         reporter.pause("compiling")
-        state = finished(_run.lower(*given, report=reporter.kind), *given, started=reporter.resume)
-    check_finite(np.asarray(state.broken), table, model.dtype, first=reporter.first)
-    return state.replace(cache=None, kept=None, difference=None)
+        return finished(_run.lower(*given, report=reporter.kind), *given, started=reporter.resume)
 
 
 # The caches alone are donated: the noise is the caller's.

@@ -3,8 +3,11 @@
 A `Step` is one row of that table. Its phases, shares of columns and key are data: another schedule or seed never recompiles.
 """
 
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
@@ -50,6 +53,7 @@ class Share:
     columns: int = struct.field(pytree_node=False)  # of which keep are kept
     group: int = struct.field(pytree_node=False)  # rows that share a list
     dense_layers: int = struct.field(pytree_node=False)  # the first layers of the model, always dense
+    full: int = struct.field(pytree_node=False)  # the phase of its full steps
     # Of attention alone:
     fixed_random: jax.Array | None = None  # f32, probability of a key to be kept for the whole sample; None: 0
     pinned: PinnedKeys | None = None  # keys that groups attend to whatever their scores
@@ -76,6 +80,25 @@ class Step:
         pytree_node=False, default=1
     )  # 2: the entries are those of both sides of guidance, the prompt's first
     implementation: Implementation | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def is_full(self) -> jax.Array:
+        """Whether it runs, and the attention or the MLP computes everything, or nothing is sparse; bool, of a table [steps]."""
+        parts = [(self.attention, AttentionPhase.DELTA), (self.mlp, MlpPhase.SELECT_DELTA)]
+        sparse = [share.phase >= first_delta for share, first_delta in parts if share]
+        full = ~functools.reduce(operator.and_, sparse) if sparse else np.True_
+        return full if self.skip is None else full & ~self.skip
+
+    def made_full(self, full: jax.Array) -> "Step":
+        """This as a full step of both sides where that is said, bool (of a table [steps]), and as it was elsewhere."""
+
+        def share(one: Share | None, first_delta: IntEnum) -> Share | None:
+            # Arithmetic serves tables in NumPy and steps in a trace.
+            return one and one.replace(phase=one.phase + (full & (one.phase >= first_delta)) * (one.full - one.phase))
+
+        unless = lambda flags: None if flags is None else flags & ~full
+        shares = dict(attention=share(self.attention, AttentionPhase.DELTA), mlp=share(self.mlp, MlpPhase.SELECT_DELTA))
+        return self.replace(**shares, skip=unless(self.skip), one_sided=unless(self.one_sided))
 
     def at_step(self, index: jax.Array) -> "Step":
         """Row `index` of a plan, with a key of its own."""
@@ -190,6 +213,7 @@ def _share(config: AttentionSparsity | MlpSparsity, phases: np.ndarray, columns:
         keep=np.int32(config.kept(columns)),
         random=np.float32(config.random_keys),
         dense_layers=config.first_n_dense_layers,
+        full=_full_phase(config),
         columns=columns,
         group=config.group,
     )
@@ -233,17 +257,33 @@ def _kept(share: Share) -> float:
     return float(np.minimum(pinned + np.minimum(share.keep, share.columns - pinned) + means, share.columns).mean())
 
 
-def full_steps(table: Step, steps: int) -> np.ndarray:
-    """bool[steps]: where the attention or the MLP computes everything, or nothing is sparse.
+@dataclass(frozen=True)
+class Taken:
+    """What the steps of a sample were, by number; those that are not named are delta steps."""
+
+    full: tuple[int, ...] = ()  # attention or the MLP computed everything, or nothing was sparse
+    skipped: tuple[int, ...] = ()  # no block ran
+    one_sided: tuple[int, ...] = ()  # of guidance the prompt's side ran alone
+
+
+def taken(table: Step, steps: int, first: int = 0) -> Taken:
+    """What the steps of a table are.
 
     Args:
         table: of plan_steps(), or a Step() for dense sampling.
         steps: of the sampler.
+        first: the number of the table's first step.
     """
-    parts = [(table.attention, AttentionPhase.DELTA), (table.mlp, MlpPhase.SELECT_DELTA)]
-    sparse = [np.asarray(share.phase) >= first_delta for share, first_delta in parts if share]
-    every = ~np.logical_and.reduce(sparse) if sparse else np.ones(steps, bool)
-    return every if table.skip is None else every & ~np.asarray(table.skip)
+    skip, one = (np.broadcast_to(False if flags is None else flags, steps) for flags in (table.skip, table.one_sided))
+    flags = np.broadcast_to(table.is_full, steps), skip, one & ~skip
+    return Taken(*(tuple((first + np.flatnonzero(where)).tolist()) for where in flags))
+
+
+def as_taken(table: Step, steps: int, taken: Taken) -> Step:
+    """The table of a sample whose steps were these, where something was decided while it ran; table and steps as of taken()."""
+    among = lambda numbers: np.isin(np.arange(steps), numbers)
+    made = table.made_full(among(taken.full) & ~np.broadcast_to(table.is_full, steps))
+    return made.replace(skip=among(taken.skipped), one_sided=among(taken.one_sided))
 
 
 def _full(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
@@ -253,10 +293,16 @@ def _full(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:
     return np.arange(steps) % config.full_step_every == 0
 
 
+def _full_phase(config: AttentionSparsity | MlpSparsity) -> IntEnum:
+    """The phase of a part's full steps; of attention, of those after the first two."""
+    if isinstance(config, MlpSparsity):
+        return MlpPhase.FULL
+    return AttentionPhase.SELECT if config.recompute_mask else AttentionPhase.REFRESH
+
+
 def attention_phases(config: AttentionSparsity, steps: int) -> np.ndarray:
     """AttentionPhase of every step, i32[steps]. Steps 0 and 1 are full: the first measures, the second can select."""
-    later = AttentionPhase.SELECT if config.recompute_mask else AttentionPhase.REFRESH
-    phases = np.where(_full(config, steps), later, AttentionPhase.DELTA)
+    phases = np.where(_full(config, steps), _full_phase(config), AttentionPhase.DELTA)
     phases[:2] = [AttentionPhase.MEASURE, AttentionPhase.SELECT][:steps]
     return phases.astype(np.int32)
 

@@ -210,7 +210,7 @@ class StepCache:
         "list",
         "which steps are skipped: those of a 'list', a 'share' of them evenly, or those up to which an estimate of change, summed, "
         "stays below the threshold: that of 'mag' (MagCache), 'tea' (TeaCache), 'sea' (SeaCache) or 'easy' (EasyCache); the last "
-        "three take one sample at a time, and decide by the prompt's side of guidance for both",
+        "three decide for each sample, which are made one after another, by the prompt's side of guidance for both",
     )
     predict: Predict = option(
         "hidden",
@@ -306,6 +306,11 @@ class Sparsity:
     guidance_cache: GuidanceCache | None = option(
         None, "steps of guidance that run one side, or null to run both in every step"
     )
+    max_drift: float | None = option(
+        None,
+        "estimated relative error of the velocity above which a step computes more than its schedules say: a skipped step its "
+        "columns, a delta step everything; decided for each sample, which are made one after another; null for the schedules alone",
+    )
     schedule_steps: int | None = option(
         None,
         "number of steps of the sample that full_step_every, full_step_schedule, skip_steps, every and one_sided_steps are written "
@@ -322,12 +327,19 @@ class Sparsity:
         check_types(self)
         written = self.schedule_steps
         require(written is None or 1 <= written <= MOST_STEPS, "schedule_steps", written, f"1 to {MOST_STEPS}, or null")
+        require(self.max_drift is None or self.max_drift > 0, "max_drift", self.max_drift, "above 0, or null")
         require(_nested(self.patches), "patches", self.patches, "sides that divide each other, the largest first")
 
     @property
     def saves_nothing(self) -> bool:
         """Whether every step computes everything."""
         return not (self.attention or self.mlp or self.step_cache or self.guidance_cache)
+
+    @property
+    def decides(self) -> bool:
+        """Whether a gate or the drift guard decides while a sample runs, so that samples run one after another."""
+        gate = self.step_cache is not None and self.step_cache.decides
+        return gate or (self.max_drift is not None and not self.saves_nothing)
 
 
 def _nested(patches: tuple[int | tuple[int, ...], ...]) -> bool:

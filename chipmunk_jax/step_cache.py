@@ -179,7 +179,7 @@ def decide(
         moved, speed = jnp.abs(signal - gate.signal).mean(), jnp.abs(gate.ran_velocity).mean()
         change = gate.ratio * moved / speed
     else:
-        change = _relative(signal, gate.signal)
+        change = relative_change(signal, gate.signal)
     if caching.gate == "tea":
         change = jnp.polyval(caching.coefficients, change)
     total = gate.total + change
@@ -220,7 +220,7 @@ def _wiener(grid: tuple[int, ...], t: jax.Array) -> jax.Array:
     return gain / gain.mean()
 
 
-def _relative(a: jax.Array, b: jax.Array) -> jax.Array:
+def relative_change(a: jax.Array, b: jax.Array) -> jax.Array:
     """mean|a - b| / mean|b|, f32."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.abs(a - b).mean() / jnp.abs(b).mean()

@@ -17,6 +17,8 @@ from chipmunk_jax.convert.hub import local_path, name_of
 from chipmunk_jax.convert.source import FOLDERS, absent_of, boundary_of, check_pair, layout_of, open_source, read_named
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models.checkpoint import (
+    WITH_SIZE,
+    Shift,
     describe,
     describe_pipeline,
     is_checkpoint,
@@ -80,7 +82,7 @@ class Folder:
     components: Mapping[str, Path]  # role -> what open_source() or describe() takes
     tokenizers: Mapping[str, Path] = field(default_factory=dict)  # name -> folder
     boundary: float | None = None  # time, 1 to 0, at which transformer_2 takes over
-    shift: float | None = None  # of the times of a sample, where the release says it
+    shift: Shift | None = None  # of the times of a sample, where the release says it
 
     @property
     def name(self) -> str:
@@ -185,8 +187,8 @@ def find_tokenizers(path: Path) -> dict[str, Path]:
     return {name: place for name, folders in places.items() if (place := next(filter(holds, folders), None))}
 
 
-def shift_of(path: Path, network: str) -> float | None:
-    """The shift of times that the scheduler of a diffusers folder says; None where there is none, or it follows the size.
+def shift_of(path: Path, network: str) -> Shift | None:
+    """The shift of times that the scheduler of a diffusers folder says; None where there is none.
 
     Raises:
         InputError: it is no number, or the scheduler would make other samples than the pipeline of the network does.
@@ -196,7 +198,7 @@ def shift_of(path: Path, network: str) -> float | None:
         return None
     stated = read_json(file)
     dynamic = stated.get("use_dynamic_shifting")
-    followed = FOLLOWED | (BY_SIZE if dynamic else {})
+    followed = FOLLOWED | ((BY_SIZE if network == "flux" else {"use_dynamic_shifting": False}) if dynamic else {})
     if network in SCHEDULERS:
         followed = followed | {"_class_name": SCHEDULERS[network]}
     for name, value in followed.items():
@@ -205,7 +207,9 @@ def shift_of(path: Path, network: str) -> float | None:
                 f"{file}: {name}={stated[name]!r}: expected {value!r}, as another scheduler makes other samples; without this "
                 "file the model's usual one is taken, and solver= and sigmas= of a call give another"
             )
-    shift = None if dynamic else stated.get("flow_shift", stated.get("shift"))
+    if dynamic:
+        return WITH_SIZE
+    shift = stated.get("flow_shift", stated.get("shift"))
     if shift is not None and not is_shift(shift):
         raise InputError(f"{file}: shift {shift!r}, expected a positive number")
     return shift

@@ -8,7 +8,7 @@ from typing import Any
 from chipmunk_jax.convert.folder import open_folder
 from chipmunk_jax.convert.source import open_source
 from chipmunk_jax.memory import nbytes
-from chipmunk_jax.models.checkpoint import compare, describe, is_converted, is_pipeline
+from chipmunk_jax.models.checkpoint import Shift, compare, describe, is_converted, is_pipeline
 from chipmunk_jax.models.leaves import abstract, leaves_of
 
 
@@ -45,7 +45,7 @@ class PipelineInspection:
     tokenizers: dict[str, Path]  # by name
     missing: list[str]  # components that its pipeline needs
     boundary: float | None  # time at which transformer_2 takes over
-    shift: float | None  # of the times of a sample, where the release says it
+    shift: Shift | None  # of the times of a sample, where the release says it
 
     @property
     def whole(self) -> bool:

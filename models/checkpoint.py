@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,10 @@ class Description:
     files: dict[str, int]  # that it was converted from, and their bytes
 
 
+WITH_SIZE: Literal["with size"] = "with size"  # a shift that follows the number of tokens, as that of FLUX.1-dev
+Shift = float | Literal["with size"]
+
+
 @dataclass(frozen=True)
 class PipelineDescription:
     """The config.json above the components of a pipeline."""
@@ -49,7 +53,7 @@ class PipelineDescription:
     network: str  # of MODELS, that of the transformer
     components: tuple[str, ...]  # names of their folders, those of tokenizers among them
     boundary: float | None = None  # time, 1 to 0, at which transformer_2 takes over
-    shift: float | None = None  # of the times of a sample; None: the model's usual one
+    shift: Shift | None = None  # of the times of a sample; None: the model's usual one
 
 
 @usual_modes()
@@ -207,7 +211,8 @@ def describe_pipeline(folder: Path) -> PipelineDescription:
         require(named, "components", names, "names of folders")
         between = boundary is None or (type(boundary) is float and 0 < boundary < 1)
         require(between, "boundary", boundary, "a number between 0 and 1, or null")
-        require(shift is None or is_shift(shift), "shift", shift, "a positive number, or null")
+        fits = shift in (None, WITH_SIZE) or is_shift(shift)
+        require(fits, "shift", shift, f"a positive number, {WITH_SIZE!r}, or null")
     except ValueError as error:
         raise InputError(f"{folder}: bad {CONFIG}: {error}") from error
     return PipelineDescription(network, tuple(names), boundary, shift)

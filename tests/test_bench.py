@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from chipmunk_jax import memory
 from chipmunk_jax.bench import draw, kernels, measure, references, steps, timing
@@ -427,18 +428,17 @@ def test_a_wrong_step_has_no_time(folder, monkeypatch):
     assert [entry["ms"] is None for entry in read(folder / "a.jsonl")] == [False, False, False, True, True, False]
 
 
-def test_bench_sample_times_dense_and_sparse(folder):
-    assert main(["bench", "sample", *TINY, "--steps", "3", "--sparsity.schedule-steps", "null"]) == 0
+def test_bench_sample_times_dense_and_sparse_and_tells_what_a_gate_has_skipped(folder):
+    gate = {"gate": "sea", "threshold": 1e9}  # skips step 2: those before it are full, and the last one runs
+    (folder / "a.yaml").write_text(yaml.safe_dump({"preset": "flux", "schedule_steps": None, "step_cache": gate}))
+    assert main(["bench", "sample", *TINY, "--steps", "4", "--sparsity", "a.yaml"]) == 0
     dense, sparse = read(folder / "a.jsonl")
     assert (dense["variant"], sparse["variant"], dense["speedup"], dense["rel_err"]) == ("dense", "sparse", 1, 0)
     for entry in (dense, sparse):
         assert entry.keys() == KEYS | {"density", "ms_per_step", "first_call_s"}
-        assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "steps": 3, "text": 16}
-        assert (
-            records.sparsity_of(entry) == load_sparsity("flux", {"schedule_steps": None})
-            and entry["ms_per_step"] == entry["ms"] / 3
-        )
-    assert sparse["density"]["attention"] < 1
+        assert entry["shape"] == {"height": 32, "width": 32, "batch": 1, "steps": 4, "text": 16}
+        assert records.sparsity_of(entry) == load_sparsity("a.yaml") and entry["ms_per_step"] == entry["ms"] / 4
+    assert all(0.5 < share <= 0.75 for share in sparse["density"].values())
 
 
 NARROW = {  # for a CPU, on which all of the work of these is the products

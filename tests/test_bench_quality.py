@@ -14,8 +14,9 @@ from chipmunk_jax.fit import fit
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.report import plot, quality, records
 from chipmunk_jax.report.configurations import read_configurations
-from chipmunk_jax.report.quality import SAME, Samples, compare_configurations
+from chipmunk_jax.report.quality import compare_configurations
 from chipmunk_jax.report.tables import quality_table
+from chipmunk_jax.report.ways import SAME, Sampler
 from chipmunk_jax.sparsity import load_sparsity, to_dict
 
 ROOT = Path(__file__).parents[1]
@@ -239,8 +240,8 @@ def test_the_shipped_frontier_is_what_was_measured():
 def test_the_shipped_frontiers_fit_their_models_and_show_the_rivals(name):
     found = read_configurations(ROOT / f"benchmarks/frontier-{name}.yaml")
     pipeline = Pipeline.from_pretrained(ROOT / "examples" / name)
-    samples = Samples(prompts=["red striped heart on meadow"], at_once=1, seed=0, settings={})
-    comparison = compare_configurations(pipeline, samples, found)
+    sampler = Sampler(pipeline=pipeline, prompts=["red striped heart on meadow"], at_once=1, settings={})
+    comparison = compare_configurations(sampler, found)
     steps = comparison.reference.settings["steps"]
     methods = [one.method(steps) for one in found.values()]
     rivals = (

@@ -243,6 +243,9 @@ def test_a_scheduler_beside_a_release_says_the_shift(originals, tmp_path):
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"flow_shift": 3.5}))
     assert Pipeline.from_pretrained(folder).variant.shift == 3.5
     assert Pipeline.from_pretrained(originals["wan21"]).variant.shift == 8.0
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"use_dynamic_shifting": True}))
+    with pytest.raises(InputError, match="use_dynamic_shifting=True: expected False"):
+        Pipeline.from_pretrained(folder)
 
 
 def test_what_lies_beside_the_components_is_no_component(originals):

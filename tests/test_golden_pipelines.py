@@ -153,6 +153,21 @@ def test_a_result_says_how_long_each_stage_took_and_what_was_made(pipelines):
     )
 
 
+def test_two_networks_make_samples_of_which_a_gate_decides_for_each_one_after_another(pipelines):
+    name = "wan22_pipeline"
+    sparsity = {"attention": None, "mlp": None, "step_cache": {"gate": "easy", "threshold": 1e3, "warm_up": 0.1}}
+    case = cases(name)["usual"]
+    words = zip(case.settings["prompt"], case.settings["negative_prompt"], case.arrays["noise"], strict=True)
+    names = ("prompt", "negative_prompt", "latents")
+    alone = [
+        draw(pipelines[name], name, sparsity=sparsity, **dict(zip(names, (*texts, noise[None]), strict=True)))
+        for *texts, noise in words
+    ]
+    both = draw(pipelines[name], name, sparsity=sparsity)
+    np.testing.assert_array_equal(both, np.concatenate(alone))
+    assert np.abs(both - case.arrays["pixels"]).max() > 1e-2  # steps were skipped
+
+
 def test_times_can_be_given_in_place_of_their_number(pipelines):
     pipeline, name = pipelines["flux_dev_pipeline"], "flux_dev_pipeline"
     steps = cases(name)[USUAL[name]].settings["num_inference_steps"]
@@ -163,6 +178,16 @@ def test_times_can_be_given_in_place_of_their_number(pipelines):
     for times in (request.timesteps[:-1], request.timesteps, 1000 * request.timesteps[:-1]):
         np.testing.assert_allclose(draw(pipeline, name, timesteps=times, num_inference_steps=None), usual, **CLOSE)
     assert np.abs(draw(pipeline, name, solver="unipc") - usual).max() > 1e-3
+
+
+def test_a_shift_that_follows_the_size_is_that_of_the_scheduler_whatever_the_model(folders, tmp_path):
+    folder, target = shutil.copytree(folders["flux_schnell_pipeline"], tmp_path / "schnell"), tmp_path / "out"
+    assert Pipeline.from_pretrained(folder).variant.shift == 1.0
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    assert Pipeline.from_pretrained(folder).variant.shift is None
+    convert(folder, target, component="vae", progress=False)
+    assert inspect(target).shift == "with size"
 
 
 def test_a_conversion_that_was_cut_off_goes_on_where_it_was(folders, tmp_path, capsys):

@@ -17,7 +17,7 @@ from chipmunk_jax.memory import plan as plan_memory
 from chipmunk_jax.models.flux import Flux
 from chipmunk_jax.progress import Reporter
 from chipmunk_jax.report.price import step_kinds
-from chipmunk_jax.schedule import AttentionPhase, density, plan_steps
+from chipmunk_jax.schedule import AttentionPhase, as_taken, density, plan_steps, taken
 from chipmunk_jax.sparsity import PRESETS, to_dict
 
 ALONE = Sparsity(attention=None, mlp=None)
@@ -83,7 +83,9 @@ def test_a_one_sided_step_counts_and_costs_half_of_one_that_runs_both():
     base = dataclasses.replace(PRESETS["wan-14b"], schedule_steps=None)
     one_sided = (12, 22, 32)
     both, some = (plan_steps(s, 50, **SIZES, sides=2) for s in (base, halved(base, one_sided_steps=one_sided)))
-    kinds, before = step_kinds(some, 50, (22,)), step_kinds(both, 50, (22,))
+    kinds, before = (
+        step_kinds(as_taken(one, 50, dataclasses.replace(taken(one, 50), skipped=(22,))), 50) for one in (some, both)
+    )
     assert [i for i in range(50) if kinds[i] != before[i]] == [12, 32] and kinds[12] == "delta, one side"
     share = (
         3
@@ -184,7 +186,7 @@ def test_sides_that_are_alike_give_the_sample_of_one_side_whatever_is_composed(m
     for sparsity, guidance in ((composed, 3.0), (alone, None)):
         table = sampling.plan(model, noise, cond, sparsity=sparsity, guidance=guidance, **options)
         with Reporter(8, "", False, None) as reporter:
-            state = sampling.run(model, noise, cond, table, reporter, uncond=cond, sparsity=sparsity)
+            [state] = sampling.run(model, noise, cond, table, reporter, uncond=cond, sparsity=sparsity)
         x.append(state.x)
         skipped.append(np.flatnonzero(state.gate.skipped).tolist())
     assert listed(composed, 8) == [2, 3, 5, 6, 7] and skipped[0] == skipped[1] == [2, 5]

@@ -10,7 +10,7 @@ import pytest
 from conftest import WORDS
 from test_safetensors import write_safetensors
 
-from chipmunk_jax import MlpSparsity, Sparsity
+from chipmunk_jax import MlpSparsity, Sparsity, sampling
 from chipmunk_jax.convert import convert, inspect, load, read
 from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.errors import InputError
@@ -204,7 +204,28 @@ def test_steps_that_a_gate_skipped_are_known_after_the_run_and_are_in_the_shares
     # After two steps that ran the estimate is finite, and below the threshold.
     assert (out.skipped_steps, out.full_steps) == ((2, 3, 5, 6), (0, 1, 4, 7))
     assert out.density == {"attention": 0.5, "mlp": 0.5}
-    fails(lambda: pipeline(PROMPTS, **options), "gate='easy' with 3 samples", "expected one at a time")
+
+
+def test_a_gate_decides_for_each_sample_as_for_that_sample_alone_in_one_program(pipeline):
+    cache = {"gate": "sea", "threshold": 0.6, "warm_up": 0.1}
+    fixed = dict(num_inference_steps=12, sparsity={"attention": None, "mlp": None, "step_cache": cache})
+    options = SIZE | fixed | dict(output_type="np", progress=False)
+    alone = [pipeline(prompt, **options, seed=5 + i) for i, prompt in enumerate(PROMPTS)]
+    seen, compiled = [], sampling._run._cache_size()
+    tell = lambda step, t, latents, clean: seen.append((step, latents.shape, clean.shape))
+    out = pipeline(PROMPTS, **options, seed=5, callback_on_step_end=tell)
+    assert sampling._run._cache_size() == compiled
+    np.testing.assert_array_equal(out.images, np.concatenate([one.images for one in alone]))
+    assert seen == [(step, (1, 60, 12), (1, 60, 12)) for step in range(12)] * 3
+    assert out.steps_by_sample == tuple(one.steps_by_sample[0] for one in alone)
+    assert len({one.skipped for one in out.steps_by_sample}) > 1
+    for steps in ("skipped_steps", "full_steps"):
+        assert set(getattr(out, steps)) == set.intersection(*(set(getattr(one, steps)) for one in alone))
+    assert out.density == pytest.approx({"attention": np.mean([one.density["attention"] for one in alone]),
+        "mlp": np.mean([one.density["mlp"] for one in alone])})  # fmt: skip
+    twice = pipeline(PROMPTS[1], **options, num_images_per_prompt=2, seed=6)
+    np.testing.assert_array_equal(twice.images[0], alone[1].images[0])
+    assert np.any(twice.images[1] != twice.images[0])
 
 
 def test_the_callback_sees_step_time_latents_and_the_clean_ones(pipeline):

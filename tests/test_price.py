@@ -4,16 +4,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import VARIANTS
-from chipmunk_jax.report.price import prices_of, read_prices, step_kinds
+from chipmunk_jax.report.price import ONE_SIDE, prices_of, read_prices, step_kinds
 from chipmunk_jax.report.records import sparsity_of
 from chipmunk_jax.report.work import dense_work
 from chipmunk_jax.sampling import plan_stacks
-from chipmunk_jax.schedule import Step, plan_steps
+from chipmunk_jax.schedule import Step, Taken, as_taken, plan_steps
 from chipmunk_jax.sparsity import PRESETS, AttentionSparsity, MlpSparsity, Sparsity
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -48,32 +47,33 @@ def test_a_published_model_s_own_sample_costs_what_its_steps_take(name):
     network, noise, cond = variant.shapes(settings, 1, "bfloat16")
     stacks = network.stacks(noise.shape[1], cond)
     own, found = plan_stacks(stacks, sparsity, 50, variant.grid(settings)), read_prices(RESULTS / f"{name}.jsonl")
-    skipped = np.flatnonzero(own.skip)
     assert {kind: price * ms["dense"] for kind, price in found.of(own, shape["layers"]).items() if kind in ms} == (
         pytest.approx(ms, rel=1e-9)
     )
-    expected = sum(ms[kind] for kind in step_kinds(own, 50, skipped)) / ms["dense"]
-    assert found.cost(own, 50, skipped, shape["layers"]) == pytest.approx(expected, rel=1e-9)
+    expected = sum(ms[kind] for kind in step_kinds(own, 50)) / ms["dense"]
+    assert found.cost(own, 50, shape["layers"]) == pytest.approx(expected, rel=1e-9)
     assert 1 <= found.column < 2  # a chosen column costs no less than one in a dense kernel
 
 
 def test_a_dense_step_costs_one_and_a_skipped_one_what_was_measured(prices):
-    assert prices.cost(Step(), 7, (), LAYERS) == 7
+    assert prices.cost(Step(), 7, LAYERS) == 7
     ms = {entry["variant"]: entry["ms"] for entry in steps_of(FILES[0])}
-    assert prices.cost(Step(), 7, (3, 5), LAYERS) == pytest.approx(5 + 2 * ms["skipped"] / ms["dense"])
-    every, some = (prices.cost(plan(), 50, skipped, LAYERS) for skipped in ((), (4, 5)))
+    assert prices.cost(as_taken(Step(), 7, Taken(skipped=(3, 5))), 7, LAYERS) == pytest.approx(
+        5 + 2 * ms["skipped"] / ms["dense"]
+    )
+    every, some = (prices.cost(as_taken(plan(), 50, Taken(skipped=skips)), 50, LAYERS) for skips in ((), (4, 5)))
     delta = prices.of(plan(), LAYERS)["delta"]
     assert every - some == pytest.approx(2 * (delta - ms["skipped"] / ms["dense"]), rel=1e-2)  # one selects neurons
 
 
 def test_the_cost_grows_with_the_shares_of_keys_and_neurons(prices):
     shares = (0.05, 0.2, 0.5, 1.0)
-    keys = [prices.cost(plan(attention=AttentionSparsity(top_keys=s), mlp=None), 50, (), LAYERS) for s in shares]
-    neurons = [prices.cost(plan(mlp=MlpSparsity(top_keys=s), attention=None), 50, (), LAYERS) for s in shares]
+    keys = [prices.cost(plan(attention=AttentionSparsity(top_keys=s), mlp=None), 50, LAYERS) for s in shares]
+    neurons = [prices.cost(plan(mlp=MlpSparsity(top_keys=s), attention=None), 50, LAYERS) for s in shares]
     assert keys == sorted(set(keys)) and neurons == sorted(set(neurons))
     assert keys[0] < 0.5 * 50 < 0.9 * 50 < neurons[0]  # of that model attention is nearly all
-    more_layers = prices.cost(plan(attention=AttentionSparsity(first_n_dense_layers=5), mlp=None), 50, (), LAYERS)
-    assert more_layers > prices.cost(plan(attention=AttentionSparsity(), mlp=None), 50, (), LAYERS)
+    more_layers = prices.cost(plan(attention=AttentionSparsity(first_n_dense_layers=5), mlp=None), 50, LAYERS)
+    assert more_layers > prices.cost(plan(attention=AttentionSparsity(), mlp=None), 50, LAYERS)
 
 
 def test_the_price_of_a_column_is_that_of_the_kernel_measured_alone(prices):
@@ -106,10 +106,11 @@ def test_the_parts_of_a_dense_step_are_those_of_its_matrix_products():
 def test_kinds_of_steps():
     """As bench_step names them; those that ran no block are told."""
     both = plan(12, attention=AttentionSparsity(full_step_every=5), mlp=MlpSparsity(full_step_every=5))
-    found = step_kinds(both, 12, (7, 8))
-    assert found[:2] == ["full", "select"] and [found[i] for i in (5, 10)] == ["full", "full"]
+    found = step_kinds(as_taken(both, 12, Taken(full=(4,), skipped=(7, 8), one_sided=(11,))), 12)
+    assert found[:2] == ["full", "select"] and [found[i] for i in (4, 5, 10)] == ["full"] * 3
+    assert found[11] == "delta" + ONE_SIDE
     assert found[7:9] == ["skipped"] * 2 and found[9] == "delta" and found[2] == "select neurons"
-    assert step_kinds(Step(), 3, (1,)) == ["dense", "skipped", "dense"]
+    assert step_kinds(as_taken(Step(), 3, Taken(skipped=(1,))), 3) == ["dense", "skipped", "dense"]
 
 
 def changed(entries, **changes):
@@ -153,5 +154,5 @@ def test_the_paper_s_schedule_is_priced_on_every_published_model(prices):
     costs = []
     for sparsity in (sparse, skipping):
         one = plan_steps(sparsity, 50, tokens=4096, mlp_width=1024)
-        costs.append(prices.cost(one, 50, () if one.skip is None else np.flatnonzero(one.skip), LAYERS) / 50)
+        costs.append(prices.cost(one, 50, LAYERS) / 50)
     assert costs[1] < 0.7 * costs[0] < 0.7

@@ -154,7 +154,7 @@ def draw(model, sparsity, guidance=None):
     options = dict(timesteps=TIMES, grid=GRID, sparsity=sparsity, guidance=guidance)
     table = sampling.plan(model, noise, cond, **options)
     with Reporter(STEPS, "", False, lambda *args: seen.append(args)) as reporter:
-        state = sampling.run(model, noise, cond, table, reporter, sparsity=sparsity)
+        (state,) = sampling.run(model, noise, cond, table, reporter, sparsity=sparsity)
     x = [np.asarray(noise), *(after for _, _, after, _ in seen)]
     return x, [(x - clean) / t for x, (*_, clean), t in zip(x, seen, TIMES, strict=False)], state
 
@@ -218,6 +218,13 @@ def test_a_gate_decides_as_a_plain_loop_of_its_formula_and_skips_nothing_at_thre
     dense, *_ = draw(model, None, GUIDANCE.get(gate))
     np.testing.assert_allclose(run[-1], dense[-1], rtol=0, atol=1e-5)  # float32 in programs of their own
     assert np.abs(x[-1] - dense[-1]).max() > 1e-3
+
+
+def test_samples_of_which_a_gate_decides_for_each_are_those_alone(model):
+    noise, cond = inputs(2)
+    options = dict(timesteps=TIMES, grid=GRID, sparsity=with_cache(**WAYS["easy"], threshold=THRESHOLD["easy"]))
+    draw = lambda *part: sampling.sample(model, *jax.tree.map(lambda x: x[slice(*part)], (noise, cond)), **options)
+    np.testing.assert_array_equal(draw(0, 2), np.concatenate([draw(0, 1), draw(1, 2)]))
 
 
 @pytest.mark.parametrize("predict", ["residual", "velocity"])
@@ -319,6 +326,9 @@ def test_the_memory_plan_knows_what_is_kept(model):
     tokens, latents = TOKENS * CONFIG.hidden_size * 4, TOKENS * CONFIG.in_channels * 4
     assert count()["kept for skipped steps"] == tokens + 4
     assert (kept["tea"], kept["easy"]) == (2 * tokens + 4 + tokens + 2 * tokens, latents + 4 + 4 * latents)
+    several = plan_memory(model, *inputs(3), steps=STEPS, sparsity=fit(with_cache(**WAYS["easy"]), STEPS))
+    beside = "noise and conditions"  # of all samples, which are made one after another
+    assert several | {beside: 0} == count(**WAYS["easy"]) | {beside: 0}
     assert "kept for skipped steps" not in plan_memory(model, noise, cond, steps=STEPS, sparsity=ALONE)
 
 

@@ -15,6 +15,7 @@ from chipmunk_jax.report import space
 from chipmunk_jax.report.configurations import Configuration
 from chipmunk_jax.report.space import Candidate, Family, Space
 from chipmunk_jax.report.tune import Goal, Point, Search, decide
+from chipmunk_jax.schedule import Taken
 from chipmunk_jax.sparsity import PRESETS
 
 STEPS, SHARES = 20, (None, 0.1, 0.2, 0.4)
@@ -27,6 +28,9 @@ class Ways:
 
     def rivals(self):
         return [Family(steps=None), Family(steps=STEPS)]
+
+    def gated(self, rival):
+        return []
 
     def seeds(self, rival):
         return [replace(rival, keys=0.4)]
@@ -85,6 +89,10 @@ def test_no_rival_of_its_cost_beats_what_is_returned(goal):
                 differences = np.subtract(best.levels[: len(rival.levels)], rival.levels)
                 many = len(differences) > 1
                 assert differences.mean() > (differences.std(ddof=1) / math.sqrt(len(differences)) if many else 0)
+        for family in {point.candidate.family for point in rivals}:
+            of = [p for p in rivals if p.candidate.family == family and p.cost <= best.cost + 0.5 / STEPS]
+            if of and not best.candidate.rival:  # the nearest in cost has met as many prompts
+                assert len(max(of, key=lambda point: point.cost).levels) == 5
     assert kinds == {True, False}  # chance favours now these, now those
 
 
@@ -108,6 +116,29 @@ def test_a_composition_that_is_better_is_returned():
     for goal in (Goal(budget=0.15), Goal(target=9.5)):
         best = search(better).run(goal).best
         assert best.candidate.family.keys == 0.2 and best.cost <= 0.17  # a rival of 9.5 dB costs 0.3
+
+
+class Gated(Ways):
+    """With skipped steps of a gate that decides: what a way of it costs is known when it was measured."""
+
+    def gated(self, rival):
+        return [replace(rival, gate="easy")]
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.35, 0.6])
+def test_a_gate_that_decides_is_searched_by_the_costs_that_it_has(budget):
+    def judge(one, prompt):
+        deciding = one.rival and one.family.gate == "easy"
+        cost = one.cost**2 + 0.004 * drawn(one.name, prompt) if deciding else one.cost
+        return 20 + 30 * cost + 3 * deciding + 20 * (one.family.keys == 0.2) + drawn(one.name, prompt), cost
+
+    found = Search(Gated(), judge, prompts=3).run(Goal(budget=budget))
+    gated = [point for point in found.points if point.candidate.family.gate == "easy"]
+    assert any(budget - 1 / STEPS < point.cost <= budget for point in gated)
+    assert found.best.candidate.family.keys == 0.2 and found.best.cost <= budget
+    faced = [point for point in gated if point.candidate.rival and point.cost <= found.best.cost + 0.5 / STEPS]
+    nearest = max(faced, key=lambda point: point.cost)
+    assert len(nearest.levels) == 3 and nearest.cost > found.best.cost - 0.5 / STEPS
 
 
 def test_a_larger_budget_never_gives_less():
@@ -167,6 +198,7 @@ def test_standard_errors_are_of_paired_differences():
     change, error = point(1, 20, 33).over(point(0, 18, 30))
     assert (change, error) == pytest.approx((2, 1 / math.sqrt(3)))
     assert point(5, 6).beats(point(4, 5, 90)) and point(5).beats(point(1, 9))
+    assert not point(5, 6).beats(point(4)) and not point(5, 6).beats(point())  # which have met fewer prompts
 
 
 @pytest.fixture(scope="module")
@@ -178,17 +210,20 @@ def real(checkpoint):
 
 def test_ways_of_the_space_are_within_the_budget_and_one_step_more_is_not(real):
     rivals = real.rivals()
-    families = [*rivals, *real.seeds(rivals[1])]
+    families = [*rivals, *real.gated(rivals[1]), *real.seeds(rivals[1])]
     families += [move for family in real.seeds(rivals[1]) for move in real.moves(family)]
     assert len(set(families)) > 20
     for family in dict.fromkeys(families):
         one = real.at(family, 0.55)
         if one:
-            assert one.cost <= 0.55 and one.cost == real.cost(one.configuration)
+            planned, sparsity = real.at(replace(family, gate="share"), 0.55), one.configuration.sparsity
+            assert one.cost <= 0.55 and one.cost == planned.cost == real.cost(planned.configuration)
+            if family.gate != "share" and sparsity.step_cache:  # what it costs is known by what it skips
+                assert (sparsity.step_cache.gate, sparsity.step_cache.threshold > 0) == (family.gate, True)
+                assert real.cost(one.configuration, Taken(skipped=range(2, 8))) < real.cost(one.configuration, Taken())
+            assert not (sparsity and sparsity.attention) or sparsity.attention.share_sides
             assert one.rival == (not family.sparse and family.steps in (None, 12))
-            assert (family.keys is not None) == bool(
-                one.configuration.sparsity and one.configuration.sparsity.attention
-            )
+            assert (family.keys is not None) == bool(sparsity and sparsity.attention)
     fewer, skipping = (real.at(family, 0.55) for family in rivals[:2])
     assert fewer.cost == skipping.cost == 0.5 and fewer.configuration.steps == 6
 
@@ -205,6 +240,7 @@ SMALL = ["--height", "12", "--width", "16", "--steps", "3", "--prompts", "2"]
 
 def test_the_file_holds_what_was_measured_and_its_command_samples_so(checkpoint, folder, capsys, monkeypatch):
     monkeypatch.setattr(space, "PREDICTIONS", space.PREDICTIONS[:1])
+    monkeypatch.setattr(space, "GATES", space.GATES[:1])
     monkeypatch.setattr(Space, "seeds", lambda self, rival: [Family(steps=3, neurons=0.5)])
     monkeypatch.setattr(Space, "moves", lambda self, family: [])
     assert main(["tune", str(checkpoint), *SMALL, "--budget", "0.95"]) == 0

@@ -10,8 +10,9 @@ from tqdm import tqdm
 from chipmunk_jax.bench.inputs import Workload, random_inputs, random_model
 from chipmunk_jax.bench.record import Record, times
 from chipmunk_jax.bench.timing import Timed, time_in_turn
+from chipmunk_jax.progress import Reporter
 from chipmunk_jax.quality import relative_l2
-from chipmunk_jax.sampling import plan_stacks, sample
+from chipmunk_jax.sampling import SampleState, plan, run
 from chipmunk_jax.schedule import density
 
 
@@ -31,23 +32,30 @@ def bench_sample(work: Workload, *, repeats: int) -> list[Record]:
     model = random_model(variant, jnp.dtype(work.dtype))
     noise, cond = random_inputs(variant, work.settings, work.batch)
     usual = dict(timesteps=variant.timesteps(work.settings), solver=variant.solver, guidance=variant.guidance)
-    draw = partial(sample, model, noise, cond, grid=grid, **usual)
-    calls = {"dense": draw, "sparse": partial(draw, sparsity=work.fitted)}
+    ways = {"dense": None, "sparse": work.fitted}
+    tables = {kind: plan(model, noise[:1], cond, grid=grid, sparsity=way, **usual) for kind, way in ways.items()}
+
+    def draw(kind: str) -> list[SampleState]:
+        """As sample() does, which does not tell what a gate skipped."""
+        with Reporter(steps, "", False, None) as reporter:
+            given = dict(sparsity=ways[kind], apart=kind == "sparse" and work.fitted.decides)
+            return run(model, noise, cond, tables[kind], reporter, **given)
+
+    calls = {kind: partial(draw, kind) for kind in ways}
     first, outputs = {}, {}  # seconds of the first call of each, which compiles and warms up; and what it gives
     with tqdm(total=len(calls) * (1 + repeats), unit="sample", leave=False) as bar:
         for kind, call in calls.items():
             bar.set_postfix_str(f"compiling {kind}")
             start = time.perf_counter()
-            outputs[kind] = np.asarray(call())
+            states = call()
+            outputs[kind] = np.concatenate([state.x for state in states])
             first[kind] = time.perf_counter() - start
             bar.update()
         bar.set_postfix_str("timing")
         right = {kind: Timed(call) for kind, call in calls.items() if np.isfinite(outputs[kind]).all()}
         seconds = time_in_turn(right, repeats, warm=False, report=lambda _: bar.update())
-    # Of a gate that decides in the sample as if it skipped nothing, which sample() does not tell.
-    table = plan_stacks(work.stacks, work.fitted, steps, grid, 1 if variant.guidance is None else 2)
-    decides = work.fitted.step_cache and work.fitted.step_cache.decides
-    shares = density(table.replace(skip=None) if decides else table, work.layers)
+    found = [density(state.as_run(tables["sparse"].step), work.layers) for state in states]
+    shares = {part: float(np.mean([one[part] for one in found])) for part in found[0]}
 
     record = partial(work.record, seconds=seconds, sizes={"steps": steps}, benchmark="sample")
 

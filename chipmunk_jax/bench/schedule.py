@@ -5,8 +5,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import check_schedules, fit
 from chipmunk_jax.pipelines import VARIANTS
@@ -89,7 +87,7 @@ def kinds(sparsity: Sparsity, steps: int, sides: int = 1) -> list[str]:
             f"gate={fitted.step_cache.gate!r}: it decides in a sample; expected one of {', '.join(PLANNED_GATES)}"
         )
     plan = plan_steps(fitted, steps, tokens=1, mlp_width=1, sides=sides)  # its phases are those of any size
-    return step_kinds(plan, steps, () if plan.skip is None else np.flatnonzero(plan.skip))
+    return step_kinds(plan, steps)
 
 
 def _ms(timed: dict[str, Entry], counts: Counter) -> float:

@@ -30,8 +30,9 @@ from chipmunk_jax.report.configurations import read_configurations
 from chipmunk_jax.report.perceptual import Weights, load_features
 from chipmunk_jax.report.plot import PLOTTED, check_plotting, plot
 from chipmunk_jax.report.price import read_prices
-from chipmunk_jax.report.quality import Samples, compare_configurations, judge
+from chipmunk_jax.report.quality import compare_configurations, judge
 from chipmunk_jax.report.tables import kernel_table, quality_table, record_table, stages_text
+from chipmunk_jax.report.ways import Sampler
 
 DESCRIPTION = """\
 Time kernels, single steps or whole samples against the best dense baseline in the same process: compiled and warmed up
@@ -278,8 +279,9 @@ def run_quality(args: argparse.Namespace) -> int:
     settings = {theirs: getattr(args, ours) for theirs, ours in names.items()}
     pipeline = open_pipeline(args)
     prompts = some_prompts(pipeline, args.prompts, args.seed)
-    samples = Samples(prompts=prompts, at_once=args.batch, seed=args.seed, settings=settings)
-    comparison = compare_configurations(pipeline, samples, configurations)
+    given = dict(at_once=args.batch, settings=settings | {"seed": args.seed})
+    sampler = Sampler(pipeline=pipeline, prompts=prompts, **given)
+    comparison = compare_configurations(sampler, configurations)
     features = _features()
     keep_compilations()
     entries = []

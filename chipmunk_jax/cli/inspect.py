@@ -11,6 +11,7 @@ from chipmunk_jax.convert import Inspection, PipelineInspection, inspect
 from chipmunk_jax.convert.folder import TOKENIZER_FILES, TOKENIZERS, lack
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network
+from chipmunk_jax.models.checkpoint import WITH_SIZE, Shift
 from chipmunk_jax.pipelines import Variant, variant_of
 from chipmunk_jax.pipelines.depths import other_depths
 from chipmunk_jax.pipelines.text import MissingPackageError, load_tokenizers
@@ -154,7 +155,7 @@ def missing(found: PipelineInspection) -> dict[str, str]:
     return {f"missing: {name}": here(name) + FORBIDS[name.removesuffix("_2")] for name in found.missing}
 
 
-def sampled(found: Inspection, boundary: float | None = None, shift: float | None = None) -> dict[str, str]:
+def sampled(found: Inspection, boundary: float | None = None, shift: Shift | None = None) -> dict[str, str]:
     """How a network is sampled, and whether it has the blocks of the published ones; of another component, nothing."""
     if not issubclass(MODELS[found.model], Network):
         return {}
@@ -178,7 +179,7 @@ def aligned(title: Path, rows: dict[str, str]) -> str:
     return "\n".join([str(title), *(f"  {name:<{width}}  {value}".rstrip() for name, value in rows.items())])
 
 
-def usual(found: Variant, shift: float | None) -> str:
+def usual(found: Variant, shift: Shift | None) -> str:
     """What a sample is made with where nobody says otherwise, in one line.
 
     Args:
@@ -188,10 +189,10 @@ def usual(found: Variant, shift: float | None) -> str:
     sizes = ", ".join(f"{name} {getattr(found, name)}" for name in found.axes)
     kinds = {"guidance": found.guidance, "guidance_2": found.guidance_2, "distilled guidance": found.distilled}
     scales = "".join(f", {kind} {scale:g}" for kind, scale in kinds.items() if scale is not None)
-    if shift is not None:
-        times = f"shift {shift:g} of its scheduler"
-    elif found.shift is not None:
-        times = f"shift {found.shift:g} as usual (no scheduler says one)"
-    else:
+    if shift == WITH_SIZE or (shift is None and found.shift is None):
         times = "shift by size"
+    elif shift is not None:
+        times = f"shift {shift:g} of its scheduler"
+    else:
+        times = f"shift {found.shift:g} as usual (no scheduler says one)"
     return f"{sizes}, {found.steps} steps of {type(found.solver).__name__}{scales}, {times}, preset {found.preset}"

@@ -1,15 +1,14 @@
 """chipmunk inspect --plan: what a sample would take of a device's memory, before anything is compiled."""
 
 import argparse
+import sys
 
 from chipmunk_jax import memory
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, sparsity_of
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.pinned_keys import fitted
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.pipelines.request import MOST_SAMPLES
 from chipmunk_jax.pipelines.room import PlannedSample, planned, published, remedies
-from chipmunk_jax.sparsity import PRESETS
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +69,11 @@ def read_sample(args: argparse.Namespace) -> tuple[str, PlannedSample]:
     what = published(VARIANTS[args.model]) if args.model else planned(args.path)
     variant = what.variant
     settings = variant.complete(height=args.height, width=args.width, frames=args.frames, steps=args.steps)
-    asked = None if args.dense else sparsity_of(args, variant.preset)
-    sparsity = fitted(PRESETS[variant.preset], variant.grid(settings)) if asked == "auto" else asked
+    sparsity = None if args.dense else sparsity_of(args, variant.preset)
+    if sparsity == "auto":
+        sparsity, line = variant.own_sparsity(settings)
+        if line:
+            print(line, file=sys.stderr)
     variant.check(settings, sparsity)
     options = dict(batch=args.batch, dtype=args.dtype or what.dtype, sparsity=sparsity, beside=what.beside)
     return args.model or args.path, PlannedSample(variant=variant, settings=settings, **options)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from chipmunk_jax.pipelines import Pipeline, PipelineOutput
+from chipmunk_jax.pipelines.denoising import together
 from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.sparsity import to_dict
 
@@ -36,7 +37,7 @@ def said(pipeline: Pipeline, request: Request, i: int) -> dict[str, str]:
 
 
 def total(outs: Sequence[PipelineOutput]) -> PipelineOutput:
-    """The first of several results with the seconds of all and the highest peaks."""
+    """The first of several results with the seconds of all, the highest peaks and what of all was computed."""
     stages = {}
     for name in outs[0].stages:
         parts = [out.stages[name] for out in outs]
@@ -44,7 +45,8 @@ def total(outs: Sequence[PipelineOutput]) -> PipelineOutput:
         stages[name] = replace(
             parts[0], seconds=sum(part.seconds for part in parts), peak_bytes=max(peaks, default=None)
         )
-    return replace(outs[0], seconds=sum(out.seconds for out in outs), stages=stages)
+    seconds = sum(out.seconds for out in outs)
+    return replace(outs[0], seconds=seconds, stages=stages, **together([vars(out) for out in outs]))
 
 
 def numbers(out: PipelineOutput, files: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def numbers(out: PipelineOutput, files: Sequence[dict[str, Any]], settings: dict
         "full_steps": out.full_steps,
         "skipped_steps": out.skipped_steps,
         "one_sided_steps": out.one_sided_steps,
+        "steps_by_sample": [asdict(taken) for taken in out.steps_by_sample],
     }
 
 
@@ -71,8 +74,11 @@ def summary(out: PipelineOutput, count: int, kind: str) -> str:
     steps = out.settings["num_inference_steps"]
     shares = f"{100 * out.density['attention']:.1f} % of the keys, {100 * out.density['mlp']:.1f} % of the neurons"
     named = {"full": out.full_steps, "skipped": out.skipped_steps, "one-sided": out.one_sided_steps}
-    kinds = ", ".join(f"{name} {_listed(numbers)}" for name, numbers in named.items() if numbers)
-    return f"{first}sparse: {shares}\nof {steps} steps (0 to {steps - 1}) {kinds}\n{stages}"
+    kinds = [f"{name} {_listed(numbers)}" for name, numbers in named.items() if numbers]
+    if len(set(out.steps_by_sample)) > 1:
+        mean = lambda name: sum(len(getattr(taken, name)) for taken in out.steps_by_sample) / len(out.steps_by_sample)
+        kinds = [f"in the mean {mean(name):.3g} {name}" for name in ("full", "skipped")] + ["as was decided for each"]
+    return f"{first}sparse: {shares}\nof {steps} steps (0 to {steps - 1}) {', '.join(kinds)}\n{stages}"
 
 
 def _listed(steps: Sequence[int]) -> str:

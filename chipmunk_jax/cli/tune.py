@@ -20,11 +20,11 @@ from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.progress import ticking
 from chipmunk_jax.report.price import read_prices
-from chipmunk_jax.report.quality import SAME
 from chipmunk_jax.report.space import Space
 from chipmunk_jax.report.trials import Trials
 from chipmunk_jax.report.tune import Found, Goal, Search
 from chipmunk_jax.report.tuned import command_of, file_of, found_table, verdict
+from chipmunk_jax.report.ways import SAME
 from chipmunk_jax.sparsity import PRESETS
 from chipmunk_jax.whole import whole
 

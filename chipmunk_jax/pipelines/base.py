@@ -24,14 +24,15 @@ from chipmunk_jax.media import to_bytes
 from chipmunk_jax.memory import device_bytes
 from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
-from chipmunk_jax.models.checkpoint import check_weights, describe, is_checkpoint, load
+from chipmunk_jax.models.checkpoint import WITH_SIZE, check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
-from chipmunk_jax.pipelines.denoising import computed, is_dense, plan_spans, run_spans
+from chipmunk_jax.pipelines.denoising import computed, is_dense, plan_spans, run_spans, together
 from chipmunk_jax.pipelines.elsewhere import COMPONENTS, ELSEWHERE, NotHereError, check_known
 from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
 from chipmunk_jax.pipelines.variant import Settings, Variant, variant_of
 from chipmunk_jax.progress import Callback, Reporter, phase
+from chipmunk_jax.schedule import Taken
 from chipmunk_jax.solvers import Solver
 from chipmunk_jax.sparsity import Sparsity
 from chipmunk_jax.strictness import key_of, usual_modes
@@ -58,10 +59,14 @@ class PipelineOutput:
     frames: Any = None
     seconds: float  # of all of it, compilation included
     stages: dict[str, Stage] = field(default_factory=dict)  # "text", "transformer", "decoder"
-    density: dict[str, float]  # shares of keys and neurons computed over all steps and layers: "attention", "mlp"
-    full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything
-    skipped_steps: tuple[int, ...] = ()  # steps that ran no block
-    one_sided_steps: tuple[int, ...] = ()  # steps that ran the prompt's side of guidance alone
+    density: dict[
+        str, float
+    ]  # shares of keys and neurons computed over all steps, layers and samples: "attention", "mlp"
+    full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything, of every sample
+    skipped_steps: tuple[int, ...] = ()  # steps that ran no block, of every sample
+    one_sided_steps: tuple[int, ...] = ()  # steps that ran the prompt's side of guidance alone, of every sample
+    # The same of each sample: where something is decided while it samples, they differ.
+    steps_by_sample: tuple[Taken, ...] = ()
     # What the sample was made with, by the names of a call: height, num_inference_steps, guidance_scale, seed, ..; and
     # "vae_tile", rows and columns of latents, where there was no room to decode whole frames.
     settings: dict[str, Any] = field(default_factory=dict)
@@ -144,7 +149,7 @@ class Pipeline:
             raise InputError(f"{folder}: a {found.network} alone, expected a pipeline or its transformer")
         variant = variant_of(configs["transformer"], found.boundary)
         if found.shift is not None:
-            variant = replace(variant, shift=found.shift, small_shift=None)
+            variant = replace(variant, shift=None if found.shift == WITH_SIZE else found.shift, small_shift=None)
         if variant.pipeline is None:
             raise InputError(
                 f"{folder}: a {variant.network} model, whose text encoders and VAE are not here yet; chipmunk_jax.sample takes "
@@ -298,7 +303,8 @@ class Pipeline:
             image: of a pipeline that takes one.
             sparsity: "auto" is the model's own preset; a preset's name, a file, or a Sparsity; None samples densely.
             callback_on_step_end: called as callback(step, t, latents, clean) after every step: the time that it led to, 1 to 0,
-                the tokens [B, N, C], and the clean tokens that they point at, raster order. It returns None.
+                the tokens [B, N, C], and the clean tokens that they point at, raster order. It returns None. Under a gate that
+                decides which steps are skipped, samples, [1, N, C] here, are made one after another.
             output_type: "pil", "np" (f32 in 0..1), or "latent" (as `latents`).
             progress: draws a bar.
             implementation: of the kernels, see pallas_kernels.dispatch.choose.
@@ -340,8 +346,10 @@ class Pipeline:
             if dense and request.sparsity and not request.sparsity.saves_nothing:
                 self.tell(f"{steps} steps: too few for this sparsity to save anything, sampled densely")
             callback = callback_on_step_end and _without_result(callback_on_step_end)
-            with Reporter(steps, "dense" if dense else "sparse", progress, callback) as reporter:
-                tokens, spans = run_spans(spans, self.residents, noise, cond, uncond, reporter)
+            runs = request.batch // request.at_once
+            with Reporter(steps * runs, "dense" if dense else "sparse", progress, callback) as reporter:
+                given = self.residents, noise, cond, uncond, reporter
+                tokens, done = run_spans(spans, *given, apart=request.apart)
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings, latent = request.settings, output_type == "latent"
             inexact = {} if latent else self.inexact(settings)
@@ -353,7 +361,7 @@ class Pipeline:
             settings={self.names.get(name, name): value for name, value in settings.items()}
             | {"seed": request.seed}
             | inexact,
-            **computed(spans, self.layers(request)),
+            **together([computed(spans, self.layers(request), request.at_once) for spans in done]),
         )
 
     def layers(self, request: Request) -> int:

@@ -1,7 +1,8 @@
 """The networks of a pipeline in turn: which steps each of them runs, planned and with room before anything is read; and the run."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from chipmunk_jax.pipelines.request import Request, guides
 from chipmunk_jax.pipelines.residents import Residents
 from chipmunk_jax.pipelines.variant import Variant
 from chipmunk_jax.progress import Reporter
-from chipmunk_jax.schedule import density, full_steps, run_shares
+from chipmunk_jax.schedule import Taken, density, taken
 from pallas_kernels import Implementation
 
 
@@ -29,9 +30,9 @@ class Span:
     need: int  # bytes that they take beside the weights
     options: dict[str, Any]  # arguments of sample()
 
-    def having_skipped(self, skipped: np.ndarray) -> "Span":
-        """The span with the steps, bool, that its gate has skipped."""
-        return replace(self, table=self.table.replace(step=self.table.step.replace(skip=skipped)))
+    def as_run(self, state: sampling.SampleState) -> "Span":
+        """The span with its steps as they ran, whatever was decided on the way to a state."""
+        return replace(self, table=self.table.replace(step=state.as_run(self.table.step)))
 
 
 def plan_spans(
@@ -59,6 +60,7 @@ def plan_spans(
     switch = steps if boundary is None else int(np.sum(solver.times(request.timesteps) >= np.float32(boundary)))
     parts = [("transformer", 0, switch, settings["guidance"])]
     parts += [("transformer_2", switch, steps, settings["guidance_2"])] if boundary is not None else []
+    one = jax.ShapeDtypeStruct((request.at_once, *noise.shape[1:]), noise.dtype)
     spans = []
     for role, first, stop, scale in parts:
         if first == stop:
@@ -75,7 +77,7 @@ def plan_spans(
             Span(
                 role=role,
                 first=first,
-                table=sampling.plan(*shapes, **options),
+                table=sampling.plan(residents.shapes[role], one, cond, **options),
                 need=sum(size for name, size in planned.items() if name != "weights"),
                 options=options,
             )
@@ -90,23 +92,28 @@ def run_spans(
     cond: Condition,
     uncond: Condition | None,
     reporter: Reporter,
-) -> tuple[np.ndarray, list[Span]]:
+    *,
+    apart: bool,
+) -> tuple[np.ndarray, list[list[Span]]]:
     """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample().
 
-    And the spans with the steps that were skipped, which a gate may have decided.
+    And the spans with the steps that were skipped, which a gate may have decided: those of all samples, or of each where they are
+    apart, one after another.
     """
-    state, done = None, []
+    states: list[sampling.SampleState] = []
+    done: list[list[Span]] = [[] for _ in range(len(noise) if apart else 1)]
     for span in spans:
         reporter.pause("loading")
         model = residents.place(span.role, span.need)
         *arrays, other = placed(model, noise, cond, uncond if span.options["guidance"] is not None else None)
         check(model, *arrays, uncond=other, **span.options)
         reporter.first = span.first
-        given = dict(uncond=other, sparsity=span.options["sparsity"], carried=state)
-        state = sampling.run(model, *arrays, span.table, reporter, **given)
-        done.append(span if state.gate is None else span.having_skipped(np.asarray(state.gate.skipped)))
+        given = dict(uncond=other, sparsity=span.options["sparsity"], carried=states, apart=apart)
+        states = sampling.run(model, *arrays, span.table, reporter, **given)
+        for found, state in zip(done, states, strict=True):
+            found.append(span.as_run(state))
         del model, arrays, other  # whose room the next one may need
-    return np.asarray(state.x), done
+    return np.concatenate([state.x for state in states]), done
 
 
 def is_dense(spans: Sequence[Span]) -> bool:
@@ -115,17 +122,30 @@ def is_dense(spans: Sequence[Span]) -> bool:
     return all(sparsity is None or sparsity.saves_nothing for sparsity in found)
 
 
-def computed(spans: Sequence[Span], layers: int) -> dict[str, Any]:
-    """What of a sample was computed, of so many layers: density, full_steps, skipped_steps, one_sided_steps of PipelineOutput."""
+def computed(spans: Sequence[Span], layers: int, samples: int) -> dict[str, Any]:
+    """What of so many samples was computed, of so many layers: density, full_steps, .. of PipelineOutput."""
     tables = [span.table for span in spans]
     counts = [len(table.times) for table in tables]
     shares = [density(table.step, layers) for table in tables]
-    full = [span.first + np.flatnonzero(full_steps(span.table.step, n)) for span, n in zip(spans, counts, strict=True)]
-    run = [np.broadcast_to(run_shares(table.step), n) for table, n in zip(tables, counts, strict=True)]
-    run = np.concatenate(run)  # of all steps, whichever network runs them
-    return {
-        "density": {name: float(np.average([s[name] for s in shares], weights=counts)) for name in shares[0]},
-        "full_steps": tuple(np.concatenate(full).tolist()),
-        "skipped_steps": tuple(np.flatnonzero(run == 0).tolist()),
-        "one_sided_steps": tuple(np.flatnonzero(run == 0.5).tolist()),
-    }
+    found = [taken(span.table.step, n, span.first) for span, n in zip(spans, counts, strict=True)]
+    whole = Taken(*map(_joined, zip(*map(astuple, found), strict=True)))
+    mean = lambda part: float(np.average([one[part] for one in shares], weights=counts))
+    return {"density": {part: mean(part) for part in shares[0]}} | _named([whole] * samples)
+
+
+def together(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What of all samples was computed, of several times what computed() gives of some of them."""
+    samples = [one["steps_by_sample"] for one in found]
+    mean = lambda part: float(np.average([one["density"][part] for one in found], weights=list(map(len, samples))))
+    return {"density": {part: mean(part) for part in found[0]["density"]}} | _named(_joined(samples))
+
+
+def _named(samples: Sequence[Taken]) -> dict[str, Any]:
+    """The fields of PipelineOutput that tell of the steps of each sample."""
+    in_all = lambda name: tuple(sorted(set.intersection(*(set(getattr(one, name)) for one in samples))))
+    names = [field.name for field in fields(Taken)]
+    return {f"{name}_steps": in_all(name) for name in names} | {"steps_by_sample": tuple(samples)}
+
+
+def _joined(parts: Iterable[Iterable]) -> tuple:
+    return tuple(itertools.chain(*parts))

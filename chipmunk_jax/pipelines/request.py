@@ -10,7 +10,6 @@ import numpy as np
 from chipmunk_jax.arguments import check_guidance, check_seed, is_whole, parse_timesteps
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.finite import finite
-from chipmunk_jax.pinned_keys import fitted
 from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import Euler, Solver, UniPC
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
@@ -78,6 +77,16 @@ class Request:
     seed: int
     latents: np.ndarray | None  # the noise, as the pipeline gives latents; None: drawn from the seed
     sparsity: Sparsity | None
+
+    @property
+    def apart(self) -> bool:
+        """Whether samples are made one after another, as a gate decides for each which steps are skipped."""
+        return self.sparsity is not None and self.sparsity.decides
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a network sees at once."""
+        return 1 if self.apart else self.batch
 
     @property
     def guided(self) -> bool:
@@ -185,14 +194,9 @@ def _sparsity(pipeline: Reader, given: Any, settings: Settings) -> Sparsity:
     """The sparsity that is given; of "auto" the model's own preset, whose neighbourhoods fit a small sample, too."""
     if not (isinstance(given, str) and given == "auto"):
         return load_sparsity(given)
-    variant = pipeline.variant
-    own = load_sparsity(variant.preset)
-    found = fitted(own, grid := variant.grid(settings))
-    if own.attention and found.attention and found != own:
-        most, side = own.attention.local_voxels, found.attention.local_voxels
-        pipeline.tell(
-            f"preset {variant.preset}: neighbourhoods of {side} voxels in place of {most}, as the grid is {grid} tokens"
-        )
+    found, line = pipeline.variant.own_sparsity(settings)
+    if line:
+        pipeline.tell(line)
     return found
 
 

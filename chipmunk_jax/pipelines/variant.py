@@ -167,9 +167,18 @@ class Variant:
         self.timesteps(settings)
         sparsity = sparsity and with_constants(sparsity, self.name)
         if sparsity is not None and (error := _misfit(sparsity, grid, steps if schedules else None)):
-            own = _misfit(fitted(PRESETS[self.preset], grid), grid, steps) is None
+            own = _misfit(self.own_sparsity(settings)[0], grid, steps) is None
             advice = f"the model's own preset, {self.preset}, fits" if own else "dense sampling does without"
             raise InputError(f"{error}; {advice}")
+
+    def own_sparsity(self, settings: Settings) -> tuple[Sparsity, str]:
+        """The model's own preset, and a line where a sample is so small that it got smaller neighbourhoods; else ""."""
+        preset, grid = PRESETS[self.preset], self.grid(settings)
+        found = fitted(preset, grid)
+        if found == preset:
+            return found, ""
+        sides = f"{found.attention.local_voxels} voxels in place of {preset.attention.local_voxels}"
+        return found, f"preset {self.preset}: neighbourhoods of {sides}, as the grid is {grid} tokens"
 
     def shapes(
         self, settings: Settings, batch: int, dtype: Any, text: int | None = None

@@ -31,7 +31,7 @@ class Measure(NamedTuple):
     sides: bool = True  # a number for each side of guidance, else one of both
 
     def titled(self, *shares: float) -> str:
-        """The title of these shares."""
+        """The title with these shares, fractions, in percent."""
         return self.title.format(" / ".join(f"{100 * share:.0f}" for share in shares) + " %")
 
 
@@ -60,12 +60,26 @@ class Comparison(Observer):
     top_keys: float = struct.field(pytree_node=False)  # share of the keys that are chosen
 
     def attended(self, q, k, lse, out, step, valid) -> Self:
-        """This with the numbers of the layer's attention."""
+        """This with the numbers of a layer's attention.
+
+        Args:
+            q, k: [2 S, N, H, d], of both steps and S sides, as in Comparison.
+            lse: [2 S, H, N], f32.
+            out: [2 S, N, H, d], the attention output.
+            step: whose `layer` they are of.
+            valid: as of attend().
+        """
         seen = compare_attention(q, k, lse, valid, group=self.group, top_keys=self.top_keys)
         return self._with(step.layer, {"attention_change": change(out)} | seen)
 
     def fed_forward(self, activations, out, step) -> Self:
-        """This with the numbers of the layer's MLP."""
+        """This with the numbers of a layer's MLP.
+
+        Args:
+            activations: [2 S, N, F].
+            out: [2 S, N, D], the MLP output.
+            step: whose `layer` they are of.
+        """
         seen = compare_activations(activations, group=self.mlp_group)
         return self._with(step.layer, {"mlp_change": change(out), "activation_change": change(activations)} | seen)
 
@@ -75,7 +89,13 @@ class Comparison(Observer):
 
     @classmethod
     def zeros(cls, stack: Stack, sides: int, sparsity: Sparsity) -> Self:
-        """Numbers to be, of a stack of layers and one or two sides, in the groups of a Sparsity."""
+        """The numbers before any layer, all 0.
+
+        Args:
+            stack: its layers and heads.
+            sides: S, of guidance: 1 or 2.
+            sparsity: whose groups and share of keys are looked at.
+        """
         shape = lambda one: (stack.layers, *(sides,) * one.sides, *((len(one.shares),) if one.shares else ()))
         shapes = {name: shape(one) for name, one in MEASURES.items()}
         shapes["mass"] += (stack.heads,)
@@ -143,7 +163,12 @@ def compare_attention(
 
 
 def compare_activations(activations: jax.Array, *, group: int) -> dict[str, jax.Array]:
-    """What of MEASURES looks at the activations [2 S, N, F], entries as in Comparison: means over groups of so many rows."""
+    """Numbers of MEASURES that look at activations, f32 [S, shares] by name: means over groups.
+
+    Args:
+        activations: [2 S, N, F], entries as in Comparison.
+        group: consecutive rows that share a list of neurons.
+    """
 
     def of_group(place):
         rows, inside = place
@@ -155,7 +180,12 @@ def compare_activations(activations: jax.Array, *, group: int) -> dict[str, jax.
 
 
 def sampled(tokens: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of at most GROUPS groups, evenly spread, i32 [R, group], and which of them there are: the last group may be ragged."""
+    """Rows of at most GROUPS groups, evenly spread, i32 [R, group], and which of them there are, bool [R, group].
+
+    Args:
+        tokens: N; where it is no multiple of group, the last group is ragged.
+        group: rows in a group.
+    """
     groups = group_count(tokens, group)
     chosen = np.linspace(0, groups - 1, min(groups, GROUPS)).round().astype(np.int32)
     rows = chosen[:, None] * group + np.arange(group, dtype=np.int32)
@@ -192,7 +222,7 @@ def overlap(one: jax.Array, other: jax.Array) -> jax.Array:
 def compare_steps(
     model: Model, x: jax.Array, t: jax.Array, cond: Condition, positions: jax.Array, *, sparsity: Sparsity
 ) -> dict[str, jax.Array]:
-    """The numbers of MEASURES, layers of all stacks in front, at a step and the one before.
+    """The numbers of MEASURES at a step and the one before, f32 by name: [L, S, shares] as in Comparison, L of all stacks.
 
     Args:
         model: the network.

@@ -42,7 +42,11 @@ class Activations:
     mass_by_head: np.ndarray  # f32 [L, H, shares], means over steps and sides
 
     def save(self, path: Path) -> None:
-        """Writes all numbers as JSON."""
+        """Writes all numbers as JSON; a number that there is not, as of the first step, is null.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         measures = {
             name: {
                 "what": one.titled(*one.shares),
@@ -58,7 +62,12 @@ class Activations:
             file.write_text(json.dumps(self.about | {"measures": measures, "mass_by_head": by_head}) + "\n")
 
     def by_layer_and_step(self, name: str, share: int = 1) -> np.ndarray:
-        """One measure, [steps, L], means over sides; of several shares that one."""
+        """One measure, f32 [steps, L], means over sides.
+
+        Args:
+            name: of MEASURES.
+            share: which of its shares, where it has several.
+        """
         values, one = self.numbers[name], MEASURES[name]
         values = values[..., share] if one.shares else values
         return values.mean(2) if one.sides else values
@@ -104,7 +113,7 @@ class Activations:
         return rows
 
     def mean(self, name: str, share: int = 1) -> float:
-        """One measure over all layers, sides and steps."""
+        """One measure over all layers, sides and steps; arguments as of by_layer_and_step()."""
         return float(np.nanmean(self.by_layer_and_step(name, share)))
 
 
@@ -143,7 +152,7 @@ def check_activations(
 def observe(
     pipeline: Pipeline, prompt: str, *, sparsity: Any = "auto", progress: bool = True, **settings: Any
 ) -> Activations:
-    """What attention and MLP compute in the dense sample of a prompt, both sides of guidance.
+    """Activations, what attention and MLP compute in the dense sample of a prompt, on both sides of guidance.
 
     It takes several times as long as the sample, and the room of two.
 

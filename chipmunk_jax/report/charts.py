@@ -40,7 +40,7 @@ class Point:
 
 
 def frontier(points: Sequence[Point], best: float, floor: float | None = None, other: str = "") -> str:
-    """PSNR against the share of the dense sample's work; the dense sample, which has no PSNR, at the upper edge.
+    """HTML of PSNR against the share of the dense sample's work; the dense sample, which has no PSNR, at the upper edge.
 
     Args:
         points: of all ways but the dense one.
@@ -93,7 +93,11 @@ def _labels(points: Sequence[Point], up: Callable[[float], float]) -> list[str]:
 
 
 def drift(samples: Sequence[Sequence[float]]) -> str:
-    """A line a sample, of a number above 0 for each step, and the mean of all; the rows of a panel of steps."""
+    """HTML of a line a sample and the mean of all, steps to the right.
+
+    Args:
+        samples: relative L2 of the clean tokens to the dense ones, from 0 up, [samples, steps].
+    """
     lines = np.asarray(samples)
     high = float(lines.max()) * 1.08 or 1.0
     ticks = [tick for tick in _ticks(0, high) if tick <= high]
@@ -111,20 +115,24 @@ def drift(samples: Sequence[Sequence[float]]) -> str:
 
 
 def kinds_strip(kinds: Sequence[str]) -> str:
-    """A cell a step, coloured by its kind."""
+    """HTML of a cell a step, coloured by its kind, one of KINDS."""
     cells = (f'<i class="{_word(kind)}" title="step {i}: {KINDS[kind]}"></i>' for i, kind in enumerate(kinds))
     return f'<div class="cells">{"".join(cells)}</div>'
 
 
 def kinds_legend(kinds: Sequence[str]) -> str:
-    """The kinds that there are, and how many steps are of each."""
+    """HTML of the kinds that there are, of KINDS, and how many steps are of each."""
     found = [kind for kind in KINDS if kind in kinds]
     items = (f'<li><i class="{_word(kind)}"></i>{KINDS[kind]}: {list(kinds).count(kind)}</li>' for kind in found)
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def heat_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Layers that are alike, of by_layer(): which they are, and a cell a step, the darker the more of the columns it computes."""
+    """For layers that are alike their name, and HTML of a cell a step, the darker the more of the columns it computes.
+
+    Args:
+        runs: of by_layer().
+    """
     rows = []
     for run in runs:
         first, last = run["layers"]
@@ -138,7 +146,7 @@ def heat_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def step_axis(steps: int) -> str:
-    """Numbers of steps under the middles of their cells."""
+    """HTML of the numbers of so many steps, under the middles of their cells."""
     every = next(gap for gap in (1, 2, 5, 10, 20, 50, 100, steps) if steps / gap <= 12)
     return f'<div class="x">{_marks(range(0, steps, every), lambda i: 100 * (i + 0.5) / steps, "left", "")}</div>'
 

@@ -30,7 +30,7 @@ class Configuration:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What a call of the pipeline is given for it, beside its sparsity."""
+        """Arguments of a call of the pipeline by name, beside `sparsity`: those that are not None."""
         given = dict(num_inference_steps=self.steps, guidance_scale=self.guidance, solver=self.solver)
         return {name: value for name, value in given.items() if value is not None}
 

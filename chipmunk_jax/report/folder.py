@@ -31,12 +31,12 @@ def check_folder(path: str | Path) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a report."""
+    """The paths of the files of a report in a folder, the page first."""
     return [folder / PAGE, folder / NUMBERS]
 
 
 def write_report(folder: Path, found: Verification, floor: Mapping[str, Any], fps: float | None) -> list[Path]:
-    """Writes the files of a report, each whole or not at all; other files of the folder stay. Returns their paths.
+    """The paths of the files of a report that it writes, each whole or not at all; other files of the folder stay.
 
     Args:
         folder: of check_folder(); made where there is none.

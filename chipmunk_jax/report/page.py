@@ -9,9 +9,9 @@ from chipmunk_jax.report import charts
 from chipmunk_jax.report.configurations import rivals as rivals_at
 from chipmunk_jax.report.pictures import Picture
 from chipmunk_jax.report.style import CSS
+from chipmunk_jax.report.ways import SAME
 
 CLASSES = {"dense": "dense", "fewer steps": "fewer", "skipped steps": "skipping"}  # method -> class of its colour
-EQUAL = 100.0  # dB, from which on samples are the same but for rounding
 # Settings that stand elsewhere on the page, and lists of numbers.
 ELSEWHERE = (
     "prompts", "seeds", "sparsity", "density", "executed", "dense_seconds", "sparse_seconds", "psnr", "median_psnr", "rivals",
@@ -20,7 +20,7 @@ ELSEWHERE = (
 
 
 def page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Picture]]) -> str:
-    """A whole document.
+    """A whole document of HTML, which needs no other file and no network.
 
     Args:
         report: numbers and details of a Verification, and its "noise_floor".
@@ -79,7 +79,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     best = max(rivals, key=lambda one: one["median_psnr"])
     each = "; ".join(f"{escape(one['name'])}: {_level(one['median_psnr'])}" for one in rivals)
     if best["median_psnr"] > level:
-        ahead = min(best["median_psnr"], EQUAL) - level
+        ahead = best["median_psnr"] - level
         said = f"<b>A rival at the same cost comes nearer</b>, {escape(best['name'])}, by {_level(ahead)}"
         return f'<div class="verdict behind"><p>{said}. {told} ({each}).</p></div>'
     return f'<div class="verdict"><p><b>No rival at the same cost comes nearer.</b> {told} ({each}).</p></div>'
@@ -134,7 +134,7 @@ def _frontier(report: Mapping[str, Any]) -> str:
     return (
         '<p class="hint">PSNR to the dense sample, dB; large marks are medians, small ones samples. A rival runs the whole '
         f"number of steps that comes nearest to the sparse sample's work. {rounding}</p>"
-        f'<div class="chart">{charts.frontier(points, EQUAL, floor["psnr"], floor["dtypes"][1])}'
+        f'<div class="chart">{charts.frontier(points, SAME, floor["psnr"], floor["dtypes"][1])}'
         '<p class="axis">share of the dense work, by count</p></div>'
     )
 
@@ -230,7 +230,7 @@ def _class(name: str, way: Mapping[str, Any]) -> str:
 
 
 def _level(level: float, unit: str = "\N{NO-BREAK SPACE}dB") -> str:
-    return f"{level:.1f}{unit}" if level < EQUAL else "equal"
+    return f"{level:.1f}{unit}" if level < SAME else "equal"
 
 
 def _seconds(seconds: float) -> str:

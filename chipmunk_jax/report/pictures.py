@@ -26,7 +26,7 @@ class Picture:
 
 
 def pictures_of(samples: Mapping[str, np.ndarray], fps: float | None) -> list[dict[str, Picture]]:
-    """Of each sample how it came out, by name, and the difference at the end.
+    """For each sample its pictures by name of the way, and the difference of sparse and dense at the end.
 
     Args:
         samples: [B, H, W, 3] or [B, T, H, W, 3] in 0..1, "dense" and "sparse" among them.

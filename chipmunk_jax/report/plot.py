@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk_jax.errors import InputError
-from chipmunk_jax.report.quality import SAME
+from chipmunk_jax.report.ways import SAME
 from chipmunk_jax.whole import whole
 
 PLOTTED = ("column_attention", "mlp")  # whose time should fall with the columns left out

@@ -1,7 +1,7 @@
 """What a sample would cost on a published model: each step of its plan, priced by the steps that were measured there."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from chipmunk_jax.report import records
 from chipmunk_jax.report.records import Entry, sparsity_of
 from chipmunk_jax.report.work import Work, dense_work
 from chipmunk_jax.sampling import plan_stacks
-from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, density
+from chipmunk_jax.schedule import AttentionPhase, MlpPhase, Step, density, run_shares
 from chipmunk_jax.sparsity import Sparsity
 
 ONE_SIDE = ", one side"  # the end of the name of a kind of step that runs the prompt's side of guidance alone
 NEEDED = ("dense", "full", "select", "delta", "skipped")  # kinds of steps, as `chipmunk bench step` names them
 
 
-def step_kinds(plan: Step, steps: int, skipped: Collection[int]) -> list[str]:
+def step_kinds(plan: Step, steps: int) -> list[str]:
     """The kind of every step, as bench_step names them; where none computes just that, the one that is nearest.
 
     A one-sided step has the name of one that runs both sides, and ONE_SIDE.
@@ -29,14 +29,10 @@ def step_kinds(plan: Step, steps: int, skipped: Collection[int]) -> list[str]:
     Args:
         plan: of plan_steps(), or a Step() for dense sampling.
         steps: of the sampler.
-        skipped: the steps that ran no block.
     """
-    alone = np.broadcast_to(False if plan.one_sided is None else plan.one_sided, steps)
-    names = _kinds(plan, steps)
-    return [
-        "skipped" if i in skipped else name + ONE_SIDE * bool(one)
-        for i, (name, one) in enumerate(zip(names, alone, strict=True))
-    ]
+    shares = np.broadcast_to(run_shares(plan), steps)
+    end = {0.5: ONE_SIDE, 1.0: ""}
+    return [name + end[run] if run else "skipped" for name, run in zip(_kinds(plan, steps), shares, strict=True)]
 
 
 def _kinds(plan: Step, steps: int) -> list[str]:
@@ -67,20 +63,23 @@ class Prices:
     column: float  # price of a chosen key or neuron in a delta step, over that of one in a dense step
     again: float  # the same in a full step, which computes it a second time
 
-    def cost(self, plan: Step, steps: int, skipped: Collection[int], layers: int) -> float:
+    def cost(self, plan: Step, steps: int, layers: int) -> float:
         """Sum of the prices of all steps of a sample, in dense steps; one-sided ones have half the price.
 
         Args:
             plan: of plan_steps(), or a Step() for dense sampling.
             steps: of the sampler.
-            skipped: the steps that ran no block.
             layers: of the model that the plan is of.
         """
         prices = self.of(plan, layers)
-        return sum(by_kind(prices, kind) for kind in step_kinds(plan, steps, skipped))
+        return sum(by_kind(prices, kind) for kind in step_kinds(plan, steps))
 
     def of(self, plan: Step, layers: int) -> dict[str, float]:
-        """The price of each kind of step with a plan's shares of columns; what choosing columns takes, does not depend on them."""
+        """The price of each kind of step with a plan's shares of columns, in dense steps; choosing columns costs the same for any.
+
+        Args:
+            plan, layers: as of cost().
+        """
         dense, chosen = _delta_parts(self.work, plan, layers)
         full, delta = 1 + self.again * chosen, dense + self.column * chosen
         return {
@@ -102,6 +101,9 @@ def by_kind(known: Mapping[str, float], kind: str) -> float:
 def read_prices(path: str | Path) -> Prices:
     """The prices by a file of `chipmunk bench step`; records of samples and kernels in it do not count.
 
+    Args:
+        path: of JSON lines.
+
     Raises:
         InputError: no such file, no steps in it, or what prices_of() refuses.
     """
@@ -116,7 +118,7 @@ def read_prices(path: str | Path) -> Prices:
 
 
 def prices_of(entries: Sequence[Entry]) -> Prices:
-    """The prices by the records of one run of `chipmunk bench step`.
+    """The prices by the step records of one run of `chipmunk bench step`, times in ms.
 
     The price of a kind of step is its time over that of the dense step, and two of them tell how a dense step's time splits into
     what may be sparse (a part P, the layers that are never sparse left out) and the rest, and what a share K of its columns costs:

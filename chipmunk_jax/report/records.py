@@ -19,7 +19,11 @@ Entry = dict[str, Any]  # a record as its file has it
 
 
 def sparsity_of(entry: Entry) -> Sparsity:
-    """The settings of a record; what it does not name, was not there when it was measured."""
+    """The settings of a record with a configuration; what it does not name, was not there when it was measured.
+
+    Raises:
+        InputError: settings that there are not.
+    """
     part, before = entry["sparsity"]["attention"], {"block_means": 0, "share_sides": False}
     return load_sparsity(entry["sparsity"] | {"attention": part and before | part})
 
@@ -56,7 +60,15 @@ def _output(*command: str) -> str | None:
 
 
 def append(path: str | Path, entries: Iterable[Entry]) -> None:
-    """Adds a line a record to a file, all of them or, where the process is killed or the disk is full, none."""
+    """Adds a line a record to a file, all of them or, where the process is killed or the disk is full, none.
+
+    Args:
+        path: of JSON lines; made where there is none.
+        entries: finite numbers, words and what JSON nests.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
     with whole(path) as partial:
         old = Path(path).read_bytes() if Path(path).is_file() else b""

@@ -18,7 +18,7 @@ Levels = Mapping[str, Sequence[float]]  # PSNR of each sample to the dense one, 
 
 
 def compare_images(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.ndarray:
-    """A row an image: dense, sparse, rivals, and the sparse one's difference around grey; [H, W, 3] in [0, 1].
+    """A sheet, f32 [H, W, 3] in [0, 1], a row an image: dense, sparse, rivals, and the sparse one's difference around grey.
 
     Args:
         prompts: above the rows.
@@ -32,14 +32,14 @@ def compare_images(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.nda
 
 
 def compare_videos(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.ndarray:
-    """compare_images of every frame; [T, H, W, 3] in [0, 1], of videos [B, T, H, W, 3]."""
+    """A sheet of every frame, f32 [T, H, W, 3] in [0, 1], as compare_images() draws it of videos [B, T, H, W, 3]."""
     frames = range(ways["dense"].shape[1])
     at = lambda t: {name: videos[:, t] for name, videos in ways.items()}
     return np.stack([compare_images(prompts, at(t), levels) for t in frames])
 
 
 def compare_frames(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.ndarray:
-    """A row a way and video, some frames of it; [H, W, 3] in [0, 1], of videos [B, T, H, W, 3]."""
+    """A sheet, f32 [H, W, 3] in [0, 1], a row a way and video, some frames of it; arguments as of compare_videos()."""
     shown = with_difference(ways)
     frames = shown_frames(ways["dense"].shape[1])
     each = [(i, name) for i in range(len(prompts)) for name in shown]
@@ -50,12 +50,12 @@ def compare_frames(prompts: Sequence[str], ways: Ways, levels: Levels) -> np.nda
 
 
 def with_difference(ways: Ways) -> dict[str, np.ndarray]:
-    """The samples, and at the end the difference of the sparse ones from the dense ones, around grey."""
+    """The samples by name, and at the end GAIN times the difference of the sparse ones from the dense ones, around 0.5."""
     return {**ways, DIFFERENCE: 0.5 + GAIN * (ways["sparse"] - ways["dense"])}
 
 
 def shown_frames(count: int) -> np.ndarray:
-    """Those of so many frames that are shown on paper: the first, the last, and some between."""
+    """Numbers of the frames, of so many, that are shown on paper: at most SHOWN_FRAMES, the first and the last among them."""
     return np.linspace(0, count - 1, min(SHOWN_FRAMES, count)).round().astype(int)
 
 

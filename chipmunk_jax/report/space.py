@@ -15,8 +15,9 @@ from chipmunk_jax.report.configurations import Configuration, rivals
 from chipmunk_jax.report.price import Prices
 from chipmunk_jax.report.work import dense_work
 from chipmunk_jax.sampling import plan_stacks
-from chipmunk_jax.schedule import Step, density, run_shares
-from chipmunk_jax.sparsity import Predict, Sparsity, StepCache
+from chipmunk_jax.schedule import Step, Taken, as_taken, density, run_shares
+from chipmunk_jax.sparsity import Gate, Predict, Sparsity, StepCache
+from chipmunk_jax.step_cache import SIGNALS, THRESHOLDS
 
 KEYS = (None, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares that are tried, in order; None: all, without sparse deltas
 NEURONS = (None, 0.15, 0.3, 0.5)
@@ -26,6 +27,11 @@ MEANS = (0, 64)  # keys a block
 DENSE_LAYERS = (0, 2)  # at the start of the model
 PREDICTIONS: tuple[tuple[Predict, int], ...] = (("hidden", 1), ("residual", 1), ("residual", 0), ("hidden", 0))
 FEWER = (1.0, 0.75, 0.5)  # of the usual steps, of which some are skipped
+GATES: tuple[Gate, ...] = (
+    "share",
+    "sea",
+    "easy",
+)  # which steps are skipped: evenly, or as gates without constants decide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,7 @@ class Family:
     """Ways to sample that differ by how many steps run. Some choices do not matter where what they are of is dense."""
 
     steps: int | None  # of the sampler, of which some may be skipped; None: none is, and the sampler has as many as run
+    gate: Gate = GATES[0]
     predict: tuple[Predict, int] = PREDICTIONS[0]  # what a skipped step gives, and its order
     keys: float | None = None
     neurons: float | None = None
@@ -50,7 +57,7 @@ class Family:
         """The family with one value for all choices that do not matter, so that equal ones compare equal."""
         family = self if self.keys is not None else replace(self, voxels=0, means=0)
         family = family if self.sparse else replace(family, full_every=5, dense_layers=0)
-        return family if self.steps is not None else replace(family, predict=PREDICTIONS[0])
+        return family if self.steps is not None else replace(family, gate=GATES[0], predict=PREDICTIONS[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,7 @@ class Candidate:
     family: Family
     configuration: Configuration
     rival: bool  # whether it is fewer steps, or skipped steps of the usual number, alone
-    cost: float  # as it is planned, as a share of the dense sample's
+    cost: float  # as it is planned, as a share of the dense sample's; under a gate that decides a guess
 
 
 class Space:
@@ -80,8 +87,12 @@ class Space:
         """Fewer steps, and skipped steps alone."""
         return [Family(steps=None), *(Family(steps=self.steps, predict=predict) for predict in PREDICTIONS)]
 
+    def gated(self, rival: Family) -> list[Family]:
+        """The same skipped steps at those that other gates decide for."""
+        return [replace(rival, gate=gate) for gate in self.gates if gate != rival.gate]
+
     def seeds(self, rival: Family) -> list[Family]:
-        """Where the search for compositions begins: the model's own shares on top of a rival, and both rivals in one."""
+        """Families that the search for compositions begins with: the model's own shares on top of a rival, both rivals in one."""
         attention, mlp = self.base.attention, self.base.mlp
         keys, neurons = _nearest(KEYS, attention and attention.top_keys), _nearest(NEURONS, mlp and mlp.top_keys)
         skipping = replace(rival, steps=rival.steps or self.steps, means=64, full_every=3)
@@ -106,14 +117,19 @@ class Space:
         found += [replace(family, dense_layers=layers) for layers in DENSE_LAYERS]
         found += [replace(family, voxels=side) for side in beside(VOXELS, family.voxels)]
         found += [replace(family, steps=steps) for steps in (*whole, None)]
+        found += self.gated(family)
         return [one for one in dict.fromkeys(family.plain() for family in found) if one != family.plain()]
 
     def at(self, family: Family, budget: float) -> Candidate | None:
-        """The way of a family that runs the most steps at up to a cost; None: there is none, or they are all that there are."""
+        """The way of a family that runs the most steps at up to a planned cost; None: none does, or they are all that there are.
+
+        Under a gate that decides, the way is planned as one that skips as many steps evenly.
+        """
+        evenly = replace(family, gate=GATES[0])
         for run in range(min(self.steps, family.steps or self.steps), 0, -1):
             try:
-                one = self.configuration(family, run)
-                cost = self.cost(one) if one else 1.0
+                one, planned = (self.configuration(each, run) for each in (family, evenly))
+                cost = self.cost(planned) if planned else 1.0
             except InputError:
                 return None
             if one and cost <= budget:
@@ -122,27 +138,28 @@ class Space:
         return None
 
     def configuration(self, family: Family, run: int) -> Configuration | None:
-        """The way of a family that runs so many steps, or as few as it can; None: that is the dense sample."""
+        """The way of a family that runs so many steps, or as few as it can; None: that is the dense sample.
+
+        Args:
+            family: under a gate that decides, the number is a guess.
+            run: steps, 1 or more.
+        """
         if self._rival(family):
             if not (found := rivals(run / self.steps, self.steps)):
                 return None
             fewer, skipping = found.values()
             if family.steps is None:
                 return fewer
-            predict, order = family.predict
-            sparsity = skipping.sparsity
-            cache = replace(sparsity.step_cache, predict=predict, order=order)
+            sparsity, cache = skipping.sparsity, _step_cache(family, run, self.steps)
+            if family.gate == GATES[0]:  # the same steps as those of the rival that other reports show
+                cache = replace(cache, gate="list", skip_steps=sparsity.step_cache.skip_steps)
             return replace(skipping, sparsity=replace(sparsity, step_cache=cache))
         steps = family.steps or run
-        sparsity = self._sparsity(family, steps - run, steps)
+        sparsity = self._sparsity(family, run, steps)
         return Configuration(sparsity=sparsity, steps=None if steps == self.steps else steps)
 
-    def _sparsity(self, family: Family, skipped: int, steps: int) -> Sparsity:
-        base, cache, parts = self.base, None, {"attention": None, "mlp": None}
-        if skipped:
-            predict, order = family.predict
-            evenly = dict(gate="share", share=skipped / steps, max_skips=steps)
-            cache = StepCache(predict=predict, order=order, **evenly)
+    def _sparsity(self, family: Family, run: int, steps: int) -> Sparsity:
+        base, parts = self.base, {"attention": None, "mlp": None}
         shares = {"attention": family.keys, "mlp": family.neurons}
         for name, share in shares.items():
             if share is not None:
@@ -151,12 +168,17 @@ class Space:
                 schedule["first_n_dense_layers"] = family.dense_layers
                 parts[name] = replace(of, top_keys=share, random_keys=0.0, max_keys=None, **schedule)
         if parts["attention"]:
-            near = dict(local_voxels=family.voxels, block_means=family.means)
-            parts["attention"] = replace(parts["attention"], **near)
+            keys = dict(local_voxels=family.voxels, block_means=family.means, share_sides=True)
+            parts["attention"] = replace(parts["attention"], **keys)
+        cache = _step_cache(family, run, steps) if run < steps else None
         return replace(base, **parts, step_cache=cache, schedule_steps=None)
 
-    def cost(self, one: Configuration) -> float:
-        """Share of the dense sample's cost, as planned.
+    def cost(self, one: Configuration, taken: Taken | None = None) -> float:
+        """Share of the dense sample's cost.
+
+        Args:
+            one: the way.
+            taken: what its steps were; None: what they are planned to be, or under a gate that decides, may be.
 
         Raises:
             InputError: a neighbourhood that the grid has no room for, or too few steps for its sparse deltas to save anything.
@@ -167,11 +189,11 @@ class Space:
         for part in ("attention", "mlp"):
             if one.sparsity and getattr(one.sparsity, part) and getattr(plan, part) is None:
                 raise InputError(f"{part}: {steps} steps are too few for it to save anything")
-        skipped = [] if plan.skip is None else [i for i, skip in enumerate(plan.skip) if skip]
+        if taken is not None:
+            plan = as_taken(plan, steps, taken)
         if self.prices:
-            return self.prices.cost(plan, steps, skipped, self._layers) / self.steps
-        run = float(np.mean(run_shares(plan)))
-        return self._work.executed(density(plan, self._layers), run) * steps / self.steps
+            return self.prices.cost(plan, steps, self._layers) / self.steps
+        return self._work.executed(density(plan, self._layers), float(np.mean(run_shares(plan)))) * steps / self.steps
 
     def _rival(self, family: Family) -> bool:
         return not family.sparse and family.steps in (None, self.steps)
@@ -184,8 +206,18 @@ class Space:
         return dense_work(self.variant, self.settings)
 
     @cached_property
+    def gates(self) -> tuple[Gate, ...]:
+        """Those of GATES that the network can have."""
+        network, *_ = self._shapes
+        return tuple(gate for gate in GATES if gate not in SIGNALS or hasattr(network, SIGNALS[gate]))
+
+    @cached_property
+    def _shapes(self):
+        return self.variant.shapes(self.settings, 1, jnp.float32)
+
+    @cached_property
     def _stacks(self):
-        network, noise, cond = self.variant.shapes(self.settings, 1, jnp.float32)
+        network, noise, cond = self._shapes
         return network.stacks(noise.shape[1], cond)
 
     @cached_property
@@ -197,13 +229,27 @@ class Space:
         return self.variant.grid(self.settings)
 
 
+def _step_cache(family: Family, run: int, steps: int) -> StepCache:
+    """What skips steps so that about `run` of so many run; under a gate that decides by a guess of its threshold.
+
+    A gate skips until the changes of these steps add up to its threshold. One of as many changes as steps / run - 1 would skip so
+    many in a row, and those that are published skip about every second step.
+    """
+    predict, order = family.predict
+    skips = {"share": (steps - run) / steps}
+    if family.gate in THRESHOLDS:
+        skips = {"threshold": round(THRESHOLDS[family.gate] * (steps / run - 1), 5)}
+    return StepCache(gate=family.gate, predict=predict, order=order, max_skips=steps, **skips)
+
+
 def _words(family: Family, one: Configuration, usual: int) -> Iterator[str]:
     """What a way does, in words."""
     steps, cache = one.steps or usual, one.sparsity and one.sparsity.step_cache
     yield f"{steps} steps" if steps == usual else f"{steps} of {usual} steps"
     if cache:
         count = len(cache.skip_steps) if cache.skip_steps else round(cache.share * steps)
-        yield f"{count} skipped ({cache.predict}, order {cache.order})"
+        skipped = f"{cache.gate} up to {cache.threshold:g}" if cache.decides else f"{count} skipped"
+        yield f"{skipped} ({cache.predict}, order {cache.order})"
     if family.keys is not None:
         near = f" and {family.voxels} voxels a side" * bool(family.voxels)
         yield f"{100 * family.keys:g} % of the keys{near}{' with block means' * bool(family.means)}"

@@ -1,7 +1,7 @@
 """What each step of a sample was, and the share of the columns that each layer computed in it."""
 
 import itertools
-from collections.abc import Collection
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -10,18 +10,18 @@ from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.denoising import plan_spans
 from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.report.price import step_kinds
-from chipmunk_jax.schedule import Step, density
+from chipmunk_jax.schedule import Step, Taken, as_taken, density
 
 PARTS = ("attention", "mlp")
 
 
-def steps_of(pipeline: Pipeline, request: Request, skipped: Collection[int]) -> dict[str, Any]:
+def steps_of(pipeline: Pipeline, request: Request, taken: Taken) -> dict[str, Any]:
     """The "kinds" of all steps, as step_kinds() names them, and of "attention" and "mlp" what by_layer() gives.
 
     Args:
         pipeline: of the model.
         request: what was sampled.
-        skipped: the steps that ran no block.
+        taken: what its steps were.
     """
     variant, layers = pipeline.variant, pipeline.layers(request)
     _, noise, cond = variant.shapes(
@@ -30,11 +30,12 @@ def steps_of(pipeline: Pipeline, request: Request, skipped: Collection[int]) -> 
     kinds: list[str] = []
     shares: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
     for span in plan_spans(request, variant, pipeline.residents, noise, cond, None):
-        plan, steps = span.table.step, len(span.table.times)
-        gone = [step - span.first for step in skipped if span.first <= step < span.first + steps]
-        kinds += step_kinds(plan, steps, gone)
+        steps = len(span.table.times)
+        own = Taken(*(tuple(i - span.first for i in numbers) for numbers in astuple(taken)))
+        plan = as_taken(span.table.step, steps, own)
+        kinds += step_kinds(plan, steps)
         for part in PARTS:
-            shares[part].append(_shares(plan, part, steps, layers, gone))
+            shares[part].append(_shares(plan, part, steps, layers))
     return {"kinds": kinds} | {part: by_layer(np.concatenate(found)) for part, found in shares.items()}
 
 
@@ -52,12 +53,12 @@ def by_layer(shares: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _shares(plan: Step, part: str, steps: int, layers: int, skipped: Collection[int]) -> np.ndarray:
+def _shares(plan: Step, part: str, steps: int, layers: int) -> np.ndarray:
     """[steps, layers], of the columns of a part that are computed; 0 in a skipped step."""
     share, found = getattr(plan, part), np.ones((steps, layers))
     for step in range(steps) if share else ():
         phase = np.asarray(share.phase)[step : step + 1]
         one = Step(**{part: share.replace(phase=phase, dense_layers=0)})
         found[step, share.dense_layers :] = density(one, 1)[part]
-    found[list(skipped)] = 0
+    found[np.asarray(plan.skip)] = 0
     return found

@@ -32,17 +32,23 @@ def table(
 
 
 def shape_text(entry: Entry) -> str:
-    """H 24 N 4352 d 128 .."""
+    """The sizes of a record in words: H 24 N 4352 d 128 .."""
     return " ".join(f"{name} {size}" for name, size in entry["shape"].items())
 
 
 def sparsity_text(entry: Entry) -> str:
-    """In percent; nothing for a configuration, which has no single number."""
+    """The share of columns that a record leaves out, in percent; "" for a configuration, which has no single one."""
     return f"{100 * entry['sparsity']:.1f} %" if isinstance(entry["sparsity"], (int, float)) else ""
 
 
 def ms_text(ms: float | None, digits: int = 4, *, of: float | None = None) -> str:
-    """Milliseconds; beyond 10 s, or where those that they belong to are, seconds with their unit; nothing for None."""
+    """Milliseconds as digits; beyond 10 s seconds with their unit; "" for None.
+
+    Args:
+        ms: milliseconds.
+        digits: that are significant.
+        of: milliseconds that these belong to, as a spread does, and whose unit they get; None: they stand alone.
+    """
     if ms is None:
         return ""
     return f"{ms / 1e3:.{digits}g} s" if (of or ms) > 1e4 else f"{ms:.{digits}g}"
@@ -71,7 +77,7 @@ NUMBERS = {
 
 
 def record_table(entries: Sequence[Entry]) -> str:
-    """A line a record; an error stands where its numbers would be."""
+    """A table of a line a record; an error stands where its numbers would be."""
     return table(entries, WORDS | NUMBERS, lambda entry: entry["error"] and f"no time: {entry['error']}")
 
 
@@ -113,12 +119,12 @@ LIKENESS = {  # percentages are of what the dense samples compute
 
 
 def quality_table(entries: Sequence[Entry]) -> str:
-    """A line a configuration: what it computes, what that costs, and how near it comes; without what was not recorded."""
+    """A table of a line a configuration: what it computes, what that costs, how near it comes; without what was not recorded."""
     return table(entries, LIKENESS)
 
 
 def stages_text(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """Seconds and peak memory of the stages of a pipeline, in one line."""
+    """Seconds, and where they are known GB of peak memory, of the stages of a pipeline, in one line."""
     peak = lambda stage: f" ({stage['peak_bytes'] / 1e9:.1f} GB)" if stage["peak_bytes"] else ""
     return ", ".join(f"{name} {stage['seconds']:.2f} s{peak(stage)}" for name, stage in stages.items())
 

@@ -7,11 +7,9 @@ import jax
 import numpy as np
 
 from chipmunk_jax.pipelines import Pipeline
-from chipmunk_jax.quality import psnr
 from chipmunk_jax.report.configurations import Configuration
-from chipmunk_jax.report.quality import SAME
 from chipmunk_jax.report.space import Candidate, Space
-from chipmunk_jax.report.ways import Sampler, pixels_of
+from chipmunk_jax.report.ways import Sampler, level, pixels_of
 
 DENSE = Configuration(sparsity=None)
 
@@ -26,8 +24,8 @@ class Trials:
         settings: of the dense samples, as a call of the pipeline takes them.
         space: of the ways to sample, whose prices, where it has some, are the costs.
         """
-        batches = {i: [prompt] for i, prompt in enumerate(prompts)}
-        self.sampler = Sampler(pipeline=pipeline, batches=batches, settings=settings | {"progress": False})
+        given = dict(at_once=1, settings=settings | {"progress": False})
+        self.sampler = Sampler(pipeline=pipeline, prompts=prompts, **given)
         self.space = space
         self.timed = space.prices is None and jax.default_backend() != "cpu"
         self.dense: dict[int, np.ndarray] = {}
@@ -42,9 +40,9 @@ class Trials:
         return f"the dense sample's time on {device}" if self.timed else "the dense sample's matrix products, by count"
 
     def draw_dense(self, number: int) -> np.ndarray:
-        """The dense sample of a prompt, in pixels."""
+        """The dense sample of prompt `number`, from 0: [H, W, 3] or [T, H, W, 3] in 0..1."""
         if number not in self.dense:
-            out, seconds = self.sampler.draw(DENSE, number)
+            out, seconds = self.sampler.time(DENSE, number)
             self.dense[number] = pixels_of(out)[0]
             self.seconds.append(seconds)
         return self.dense[number]
@@ -52,9 +50,9 @@ class Trials:
     def __call__(self, candidate: Candidate, number: int) -> tuple[float, float]:
         """dB of a sample to the dense one, and its cost as a share of that one's."""
         dense = self.draw_dense(number)
-        out, seconds = self.sampler.draw(candidate.configuration, number)
-        level = min(psnr(pixels_of(out)[0], dense), SAME)
-        return level, self._share(seconds) if self.timed else candidate.cost
+        out, seconds = self.sampler.time(candidate.configuration, number)
+        cost = self._share(seconds) if self.timed else self.space.cost(candidate.configuration, *out.steps_by_sample)
+        return level(pixels_of(out)[0], dense), cost
 
     def _share(self, seconds: float) -> float:
         """Of the time of a dense sample; the first step, which no time was taken of, is as long as a dense one."""

@@ -16,6 +16,7 @@ from chipmunk_jax.report.space import Candidate, Family
 
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
 FINE = 0.01  # of the dense cost: less is not worth another round of that search
+LOOKS = 4  # at ways of a family for one budget, whose costs are not known before they are measured
 
 Judge = Callable[
     [Candidate, int], tuple[float, float]
@@ -29,7 +30,10 @@ class Ways(Protocol):
     steps: int
 
     def rivals(self) -> list[Family]:
-        """Families that compositions have to beat."""
+        """Families that compositions have to beat: fewer steps, and ways of skipping them."""
+
+    def gated(self, rival: Family) -> list[Family]:
+        """More of them: the best way of skipping at steps that a gate decides for."""
 
     def seeds(self, rival: Family) -> list[Family]:
         """Compositions to begin with, by the best rival."""
@@ -38,7 +42,7 @@ class Ways(Protocol):
         """Compositions near one."""
 
     def at(self, family: Family, budget: float) -> Candidate | None:
-        """The way of a family that costs the most, up to a budget."""
+        """The way of a family that costs the most as it is planned, up to a budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +63,11 @@ class Point:
 
     @property
     def cost(self) -> float:
-        """As measured; before that as planned."""
+        """Share of the dense sample's cost: the median of those measured, before there are some the planned one."""
         return float(np.median(self.costs)) if self.costs else self.candidate.cost
 
     def mean(self, prompts: int) -> float:
-        """dB over the first prompts."""
+        """Mean PSNR over the first prompts, so many, dB."""
         return float(np.mean(self.levels[:prompts]))
 
     def over(self, other: "Point") -> tuple[float, float]:
@@ -72,10 +76,14 @@ class Point:
         error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
         return float(np.mean(differences)) if differences else 0.0, error
 
-    def beats(self, other: "Point") -> bool:
-        """Whether it comes nearer by more than the standard error; on one prompt, at all."""
+    def leads(self, other: "Point") -> bool:
+        """Whether it comes nearer by more than the standard error over the prompts of both; on one prompt, at all."""
         difference, error = self.over(other)
         return difference > (0.0 if math.isinf(error) else error)
+
+    def beats(self, other: "Point") -> bool:
+        """Whether it leads another point that has met as many prompts."""
+        return len(other.levels) >= len(self.levels) and self.leads(other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +128,11 @@ class Search:
         self.strongest: list[Family] = []  # the best rival of each kind: fewer steps, and skipped ones
 
     def run(self, goal: Goal) -> Found:
-        """The decision; what the time did not suffice for is left out."""
+        """The search to its end or to that of its time, and what it decides for.
+
+        Args:
+            goal: budget or target.
+        """
         finished = True
         try:
             self._to_budget(goal.budget) if goal.budget is not None else self._to_target(goal.target)
@@ -129,28 +141,38 @@ class Search:
         return self.found(goal, finished)
 
     def found(self, goal: Goal, finished: bool = False) -> Found:
-        """The decision by what has been measured so far."""
+        """What has been measured so far, and what that decides for.
+
+        Args:
+            goal: budget or target.
+            finished: whether the search came to its end.
+        """
         prompts = max((len(point.levels) for point in self.points.values() if point.candidate.rival), default=0)
         best = decide([p for p in self.points.values() if self.admissible(p, prompts)], goal, prompts)
         return Found(points=list(self.points.values()), best=best, prompts=prompts, finished=finished)
 
     def admissible(self, point: Point, prompts: int) -> bool:
-        """Whether a point may be returned: a rival, or one that beats every rival of its cost, as far as measured the strongest."""
+        """Whether a point may be returned: a rival, or one that passes every rival that it faces, of each kind the strongest.
+
+        Args:
+            point: as measured so far.
+            prompts: that it must have met.
+        """
         if len(point.levels) < max(prompts, 1):
             return False
         if point.candidate.rival or prompts < 2:
             return point.candidate.rival
-        needed = [self._point(one) for one in self._rivals_at(point)]
-        measured = bool(needed) and all(len(rival.levels) >= prompts for rival in needed)
-        return measured and all(point.beats(rival) for rival in [*needed, *self._facing(point)])
+        facing, budget = self._facing(point), point.cost + self.half
+        known = all(self._next(family, budget) is None for family in self.strongest)
+        return known and bool(facing) and all(self._passed(point, rival) for rival in facing)
 
     def measure(self, candidate: Candidate, prompts: int) -> Point:
-        """The point of a way, measured on as many prompts.
+        """The point of a way, measured on the first so many prompts.
 
         Raises:
             OutOfTime: before a sample that might end too late.
         """
-        point = self._point(candidate)
+        point = self.points.get(candidate.name) or Point(candidate=candidate)
         while len(point.levels) < prompts:
             start = self.clock()
             if start + self.longest > self.end:
@@ -163,13 +185,6 @@ class Search:
             point.costs.append(cost)
         return point
 
-    def _point(self, candidate: Candidate) -> Point:
-        return self.points.get(candidate.name) or Point(candidate=candidate)
-
-    def _rivals_at(self, point: Point) -> list[Candidate]:
-        found = [self.ways.at(family, point.cost + self.half) for family in self.strongest]
-        return [one for one in found if one]
-
     def _facing(self, point: Point) -> list[Point]:
         """Measured rivals that cost as much as a point, or less."""
         return [
@@ -178,17 +193,38 @@ class Search:
             if other.candidate.rival and other.cost <= point.cost + self.half and other.levels
         ]
 
+    def _passed(self, point: Point, rival: Point) -> bool:
+        """Whether a point beats a rival that it faces, or leads it where another of its family is nearer in cost."""
+        nearest = self._within(rival.candidate.family, point.cost + self.half)
+        return point.beats(rival) if rival is nearest else point.leads(rival)
+
     def _look(self, family: Family, budget: float) -> Point | None:
         """The way of a family that costs the most within a budget, as measured, on one prompt at least; None: there is none."""
-        planned = budget
-        for _ in range(2):
-            if (one := self.ways.at(family, planned)) is None:
-                return None
-            point = self.measure(one, 1)
-            if budget - 2 * self.half < point.cost <= budget:
-                return point
-            planned = budget * one.cost / point.cost
-        return point if point.cost <= budget else None
+        for _ in range(LOOKS):
+            if (one := self._next(family, budget)) is None:
+                break
+            self.measure(one, 1)
+        return self._within(family, budget)
+
+    def _within(self, family: Family, budget: float) -> Point | None:
+        points = [point for point in self._of(family) if point.cost <= budget]
+        return max(points, key=lambda point: point.cost, default=None)
+
+    def _next(self, family: Family, budget: float) -> Candidate | None:
+        """The way that may come nearer to a budget than those measured, between the nearest two or in proportion; None: none."""
+        below, planned = self._within(family, budget), budget
+        if below and below.cost > budget - 2 * self.half:
+            return None
+        above = min((p for p in self._of(family) if p.cost > budget), key=lambda point: point.cost, default=None)
+        if below and above:
+            planned = (below.candidate.cost + above.candidate.cost) / 2
+        elif near := below or above:
+            planned *= near.candidate.cost / near.cost
+        one = self.ways.at(family, planned)
+        return None if one is None or one.name in self.points else one
+
+    def _of(self, family: Family) -> list[Point]:
+        return [point for point in self.points.values() if point.candidate.family == family]
 
     def _looks(self, families: Iterable[Family], budget: float) -> list[Point]:
         """Points of families within a budget, the best first look first."""
@@ -210,7 +246,10 @@ class Search:
     def _face_rivals(self, budget: float) -> None:
         """Measures the rivals of a cost, fewer steps and the best way of skipping, on all prompts."""
         kinds: dict[bool, list[Point]] = {}
-        for point in self._looks(self.ways.rivals(), budget):
+        looks = self._looks(self.ways.rivals(), budget)
+        if skipping := next((point for point in looks if point.candidate.family.steps is not None), None):
+            looks += self._looks(self.ways.gated(skipping.candidate.family), budget)
+        for point in looks:
             kinds.setdefault(point.candidate.family.steps is None, []).append(point)
         self.strongest = [self._race(points).candidate.family for points in kinds.values()]
 
@@ -241,12 +280,15 @@ class Search:
         return [point for point in self.points.values() if not point.candidate.rival and point.cost <= budget]
 
     def _confirm(self, point: Point) -> None:
-        """Measures the rivals of its cost, and those that it does not beat yet on few prompts, on all of them."""
-        for one in self._rivals_at(point):
-            self.measure(one, self.prompts)
-        for rival in self._facing(point):
-            if not point.beats(rival):
+        """Measures the rivals of its cost, and cheaper ones that it does not lead, on all prompts, until it does not pass one."""
+        for family in self.strongest:
+            while (rival := self._look(family, point.cost + self.half)) and len(rival.levels) < self.prompts:
                 self.measure(rival.candidate, self.prompts)
+        for rival in sorted(self._facing(point), key=lambda rival: point.over(rival)[0]):
+            if not self._passed(point, rival):
+                self.measure(rival.candidate, self.prompts)
+            if not self._passed(point, rival):
+                break
 
     def _to_target(self, target: float) -> None:
         """The cheapest rival that reaches the target, by bisection of the steps that run; then cheaper compositions."""

@@ -13,7 +13,7 @@ WIDTH = 110
 
 
 def found_table(found: Found, least: int = 1) -> str:
-    """A line a way, the cheapest first, with its difference to the one that was decided for.
+    """A table of a line a way, the cheapest first: cost, mean PSNR, prompts, and its difference, dB, to the one decided for.
 
     Args:
         found: of a search.
@@ -40,7 +40,7 @@ def found_table(found: Found, least: int = 1) -> str:
 
 
 def verdict(found: Found) -> str:
-    """What was decided for, and by how much it beats the best rival of its cost."""
+    """One sentence: what was decided for, and by how many dB it beats the best rival of its cost; of a search with a best point."""
     best = found.best
     level = f"{best.candidate.name}: {best.mean(found.prompts):.2f} dB at {100 * best.cost:.1f} % of the cost"
     if best.candidate.rival:
@@ -55,7 +55,7 @@ def verdict(found: Found) -> str:
 
 
 def sparsity_of(point: Point) -> Sparsity:
-    """What a file can hold of it: all but the steps."""
+    """The settings that a file holds of a point: all but the number of steps."""
     return point.candidate.configuration.sparsity or Sparsity(attention=None, mlp=None, patches=())
 
 

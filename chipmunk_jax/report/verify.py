@@ -11,17 +11,18 @@ import numpy as np
 
 from chipmunk_jax.errors import InputError, NotFiniteError
 from chipmunk_jax.media import save_image, save_video
-from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines import Pipeline, PipelineOutput
 from chipmunk_jax.pipelines.request import Request
-from chipmunk_jax.quality import psnr, relative_l2
+from chipmunk_jax.quality import relative_l2
 from chipmunk_jax.report.configurations import Configuration, rivals
 from chipmunk_jax.report.records import machine
 from chipmunk_jax.report.sheets import compare_frames, compare_images, compare_videos
 from chipmunk_jax.report.steps import steps_of
-from chipmunk_jax.report.ways import SAME, Drawn, Sampler, executed, measured, pixels_of
+from chipmunk_jax.report.ways import Drawn, Sampler, level, measured, pixels_of
 from chipmunk_jax.report.work import dense_work
 from chipmunk_jax.sparsity import to_dict
 
+Timed = tuple[PipelineOutput, float]  # a batch, and the seconds of all steps but the first
 OTHER = {"float32": "bfloat16", "bfloat16": "float32"}  # dtypes between which samples differ by rounding
 
 
@@ -39,7 +40,12 @@ class Verification:
         return {"sparse": self.numbers["psnr"]} | {one["name"]: one["psnr"] for one in self.numbers["rivals"]}
 
     def draw(self, path: Path, fps: float | None) -> None:
-        """Writes all samples and the sparse one's difference side by side; of videos to a .png some frames, else all."""
+        """Writes all samples and the sparse one's difference side by side; of videos to a .png some frames, else all.
+
+        Args:
+            path: of a picture or a video.
+            fps: frames a second, of a video.
+        """
         text, given = {"settings": self.numbers}, (self.numbers["prompts"], self.samples, self.levels)
         if self.samples["dense"].ndim == 4:
             save_image(path, compare_images(*given), text)
@@ -50,7 +56,10 @@ class Verification:
 
 
 def check_verify(pipeline: Pipeline, prompts: Sequence[str], *, sparsity: Any = "auto", **settings: Any) -> Request:
-    """What verify() would sample, sparse.
+    """The request of the sparse samples of verify(); no weights are read.
+
+    Args:
+        pipeline, prompts, sparsity, settings: as of verify().
 
     Raises:
         InputError: what Pipeline.check() refuses; no sparsity; one step, as the first is not timed.
@@ -72,12 +81,12 @@ def verify(
     sparsity: Any = "auto",
     **settings: Any,
 ) -> Verification:
-    """Samples the same prompts and seeds dense, sparse and by the rivals at the cost of the sparse ones.
+    """Samples of the same prompts and seeds, dense, sparse and by the rivals at the cost of the sparse ones, and their numbers.
 
     Args:
         pipeline: of the model.
         prompts: sentences, one a sample.
-        at_once: samples in a batch; None: all. A gate that decides while it samples takes one.
+        at_once: samples in a batch; None: all. Where a gate decides while it samples, one.
         against_rivals: whether the rivals are sampled, too.
         sparsity, settings: as a call of the pipeline takes them.
 
@@ -85,33 +94,33 @@ def verify(
         InputError: see check_verify().
     """
     request = check_verify(pipeline, prompts, sparsity=sparsity, **settings)
-    steps, cache = request.settings["steps"], request.sparsity.step_cache
-    size = 1 if cache and cache.decides else at_once or len(prompts)
-    batches = {start: prompts[start : start + size] for start in range(0, len(prompts), size)}
-    sampler = Sampler(pipeline=pipeline, batches=batches, settings=settings)
+    steps, work = request.settings["steps"], dense_work(pipeline.variant, request.settings)
+    size = min(at_once or request.batch, request.at_once)
+    sampler = Sampler(pipeline=pipeline, prompts=prompts, at_once=size, settings=settings)
     ways = {"dense": Configuration(sparsity=None), "sparse": Configuration(sparsity=request.sparsity)}
-    dense, sparse, drift = zip(*(_pair(sampler, start, *ways.values()) for start in batches), strict=True)
-    work, drawn = dense_work(pipeline.variant, request.settings), {"dense": dense, "sparse": sparse}
+    dense, sparse, drift = zip(*(_pair(sampler, start, *ways.values()) for start in sampler.starts), strict=True)
+    timed = {"dense": dense, "sparse": sparse}
     if against_rivals:
-        share = float(np.mean([executed(work, out, steps, steps) for out, _ in sparse]))
+        share = Drawn(outs=[out for out, _ in sparse]).shares(work, steps, steps)["executed"]
         others = rivals(share, steps)
         ways |= others
-        drawn |= {name: sampler.draw_all(one) for name, one in others.items()}
-    samples = {name: np.concatenate([pixels_of(out) for out, _ in found]) for name, found in drawn.items()}
-    found = {name: measured(ways[name], drawn[name], samples, name, work, steps) for name in drawn}
-    _add_seconds(found, drawn, steps)
+        timed |= {name: [sampler.time(one, start) for start in sampler.starts] for name, one in others.items()}
+    drawn = {name: Drawn(outs=[out for out, _ in batches]) for name, batches in timed.items()}
+    samples = {name: one.pixels for name, one in drawn.items()}
+    found = {name: measured(ways[name], one, drawn["dense"], work, steps) for name, one in drawn.items()}
+    _add_seconds(found, timed, steps)
     numbers = _numbers(pipeline, request, prompts, found, samples)
     details = {
         "ways": found,
         "drift": list(itertools.chain(*drift)),
-        "steps_of": steps_of(pipeline, replace(request, batch=size), sparse[0][0].skipped_steps),
+        "steps_of": steps_of(pipeline, replace(request, batch=size), sparse[0][0].steps_by_sample[0]),
         "machine": machine(),
     }
     return Verification(samples=samples, numbers=numbers, details=details)
 
 
 def noise_floor(pipeline: Pipeline, dense: np.ndarray, prompt: str, **settings: Any) -> dict[str, Any]:
-    """How far rounding alone moves a dense sample: its PSNR, dB, to that of the other dtype, or why there is none.
+    """How far rounding alone moves a dense sample: "dtypes", and its "psnr", dB, to that of the other one, or None and an "error".
 
     Args:
         pipeline: of the model; its weights give way to those of the other dtype.
@@ -126,25 +135,25 @@ def noise_floor(pipeline: Pipeline, dense: np.ndarray, prompt: str, **settings: 
         out = again(prompt, **settings, output_type="np")
     except (InputError, NotFiniteError) as error:
         return {"dtypes": [here, other], "psnr": None, "error": str(error)}
-    return {"dtypes": [here, other], "psnr": min(psnr(pixels_of(out)[0], dense), SAME)}
+    return {"dtypes": [here, other], "psnr": level(pixels_of(out)[0], dense)}
 
 
 def _pair(
     sampler: Sampler, start: int, one: Configuration, other: Configuration
-) -> tuple[Drawn, Drawn, list[list[float]]]:
+) -> tuple[Timed, Timed, list[list[float]]]:
     """A batch in two ways of as many steps, and of each sample by step how far the clean tokens of one lie from the other's."""
     clean: list[np.ndarray] = []  # of one batch: those of a video of 81 frames are a gigabyte
     moved: list[list[float]] = []
-    first = sampler.draw(one, start, lambda x: clean.append(np.array(x)))
+    first = sampler.time(one, start, lambda x: clean.append(np.array(x)))
     compare = lambda x: moved.append([relative_l2(*pair) for pair in zip(x, clean[len(moved)], strict=True)])
-    return first, sampler.draw(other, start, compare), np.transpose(moved).tolist()
+    return first, sampler.time(other, start, compare), np.transpose(moved).tolist()
 
 
-def _add_seconds(found: dict[str, dict], drawn: Mapping[str, Sequence[Drawn]], steps: int) -> None:
+def _add_seconds(found: dict[str, dict], timed: Mapping[str, Sequence[Timed]], steps: int) -> None:
     """Adds the seconds of all steps; the first one, which no time was taken of, is as long as a dense one."""
-    timed = {name: sum(seconds for _, seconds in batches) for name, batches in drawn.items()}
-    step = timed["dense"] / (steps - 1)
-    for name, seconds in timed.items():
+    sums = {name: sum(seconds for _, seconds in batches) for name, batches in timed.items()}
+    step = sums["dense"] / (steps - 1)
+    for name, seconds in sums.items():
         found[name]["seconds"] = seconds + step
 
 
@@ -179,5 +188,5 @@ def _numbers(
     }
     if pipeline.variant.video:
         clips = zip(samples["sparse"], samples["dense"], strict=True)
-        numbers["psnr_of_frames"] = [[min(psnr(*two), SAME) for two in zip(*clip, strict=True)] for clip in clips]
+        numbers["psnr_of_frames"] = [[level(*two) for two in zip(*clip, strict=True)] for clip in clips]
     return numbers

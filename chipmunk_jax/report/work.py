@@ -36,7 +36,9 @@ class Work:
 
 @usual_modes()
 def dense_work(variant: Variant, settings: Settings) -> Work:
-    """The parts of a dense step, counted in its trace; nothing is compiled and no weights are read.
+    """The parts of a dense step, counted in its trace: two FLOPs for each multiply-add of its matrix products.
+
+    Nothing is compiled and no weights are read.
 
     Args:
         variant: the model.

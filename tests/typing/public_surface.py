@@ -55,6 +55,7 @@ from chipmunk_jax.models import MODELS, Component, Flux
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.sampling import SampleState, Table
+from chipmunk_jax.schedule import Taken
 from chipmunk_jax.solvers import Solver
 from chipmunk_jax.sparsity import PRESETS, to_dict
 from pallas_kernels import Columns, Implementation, topk_columns
@@ -89,6 +90,7 @@ def images_of_prompts(folder: Path) -> PipelineOutput:
     assert_type(out.full_steps, tuple[int, ...])
     assert_type(out.skipped_steps, tuple[int, ...])
     assert_type(out.one_sided_steps, tuple[int, ...])
+    assert_type(out.steps_by_sample, tuple[Taken, ...])
     assert_type(out.settings, dict[str, Any])
     save_image("heart.png", pipe("red striped heart on meadow").images[0], {"seed": 0})
     save_video("heart.webp", pipe("red striped heart on meadow").frames[0], fps=8)
