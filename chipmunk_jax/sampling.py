@@ -210,7 +210,7 @@ def denoise(
     own_told = all_told if state.difference is None else Told.of(model, table.times, cond, len(state.x))
 
     def body(state: SampleState, index: jax.Array):
-        step, now, told = table.step.at_step(index), timesteps[index], all_told.at(index)
+        told, step, now = all_told.at(index), table.step.at_step(index), timesteps[index]
         own = told if state.difference is None else own_told.at(index)
         tokens = model.embed(state.x if guidance is None else jnp.concatenate([state.x, state.x]), cond)
         compute = partial(run_sides, model, step, told, own, table.positions, tokens)
@@ -232,9 +232,8 @@ def denoise(
 
             skip, gate = step.skip, state.gate
             if gate is not None:
-                skip, gate = decide(
-                    caching, gate, skip, index, signal_of(model, table, state.x, tokens, told.mods, now)
-                )
+                signal = signal_of(model, table, state.x, tokens, told.mods, now)
+                skip, gate = decide(caching, gate, skip, index, signal)
             # tokens + (hidden - tokens) is not hidden bit for bit, so a step that runs hands hidden on beside the residual.
             hidden = own_tokens + state.kept.at(now) if caching.predict == "residual" else None
             carried = state.cache, state.kept, gate, state.difference, hidden

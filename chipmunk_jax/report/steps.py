@@ -53,11 +53,13 @@ def by_layer(shares: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _shares(plan: Step, part: str, steps: int, layers: int, skipped: Collection[int]) -> np.ndarray:
-    """[steps, layers], of the columns of a part that are computed; 0 in a skipped step."""
+    """[steps, layers], of the columns of a part that are computed: of a one-sided step half, of a skipped one none."""
     share, found = getattr(plan, part), np.ones((steps, layers))
     for step in range(steps) if share else ():
         phase = np.asarray(share.phase)[step : step + 1]
         one = Step(**{part: share.replace(phase=phase, dense_layers=0)})
         found[step, share.dense_layers :] = density(one, 1)[part]
+    if plan.one_sided is not None:
+        found[plan.one_sided] /= 2
     found[list(skipped)] = 0
     return found
