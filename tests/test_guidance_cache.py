@@ -217,4 +217,5 @@ def test_the_memory_plan_knows_the_difference_and_that_one_side_is_kept(model):
     whole, half = plan(skipping, 2.0), plan(halved(skipping, after=0.5), 2.0)
     assert half["difference of both sides"] == TOKENS * CONFIG.in_channels * 4
     assert whole["kept for skipped steps"] - half["kept for skipped steps"] == TOKENS * CONFIG.hidden_size * 4
+    assert half["modulations of all steps"] == 1.5 * whole["modulations of all steps"]
     assert plan(halved(skipping, after=0.5), None) == plan(skipping, None)
