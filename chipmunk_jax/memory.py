@@ -69,18 +69,20 @@ def plan(
     samples = 1 if sparsity and sparsity.decides else noise.shape[0]  # at once
     batch = sides * samples
     stacks = model.stacks(tokens, cond)
-    times = jax.ShapeDtypeStruct((steps, batch), jnp.float32)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), cond)
     x = jax.ShapeDtypeStruct((samples, *noise.shape[1:]), jnp.float32)
     state, caching = jax.eval_shape((solver or Euler()).init, x), sparsity and sparsity.step_cache
     one_sided = sides == 2 and sparsity is not None and sparsity.guidance_cache is not None
     kept = samples if one_sided else batch
+    times = lambda entries: jax.ShapeDtypeStruct((steps, entries), jnp.float32)
+    own = jax.tree.map(lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), cond)
+    told = [(times(batch), rows)] + ([(times(samples), own)] if one_sided else [])
     return {
         "weights": nbytes(model),
         "noise and conditions": nbytes(noise) + sides * nbytes(cond),
         # x at one step and the next, and the velocity between them.
         "latents of the solver": 3 * nbytes(x) + nbytes(state),
-        "modulations of all steps": nbytes(modulations_of.eval_shape(model, times, rows)),
+        "modulations of all steps": sum(nbytes(modulations_of.eval_shape(model, *one)) for one in told),
         **caches.nbytes(stacks, sparsity, batch, model.dtype),
         **({"kept for skipped steps": of_skipped(model, stacks, x, kept, caching)} if caching else {}),
         **({"difference of both sides": nbytes(x)} if one_sided else {}),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,15 @@ from test_sampling import CLOSE, CONFIG, GRID, TOKENS, draw, hidden, inputs, mod
 
 from chipmunk_jax import AttentionSparsity, GuidanceCache, MlpSparsity, Sparsity, StepCache, flux_timesteps, sampling
 from chipmunk_jax.bench.schedule import by_schedule
+from chipmunk_jax.cli.sampled import summary
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import fit
 from chipmunk_jax.memory import plan as plan_memory
 from chipmunk_jax.models.flux import Flux
+from chipmunk_jax.pipelines import PipelineOutput
+from chipmunk_jax.pipelines.denoising import Span, computed
 from chipmunk_jax.progress import Reporter
+from chipmunk_jax.report.charts import kinds_strip
 from chipmunk_jax.report.price import step_kinds
 from chipmunk_jax.schedule import AttentionPhase, as_taken, density, plan_steps, taken
 from chipmunk_jax.sparsity import PRESETS, to_dict
@@ -87,6 +92,7 @@ def test_a_one_sided_step_counts_and_costs_half_of_one_that_runs_both():
         step_kinds(as_taken(one, 50, dataclasses.replace(taken(one, 50), skipped=(22,))), 50) for one in (some, both)
     )
     assert [i for i in range(50) if kinds[i] != before[i]] == [12, 32] and kinds[12] == "delta, one side"
+    assert kinds_strip(kinds).count('class="delta one-side"') == 2
     share = (
         3
         * density(both.replace(attention=both.attention.replace(phase=np.int32([AttentionPhase.DELTA]))), 40)[
@@ -102,6 +108,17 @@ def test_a_one_sided_step_counts_and_costs_half_of_one_that_runs_both():
     _, whole = by_schedule(steps, 50, base)
     _, found = by_schedule(steps, 50, halved(base, one_sided_steps=one_sided))
     assert found["counts"]["delta, one side"] == 3 and whole["ms"] - found["ms"] == pytest.approx(3 * 4.0 / 2)
+
+
+def test_a_result_says_which_steps_were_one_sided_whichever_network_ran_them():
+    """And not of those that a gate has skipped."""
+    step = plan_steps(halved(one_sided_steps=(2, 3)), 5, **SIZES, sides=2)
+    table = lambda step: SimpleNamespace(step=step, times=range(5))
+    span = lambda first, step: Span(role="", first=first, table=table(step), need=0, options={})
+    found = computed([span(0, step), span(5, step.replace(skip=np.arange(5) == 3))], 4)
+    assert (found["one_sided_steps"], found["skipped_steps"]) == ((2, 3, 7), (8,))
+    out = PipelineOutput(seconds=1.0, settings={"num_inference_steps": 10}, **found)
+    assert "skipped 8, one-sided 2, 3, 7\n" in summary(out, 1, "video")
 
 
 @pytest.mark.parametrize(
@@ -202,4 +219,5 @@ def test_the_memory_plan_knows_the_difference_and_that_one_side_is_kept(model):
     whole, half = plan(skipping, 2.0), plan(halved(skipping, after=0.5), 2.0)
     assert half["difference of both sides"] == TOKENS * CONFIG.in_channels * 4
     assert whole["kept for skipped steps"] - half["kept for skipped steps"] == TOKENS * CONFIG.hidden_size * 4
+    assert half["modulations of all steps"] == 1.5 * whole["modulations of all steps"]
     assert plan(halved(skipping, after=0.5), None) == plan(skipping, None)

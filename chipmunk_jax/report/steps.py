@@ -10,7 +10,7 @@ from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.denoising import plan_spans
 from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.report.price import step_kinds
-from chipmunk_jax.schedule import Step, Taken, as_taken, density
+from chipmunk_jax.schedule import Step, Taken, as_taken, density, run_shares
 
 PARTS = ("attention", "mlp")
 
@@ -54,11 +54,10 @@ def by_layer(shares: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _shares(plan: Step, part: str, steps: int, layers: int) -> np.ndarray:
-    """[steps, layers], of the columns of a part that are computed; 0 in a skipped step."""
+    """[steps, layers], of the columns of a part that are computed: of a one-sided step half, of a skipped one none."""
     share, found = getattr(plan, part), np.ones((steps, layers))
     for step in range(steps) if share else ():
         phase = np.asarray(share.phase)[step : step + 1]
         one = Step(**{part: share.replace(phase=phase, dense_layers=0)})
         found[step, share.dense_layers :] = density(one, 1)[part]
-    found[np.asarray(plan.skip)] = 0
-    return found
+    return found * np.broadcast_to(run_shares(plan), steps)[:, None]
