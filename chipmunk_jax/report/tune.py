@@ -16,7 +16,6 @@ from chipmunk_jax.report.space import Candidate, Family
 
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
 FINE = 0.01  # of the dense cost: less is not worth another round of that search
-LOOKS = 4  # at ways of a family for one budget, whose costs are not known before they are measured
 
 Judge = Callable[
     [Candidate, int], tuple[float, float]
@@ -200,9 +199,7 @@ class Search:
 
     def _look(self, family: Family, budget: float) -> Point | None:
         """The way of a family that costs the most within a budget, as measured, on one prompt at least; None: there is none."""
-        for _ in range(LOOKS):
-            if (one := self._next(family, budget)) is None:
-                break
+        while one := self._next(family, budget):
             self.measure(one, 1)
         return self._within(family, budget)
 
