@@ -80,7 +80,7 @@ def programs(monkeypatch):
         found.append(
             re.sub(r" {tf.aliasing_output = \d+ : i32}", "", program.as_text())
         )  # jax_debug_nans donates nothing
-        return sampling.SampleState(x=jnp.zeros(()), solver=None, cache=None, kept=None, broken=np.full(1, -1))
+        return sampling.SampleState(x=jnp.zeros((1, 1, 1)), solver=None, cache=None, kept=None, broken=np.full(1, -1))
 
     monkeypatch.setattr(sampling, "finished", keep)
     return found

@@ -14,6 +14,7 @@ from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.report import space
 from chipmunk_jax.report.configurations import Configuration
 from chipmunk_jax.report.space import Candidate, Family, Space
+from chipmunk_jax.report.trials import Trials
 from chipmunk_jax.report.tune import Goal, Point, Search, decide
 from chipmunk_jax.schedule import Taken
 from chipmunk_jax.sparsity import PRESETS
@@ -233,6 +234,16 @@ def test_moves_change_one_choice_and_those_that_do_not_matter_make_no_family(rea
     for move in real.moves(start):
         assert sum(getattr(move, name) != getattr(start, name) for name in vars(start)) == 1 or not move.sparse
     assert len({move.plain() for move in real.moves(start)}) == len(real.moves(start))
+
+
+def test_a_sample_of_a_gate_that_decides_costs_what_it_did_not_skip(checkpoint):
+    pipeline, settings = Pipeline.from_pretrained(checkpoint), dict(height=20, width=12)
+    small = Space(pipeline.variant, pipeline.variant.complete(**settings, steps=8), PRESETS["mini-flux"])
+    given = settings | dict(num_inference_steps=8)
+    trials = Trials(pipeline, ["red striped heart on meadow"], given, small)
+    one = small.at(Family(steps=8, gate="sea"), 0.3)
+    out, _ = trials.sampler.time(one.configuration, 0)  # the program that it runs below
+    assert (skipped := out.skipped_steps) and trials(one, 0)[1] == pytest.approx(1 - len(skipped) / 8)
 
 
 SMALL = ["--height", "12", "--width", "16", "--steps", "3", "--prompts", "2"]

@@ -16,7 +16,6 @@ from chipmunk_jax.report.space import Candidate, Family
 
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
 FINE = 0.01  # of the dense cost: less is not worth another round of that search
-LOOKS = 4  # at ways of a family for one budget, whose costs are not known before they are measured
 
 Judge = Callable[
     [Candidate, int], tuple[float, float]
@@ -125,7 +124,7 @@ class Search:
         self.end, self.longest = clock() + seconds, 0.0
         self.points: dict[str, Point] = {}
         self.half = 0.5 / ways.steps  # a rival that costs up to half a step more counts as one of the same cost
-        self.strongest: list[Family] = []  # the best rival of each kind: fewer steps, and skipped ones
+        self.strongest: list[Family] = []  # the best rivals, of fewer steps and of skipped ones, the better one first
 
     def run(self, goal: Goal) -> Found:
         """The search to its end or to that of its time, and what it decides for.
@@ -200,9 +199,7 @@ class Search:
 
     def _look(self, family: Family, budget: float) -> Point | None:
         """The way of a family that costs the most within a budget, as measured, on one prompt at least; None: there is none."""
-        for _ in range(LOOKS):
-            if (one := self._next(family, budget)) is None:
-                break
+        while one := self._next(family, budget):
             self.measure(one, 1)
         return self._within(family, budget)
 
@@ -251,7 +248,8 @@ class Search:
             looks += self._looks(self.ways.gated(skipping.candidate.family), budget)
         for point in looks:
             kinds.setdefault(point.candidate.family.steps is None, []).append(point)
-        self.strongest = [self._race(points).candidate.family for points in kinds.values()]
+        raced = sorted(map(self._race, kinds.values()), key=lambda point: -point.mean(self.prompts))
+        self.strongest = [point.candidate.family for point in raced]
 
     def _to_budget(self, budget: float) -> None:
         self._face_rivals(budget)
