@@ -271,9 +271,9 @@ class GuidanceCache:
     A full step of the other parts runs both. Saves nothing where there is one side, as in distilled models.
     """
 
-    after: float = option(0.4, "fraction of the steps, at the start, that run both sides: from 0 to 1")
+    after: float = option(0.3, "fraction of the steps, at the start, that run both sides: from 0 to 1")
     every: int = option(
-        5,
+        3,
         "number of steps after that from one that runs both sides to the next, among schedule_steps; 1 for all of them",
     )
     one_sided_steps: tuple[int, ...] | None = option(

@@ -77,7 +77,7 @@ def test_with_more_steps_the_times_stay_that_run_one_side_or_both():
 
 
 def test_one_side_alone_has_nothing_to_leave_out():
-    sparsity = halved(after=0.5)
+    sparsity = halved(after=0.5, every=5)
     one, two = (plan_steps(sparsity, 10, **SIZES, sides=sides) for sides in (1, 2))
     assert one.one_sided is None and density(one, 4) == {"attention": 1.0, "mlp": 1.0}
     assert two.one_sided.tolist() == [False] * 5 + [True] * 4 + [False]
