@@ -208,17 +208,12 @@ class Space:
     @cached_property
     def gates(self) -> tuple[Gate, ...]:
         """Those of GATES that the network can have."""
-        network, *_ = self._shapes
+        network, *_ = self.variant.shapes(self.settings, 1, jnp.float32)
         return tuple(gate for gate in GATES if gate not in SIGNALS or hasattr(network, SIGNALS[gate]))
 
     @cached_property
-    def _shapes(self):
-        return self.variant.shapes(self.settings, 1, jnp.float32)
-
-    @cached_property
     def _stacks(self):
-        network, noise, cond = self._shapes
-        return network.stacks(noise.shape[1], cond)
+        return self.variant.stacks(self.settings)
 
     @cached_property
     def _layers(self) -> int:
