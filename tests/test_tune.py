@@ -142,6 +142,17 @@ def test_a_gate_that_decides_is_searched_by_the_costs_that_it_has(budget):
     assert len(nearest.levels) == 3 and nearest.cost > found.best.cost - 0.5 / STEPS
 
 
+def test_rivals_that_exceed_the_budget_on_more_prompts_do_not_lead():
+    def judge(one, prompt):
+        deciding = one.rival and one.family.gate == "easy"
+        return 20 + 30 * one.cost + 3 * deciding + drawn(one.name, prompt), one.cost + 0.1 * (deciding and prompt > 0)
+
+    searched = Search(Gated(), judge, prompts=3)
+    found = searched.run(Goal(budget=0.35))
+    assert found.best.cost <= 0.35 and all(family.gate == "share" for family in searched.strongest)
+    assert len(searched.strongest) == 2
+
+
 def test_a_larger_budget_never_gives_less():
     for seed in range(8):
         judge = search(by_chance(seed))

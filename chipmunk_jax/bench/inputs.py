@@ -37,8 +37,7 @@ class Workload(PlannedSample):
     @cached_property
     def stacks(self) -> dict[str, Stack]:
         """Sizes of the stacks of layers."""
-        network, noise, cond = self.variant.shapes(self.settings, self.batch, self.dtype)
-        return network.stacks(noise.shape[1], cond)
+        return self.variant.stacks(self.settings)
 
     @property
     def layers(self) -> int:

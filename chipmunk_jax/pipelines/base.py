@@ -366,8 +366,7 @@ class Pipeline:
 
     def layers(self, request: Request) -> int:
         """Layers of the network."""
-        _, noise, cond = self.shapes(request)
-        return sum(stack.layers for stack in self.network.stacks(noise.shape[1], cond).values())
+        return sum(stack.layers for stack in self.variant.stacks(request.settings).values())
 
     def text_rows(self, request: Request) -> int | None:
         """Rows of text that the network gets; None: the usual number."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.fit import check_schedules
-from chipmunk_jax.model import Condition, Model
+from chipmunk_jax.model import Condition, Model, Stack
 from chipmunk_jax.models.leaves import abstract
 from chipmunk_jax.pinned_keys import check_grid, fitted
 from chipmunk_jax.solvers import (
@@ -197,6 +197,11 @@ class Variant:
         rows = network.conditions(tokens, text or self.text_rows).items()
         cond = {name: array(*shape, kind=kinds.get(name, jnp.float32)) for name, shape in rows}
         return network, array(tokens, network.channels), cond
+
+    def stacks(self, settings: Settings, text: int | None = None) -> dict[str, Stack]:
+        """The stacks of layers of a sample, by name; arguments as of shapes()."""
+        network, noise, cond = self.shapes(settings, 1, jnp.float32, text)
+        return network.stacks(noise.shape[1], cond)
 
 
 def _nearest(size: int, side: int, lone: int) -> str:

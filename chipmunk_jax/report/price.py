@@ -167,8 +167,7 @@ def prices_of(entries: Sequence[Entry]) -> Prices:
 
 def _plan_of(variant: Variant, settings: Settings, sparsity: Sparsity, entry: Entry) -> tuple[Step, int]:
     """A plan with the shares of columns that the steps of a record had, and the layers of its model."""
-    network, noise, cond = variant.shapes(settings, 1, entry["dtype"], entry["shape"]["text"])
-    stacks = network.stacks(noise.shape[1], cond)
+    stacks = variant.stacks(settings, entry["shape"]["text"])
     layers = sum(stack.layers for stack in stacks.values())
     if entry["shape"]["layers"] != layers:
         raise InputError(f"steps of {entry['shape']['layers']} layers: expected all {layers} of {entry['model']}")

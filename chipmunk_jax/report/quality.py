@@ -141,8 +141,7 @@ def _statistics(likeness: Mapping[str, np.ndarray], first: Mapping[str, np.ndarr
 def _cost(prices: Prices, pipeline: Pipeline, request: Request, drawn: Drawn, dense_steps: int) -> dict[str, Any]:
     """Cost of the plan on a published model, as a share of its dense sample, and which model that is."""
     variant, settings = pipeline.variant, request.settings
-    network, noise, cond = variant.shapes(settings, 1, pipeline.network.dtype)
-    stacks, grid = network.stacks(noise.shape[1], cond), variant.grid(settings)
+    stacks, grid = variant.stacks(settings), variant.grid(settings)
     steps, sides = settings["steps"], 2 if request.guided else 1
     plan = plan_stacks(stacks, request.sparsity, steps, grid, sides) if request.sparsity else Step()
     layers = pipeline.layers(request)

@@ -95,7 +95,8 @@ class Space:
         """Families that the search for compositions begins with: the model's own shares on top of a rival, both rivals in one."""
         attention, mlp = self.base.attention, self.base.mlp
         keys, neurons = _nearest(KEYS, attention and attention.top_keys), _nearest(NEURONS, mlp and mlp.top_keys)
-        skipping = replace(rival, steps=rival.steps or self.steps, means=64, full_every=3)
+        # Steps of a known number: a gate takes several looks to be of a cost.
+        skipping = replace(rival, steps=rival.steps or self.steps, gate=GATES[0], means=64, full_every=3)
         # The first is what measured best on mini-wan, benchmarks/frontier-mini-wan.yaml.
         found = [replace(skipping, keys=keys or 0.2, full_every=5, predict=("residual", 0))]
         found += [replace(skipping, keys=keys or 0.2, full_every=every) for every in (5, 3)]
@@ -109,7 +110,8 @@ class Space:
         """Families that differ in one choice, by the next value of it where values have an order."""
         beside = lambda values, value: [values[i] for i in _beside(values.index(value), len(values))]
         whole = [max(2, round(part * self.steps)) for part in FEWER]
-        found = [replace(family, keys=keys) for keys in beside(KEYS, family.keys)]
+        found = self.gated(family)
+        found += [replace(family, keys=keys) for keys in beside(KEYS, family.keys)]
         found += [replace(family, means=means) for means in MEANS]
         found += [replace(family, full_every=every) for every in beside(FULL_EVERY, family.full_every)]
         found += [replace(family, neurons=neurons) for neurons in beside(NEURONS, family.neurons)]
@@ -117,7 +119,6 @@ class Space:
         found += [replace(family, dense_layers=layers) for layers in DENSE_LAYERS]
         found += [replace(family, voxels=side) for side in beside(VOXELS, family.voxels)]
         found += [replace(family, steps=steps) for steps in (*whole, None)]
-        found += self.gated(family)
         return [one for one in dict.fromkeys(family.plain() for family in found) if one != family.plain()]
 
     def at(self, family: Family, budget: float) -> Candidate | None:
@@ -208,17 +209,12 @@ class Space:
     @cached_property
     def gates(self) -> tuple[Gate, ...]:
         """Those of GATES that the network can have."""
-        network, *_ = self._shapes
+        network, *_ = self.variant.shapes(self.settings, 1, jnp.float32)
         return tuple(gate for gate in GATES if gate not in SIGNALS or hasattr(network, SIGNALS[gate]))
 
     @cached_property
-    def _shapes(self):
-        return self.variant.shapes(self.settings, 1, jnp.float32)
-
-    @cached_property
     def _stacks(self):
-        network, noise, cond = self._shapes
-        return network.stacks(noise.shape[1], cond)
+        return self.variant.stacks(self.settings)
 
     @cached_property
     def _layers(self) -> int:

@@ -228,14 +228,15 @@ class Search:
         found = {point.candidate.name: point for family in families if (point := self._look(family, budget))}
         return sorted(found.values(), key=lambda point: -point.levels[0])
 
-    def _race(self, points: Sequence[Point]) -> Point:
-        """The best of some, measured on all prompts.
+    def _race(self, points: Sequence[Point], budget: float) -> Point:
+        """The best of some, measured on all prompts, of those that stay within a budget; where none does, of all.
 
         The one that is ahead, on the prompts that it shares with the one measured most, is measured on one more until it has all.
         """
         while True:
-            first = max(points, key=lambda point: (len(point.levels), point.mean(len(point.levels))))
-            ahead = max([first, *points], key=lambda point: point.over(first)[0])
+            inside = [point for point in points if point.cost <= budget] or points
+            first = max(inside, key=lambda point: (len(point.levels), point.mean(len(point.levels))))
+            ahead = max([first, *inside], key=lambda point: point.over(first)[0])
             if len(ahead.levels) >= self.prompts:
                 return ahead
             self.measure(ahead.candidate, len(ahead.levels) + 1)
@@ -248,7 +249,8 @@ class Search:
             looks += self._looks(self.ways.gated(skipping.candidate.family), budget)
         for point in looks:
             kinds.setdefault(point.candidate.family.steps is None, []).append(point)
-        raced = sorted(map(self._race, kinds.values()), key=lambda point: -point.mean(self.prompts))
+        raced = [self._race(points, budget) for points in kinds.values()]
+        raced.sort(key=lambda point: -point.mean(self.prompts))
         self.strongest = [point.candidate.family for point in raced]
 
     def _to_budget(self, budget: float) -> None:
@@ -260,17 +262,17 @@ class Search:
         seeds = seeds or self.ways.seeds(self.strongest[0] if self.strongest else self.ways.rivals()[-1])
         if not (points := self._looks(seeds, budget)):
             return None
-        best, before = self._race(points), None
+        best, before = self._race(points, budget), None
         while best is not before:
             self._confirm(best)
-            before, best = best, self._better(best, budget) or self._race(self._compositions(budget))
+            before, best = best, self._better(best, budget) or self._race(self._compositions(budget) or [best], budget)
         return best
 
     def _better(self, best: Point, budget: float) -> Point | None:
         """The first way that differs from the best by one move and is better on all prompts, if it is so at a first look."""
         for family in self.ways.moves(best.candidate.family):
             point = self._look(family, budget)
-            if point and point is not best and self._race([best, point]) is point:
+            if point and point is not best and self._race([best, point], budget) is point:
                 return point
         return None
 
