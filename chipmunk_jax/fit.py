@@ -52,6 +52,7 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
         every = min(max(1, _stretched(part.full_step_every, written, steps)), steps)
         schedule = dict(full_step_schedule=tuple(sorted(numbers)), full_step_every=every)
         fitted[name] = replace(part, **schedule) if delta else None
+    fitted["max_drift"] = sparsity.max_drift if any(fitted.values()) else None  # nothing is left out: nothing to guard
     return replace(sparsity, **fitted, schedule_steps=None)
 
 

@@ -112,7 +112,10 @@ def plan(
     fitted = sparsity and fit(sparsity, steps)
     caching = fitted.step_cache and caching_of(fitted.step_cache, grid) if fitted else None
     if caching:
-        check_caching(fitted.step_cache, model, len(noise))
+        check_caching(fitted.step_cache, model)
+    if fitted and fitted.decides and len(noise) > 1:
+        what = f"gate={caching.gate!r}" if caching and caching.decides else f"max_drift={fitted.max_drift:g}"
+        raise InputError(f"{what} with {len(noise)} samples: expected one at a time, as it decides for one")
     order = patch_order(grid, sparsity.patches if sparsity else ())
     sides = 1 if guidance is None else 2
     stacks = model.stacks(noise.shape[1], cond)
@@ -126,7 +129,7 @@ def plan(
         positions=model.positions(grid)[order],
         guidance=None if guidance is None else np.float32(guidance),
         caching=caching,
-        max_drift=np.float32(fitted.max_drift) if fitted and fitted.decides and fitted.max_drift else None,
+        max_drift=np.float32(fitted.max_drift) if fitted and fitted.max_drift else None,
         solver=solver,
     )
 

@@ -101,15 +101,13 @@ def caching_of(config: StepCache, grid: tuple[int, ...]) -> Caching:
     return Caching(np.float32(threshold), np.int32(config.max_skips), polynomial, **structure)
 
 
-def check_caching(config: StepCache, model: Model, samples: int) -> None:
-    """Raises InputError where a gate needs what the model has not, or one sample at a time."""
+def check_caching(config: StepCache, model: Model) -> None:
+    """Raises InputError where a gate needs what the model has not."""
     method = SIGNALS.get(config.gate)
     if method and not hasattr(model, method):
         raise InputError(
             f"gate={config.gate!r}: {type(model).__name__} has no {method}(); expected one of list, share, easy"
         )
-    if config.decides and samples > 1:
-        raise InputError(f"gate={config.gate!r} with {samples} samples: expected one at a time, as it decides for one")
 
 
 def with_constants(sparsity: Sparsity, model: str) -> Sparsity:

@@ -115,7 +115,7 @@ def test_a_result_says_which_steps_were_one_sided_whichever_network_ran_them():
     step = plan_steps(halved(one_sided_steps=(2, 3)), 5, **SIZES, sides=2)
     table = lambda step: SimpleNamespace(step=step, times=range(5))
     span = lambda first, step: Span(role="", first=first, table=table(step), need=0, options={})
-    found = computed([span(0, step), span(5, step.replace(skip=np.arange(5) == 3))], 4)
+    found = computed([span(0, step), span(5, step.replace(skip=np.arange(5) == 3))], 4, 1)
     assert (found["one_sided_steps"], found["skipped_steps"]) == ((2, 3, 7), (8,))
     out = PipelineOutput(seconds=1.0, settings={"num_inference_steps": 10}, **found)
     assert "skipped 8, one-sided 2, 3, 7\n" in summary(out, 1, "video")
