@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from chipmunk_jax.report.ways import SAME
 from chipmunk_jax.whole import whole
 
 PLOTTED = ("column_attention", "mlp")  # whose time should fall with the columns left out
+PANELS = 2  # of quality in a row
 Series = dict[str, list[tuple[float, float]]]  # points in ascending order, by name
 
 
@@ -35,21 +37,26 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         wanted = f"{' or '.join(PLOTTED)} with a time and some sparsity, or quality with a cost"
         raise InputError(f"records of {kinds}: nothing to plot; expected some of {wanted}")
     panels = {"": speedups} if speedups else frontiers
-    figure = Figure(figsize=(3 + 5 * len(panels), 6), layout="constrained")
-    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (name, series) in zip(every, panels.items(), strict=True):
+    across = min(len(panels), PANELS)
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(3 + 5 * across, 1 + 5 * down), layout="constrained")
+    every = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in every[len(panels) :]:
+        axes.remove()
+    for axes, (name, series) in zip(every, panels.items(), strict=False):
         if speedups:
             _draw_speedups(axes, series)
         else:
             _draw_frontier(axes, series, list(dict.fromkeys(itertools.chain(*panels.values()))))
         axes.set_title(name, fontsize="medium")
         axes.grid(True, which="both", alpha=0.3)
-    every[0].set_ylabel("times as fast as dense" if speedups else "mean PSNR to the dense sample, dB")
-    every[len(panels) // 2].set_xlabel("columns left out, %" if speedups else _cost_of(records))
-    devices = sorted({str(entry.get("device")) for entry in records})
-    figure.suptitle(", ".join(devices), fontsize="medium")
-    lines = {line.get_label(): line for axes in every for line in axes.get_legend_handles_labels()[0]}
-    inside, below = dict(loc="upper left"), dict(loc="outside lower center", ncols=1 + len(panels))
+        axes.set_ylabel("times as fast as dense" if speedups else "mean PSNR to the dense sample, dB")
+        axes.set_xlabel("columns left out, %" if speedups else "cost, %")
+        axes.label_outer()
+    devices = ", ".join(sorted({str(entry.get("device")) for entry in records}))
+    figure.suptitle(devices if speedups else f"{devices}; {_cost_of(records)}", fontsize="medium")
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]}
+    inside, below = dict(loc="upper left"), dict(loc="outside lower center", ncols=1 + across)
     (axes if speedups else figure).legend(lines.values(), lines, fontsize="small", **(inside if speedups else below))
     with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
