@@ -95,9 +95,14 @@ SKIPPING = {
 OF_VIDEOS = {"recompute_mask": True, "query_stride": 2, "random_keys": 0.01, "fixed_random_keys": 0.01}
 OF_HUNYUAN = {"top_keys": 0.05, "text_keys": True, "text_queries": True, "full_step_schedule": [0, 1, 10, 40]}
 OF_MINIS = {"group": 64, "first_n_dense_layers": 0, "block_means": 64, "share_sides": True}
-SKIPPED = {  # of the small models
-    "mini-flux": {"predict": "hidden", "order": 1, "skip_steps": [*range(4, 26, 3)]},
-    "mini-wan": {"predict": "residual", "skip_steps": [4, 6, 9, 11, 14, 16, 19, 21, 24, 26]},
+# Full steps and, between these, in turn delta steps and one or two skipped ones.
+BALANCED = {"full_step_every": 8, "full_step_schedule": [0, 1, *range(2, 43, 8)]}
+FAST = {"full_step_every": 9, "full_step_schedule": [0, 1, *range(2, 48, 9)], "top_keys": 0.05}
+SKIPPED = {
+    "mini-flux": {"order": 1, "skip_steps": [*range(4, 26, 3)]},
+    "mini-wan": {"skip_steps": [4, 6, 9, 11, 14, 16, 19, 21, 24, 26]},
+    "-balanced": {"skip_steps": [step for step in range(4, 50, 2) if step % 8 != 2]},
+    "-fast": {"skip_steps": [step for step in range(3, 49) if step % 3 != 2]},
 }
 VALUES = {
     "flux": (KEYS, NEURONS, [8, 4]),
@@ -111,11 +116,18 @@ VALUES = {
     ),
     "mini-wan": (KEYS | OF_MINIS | {"full_step_schedule": [0, 1, *range(2, 28, 5)]}, None, [[4, 4, 4]]),
 }
-STEP_CACHES = {f"{name}-step-cache": VALUES[name] for name in ("flux", "hunyuan-video", "wan-14b", "wan-1.3b")}
+PUBLISHED = ("flux", "hunyuan-video", "wan-14b", "wan-1.3b")
+STEP_CACHES = {f"{name}-step-cache": VALUES[name] for name in PUBLISHED}
+for name in PUBLISHED:
+    attention, _, patches = VALUES[name]
+    no_chance = {"random_keys": 0.0, "fixed_random_keys": 0.0, "local_voxels": 0, "recompute_mask": False}
+    means = {"top_keys": 0.165, "block_means": 64, "share_sides": True, "residual_bits": 16 if name == "flux" else 8}
+    VALUES |= {f"{name}-balanced": (attention | no_chance | means | BALANCED, None, patches)}
+    VALUES |= {f"{name}-fast": (attention | no_chance | means | FAST, None, patches)}
 
 
 def test_the_presets_are_these():
-    assert list(PRESETS) == sorted(VALUES | STEP_CACHES) and len(PRESETS) == 10
+    assert list(PRESETS) == sorted(VALUES | STEP_CACHES) and len(PRESETS) == 18
     with pytest.raises(KeyError):
         PRESETS["fluks"]
     with pytest.raises(TypeError):
@@ -126,10 +138,11 @@ def test_the_presets_are_these():
 def test_every_field_of_the_presets_is_as_it_was_measured(name):
     attention, mlp, patches = (VALUES | STEP_CACHES)[name]
     step_cache = SKIPPING if name in STEP_CACHES else None
-    if name in SKIPPED:
-        step_cache = SKIPPING | SKIPPED[name]
+    for end, skipped in SKIPPED.items():
+        step_cache = SKIPPING | skipped if name.endswith(end) else step_cache
     rest = {"schedule_steps": {"mini-flux": 28, "mini-wan": 30}.get(name, 50), "patches": patches}
-    rest |= {"step_cache": step_cache, "guidance_cache": None}
+    guarded = name.startswith("mini") or name.endswith("-balanced")
+    rest |= {"step_cache": step_cache, "guidance_cache": None, "max_drift": 0.05 if guarded else None}
     assert to_dict(PRESETS[name]) == {"attention": attention, "mlp": mlp} | rest
     assert load_sparsity(name) == PRESETS[name]
 
@@ -137,7 +150,7 @@ def test_every_field_of_the_presets_is_as_it_was_measured(name):
 def test_names_of_presets_are_known_without_reading_them(monkeypatch):
     monkeypatch.setattr(config_file, "read_config", lambda file: pytest.fail(f"{file} was read"))
     presets = type(PRESETS)()
-    assert "flux" in presets and "fluks" not in presets and len(list(presets)) == len(presets) == 10
+    assert "flux" in presets and "fluks" not in presets and len(list(presets)) == len(presets) == 18
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "chipmunk_jax/presets").iterdir()), ids=lambda file: file.stem)
@@ -374,7 +387,7 @@ def test_overrides_by_dotted_names_win():
         (
             {"atention": {}},
             {},
-            ["sparsity: unknown key atention", "attention, mlp, step_cache, guidance_cache, schedule_steps, patches"],
+            ["sparsity: unknown key atention", "attention, mlp, step_cache, guidance_cache, max_drift, schedule_steps, patches"],
         ),
         ({"attention": {"topkeys": 1}}, {}, ["sparsity.attention: unknown key topkeys", "top_keys", "recompute_mask"]),
         ({"mlp": {"recompute_mask": True, 7: 7}}, {}, ["sparsity.mlp: unknown key recompute_mask, 7", "select_every"]),
