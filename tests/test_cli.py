@@ -24,7 +24,7 @@ from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.sparsity_flags import add_sparsity_flags, read_sparsity
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import VARIANTS, Pipeline
-from chipmunk_jax.sparsity import PARTS, PRESETS, to_dict
+from chipmunk_jax.sparsity import PARTS, PRESETS, GuidanceCache, to_dict
 
 PROMPT = "red striped heart on meadow"
 BENCHES = ("kernels", "step", "sample", "schedule", "quality", "plot")
@@ -161,7 +161,7 @@ def test_bad_input_of_one_command_is_one_sentence_too(command, flags, words, che
             {"atention": None},
             [
                 "sparsity: unknown key atention",
-                "known are attention, mlp, step_cache, guidance_cache, schedule_steps, patches",
+                "known are attention, mlp, step_cache, guidance_cache, max_drift, schedule_steps, patches",
             ],
         ),
         ({"mlp": {"top_keys": "0.2"}}, ["sparsity.mlp.top_keys='0.2'", "a number"]),
@@ -384,7 +384,7 @@ def test_a_sample_that_is_not_finite_is_one_sentence_exit_1_and_no_file(
 
 
 def test_a_sample_is_sparse_by_the_models_own_preset_and_says_what_it_computed(checkpoint, folder, capsys):
-    flags = ["--steps", 28, "--guidance", 1]
+    flags = ["--steps", 28, "--guidance", 1, "--sparsity.max-drift", "null"]  # random weights drift
     assert run("sample", checkpoint, "-o", "a.png", *flags) == 0
     captured = capsys.readouterr()
     # See test_pipeline.py for the shares.
@@ -393,7 +393,9 @@ def test_a_sample_is_sparse_by_the_models_own_preset_and_says_what_it_computed(c
     assert f"s on cpu, compilation included, {shares}\n{steps}" in captured.out
     assert "sparse: compiling" in captured.err and "sparse: sampling" in captured.err
     with Image.open("a.png") as image:
-        assert json.loads(image.text["settings"])["sparsity"] == to_dict(PRESETS["mini-flux"])
+        assert json.loads(image.text["settings"])["sparsity"] == to_dict(
+            dataclasses.replace(PRESETS["mini-flux"], max_drift=None)
+        )
     assert run("sample", checkpoint, "-o", "b.png", *flags, "--sparsity.step-cache.skip-steps", "[6,9]") == 0
     assert f"{full}, skipped 6, 9\n" in capsys.readouterr().out
     assert run("sample", checkpoint, "-o", "c.png", *flags, "--dense") == 0
@@ -617,11 +619,12 @@ def test_single_flags_start_from_the_models_own_preset():
 
 
 def test_every_field_has_a_flag():
-    tree = to_dict(PRESETS["flux-step-cache"])
-    assert all(isinstance(tree[part], dict) for part in PARTS)
-    for name in [f"{part}.{name}" for part in PARTS for name in tree[part]] + ["schedule_steps", "patches"]:
+    tree = to_dict(dataclasses.replace(PRESETS["flux-step-cache"], guidance_cache=GuidanceCache()))
+    whole = {"patches": [4], "schedule_steps": 60, "max_drift": 0.1}
+    assert set(tree) == {*PARTS, *whole}
+    for name in [f"{part}.{name}" for part in PARTS for name in tree[part]] + list(whole):
         part, _, field = name.partition(".")
-        value = tree[part][field] if field else {"patches": [4], "schedule_steps": 60}[name]
+        value = tree[part][field] if field else whole[name]
         found = parse(f"--sparsity.{name.replace('_', '-')}", json.dumps(value))
         assert found == load_sparsity("flux", {name: value}) and (name != "patches" or found.patches == (4,))
 

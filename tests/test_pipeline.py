@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines import Pipeline
 from chipmunk_jax.pipelines.pixels import PixelFluxPipeline, WordTable
+from chipmunk_jax.sparsity import PRESETS
 
 MINI = Path(__file__).parents[1] / "examples/mini-flux"
 PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
@@ -182,6 +184,9 @@ def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(pipeline
 def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
     """The model's own preset where nothing is said: over and over a full, a delta and a skipped step."""
     options = SIZE | dict(num_inference_steps=28, guidance_scale=1, seed=3)
+    guarded, preset = pipeline(PROMPTS[0], **options), replace(PRESETS["mini-flux"], max_drift=None)
+    assert guarded.full_steps == tuple(range(28))  # random weights drift
+    options |= {"sparsity": preset}
     out = pipeline(PROMPTS[0], **options, num_images_per_prompt=2)
     assert [image.size for image in out.images] == [(12, 20)] * 2 and out.frames is None and out.seconds > 0
     assert (out.full_steps, out.skipped_steps) == ((0, 1, *range(2, 28, 3)), tuple(range(4, 28, 3)))

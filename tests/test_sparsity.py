@@ -387,7 +387,10 @@ def test_overrides_by_dotted_names_win():
         (
             {"atention": {}},
             {},
-            ["sparsity: unknown key atention", "attention, mlp, step_cache, guidance_cache, max_drift, schedule_steps, patches"],
+            [
+                "sparsity: unknown key atention",
+                "attention, mlp, step_cache, guidance_cache, max_drift, schedule_steps, patches",
+            ],
         ),
         ({"attention": {"topkeys": 1}}, {}, ["sparsity.attention: unknown key topkeys", "top_keys", "recompute_mask"]),
         ({"mlp": {"recompute_mask": True, 7: 7}}, {}, ["sparsity.mlp: unknown key recompute_mask, 7", "select_every"]),

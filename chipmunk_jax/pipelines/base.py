@@ -350,6 +350,9 @@ class Pipeline:
             with Reporter(steps * runs, "dense" if dense else "sparse", progress, callback) as reporter:
                 given = self.residents, noise, cond, uncond, reporter
                 tokens, done = run_spans(spans, *given, apart=request.apart)
+            found = together([computed(spans, self.layers(request), request.at_once) for spans in done])
+            if not dense and request.sparsity.max_drift and len(found["full_steps"]) == steps:
+                self.tell(f"max_drift={request.sparsity.max_drift:g}: all steps drifted too far to leave anything out")
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings, latent = request.settings, output_type == "latent"
             inexact = {} if latent else self.inexact(settings)
@@ -361,7 +364,7 @@ class Pipeline:
             settings={self.names.get(name, name): value for name, value in settings.items()}
             | {"seed": request.seed}
             | inexact,
-            **together([computed(spans, self.layers(request), request.at_once) for spans in done]),
+            **found,
         )
 
     def layers(self, request: Request) -> int:
