@@ -259,7 +259,7 @@ def _full_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
 def _delta_residual(x, mlp: MlpWeights, cache: MlpCache, step: Step):
     tiling = _tiling(step)
     chosen, _ = column_fc1(x, mlp.fc1, mlp.b1, cache.columns, **tiling)
-    return column_fc2(chosen, mlp.fc2, cache.columns, residual=cache.out, **tiling), cache
+    return _together((column_fc2(chosen, mlp.fc2, cache.columns, residual=cache.out, **tiling), cache))
 
 
 def _tiling(step: Step) -> dict:

@@ -17,7 +17,6 @@ from flax import struct
 from chipmunk_jax.cache import LayerCache
 from chipmunk_jax.model import Condition, Model, modulations_of
 from chipmunk_jax.schedule import Step, by_kind
-from chipmunk_jax.step_cache import unless_skipped
 
 Caches = dict[str, LayerCache] | None
 
@@ -83,19 +82,13 @@ def run_sides(
             [B, N, D]. None: no step is one-sided; they are those of all entries.
     """
 
-    def hidden(told: Told, step: Step, tokens: jax.Array, cache: Caches, **known: bool):
-        run = lambda step, tokens, cache: model.hidden(tokens, told.t, told.cond, positions, cache, step, told.mods)
-        return by_kind(step, run, tokens, cache, **known)
+    def run(step: Step, tokens: jax.Array, cache: Caches, difference: jax.Array | None):
+        one = difference is not None and step.sides == 1
+        told, own = (prompted, tokens[: len(difference)]) if one else (whole, tokens)
+        hidden, cache = model.hidden(own, told.t, told.cond, positions, cache, step, told.mods)
+        if one or difference is None:
+            return hidden, cache, difference
+        velocity, other = jnp.split(model.velocity(hidden, whole.mods), 2)
+        return hidden[: len(velocity)], cache, velocity - other
 
-    def both(_, cache: Caches, __):
-        found, cache = hidden(whole, step, tokens, cache)
-        velocity, other = jnp.split(model.velocity(found, whole.mods), 2)
-        return found[: len(velocity)], cache, velocity - other
-
-    def one(tokens: jax.Array, cache: Caches, difference: jax.Array):
-        return *hidden(prompted, step.replace(sides=1), tokens, cache, delta=True), difference
-
-    if difference is None:
-        return *hidden(whole, step, tokens, cache), None
-    kept = unless_skipped(step.one_sided, both, tokens[: len(difference)], cache, difference)
-    return unless_skipped(~step.one_sided, one, *kept)
+    return by_kind(step, run, tokens, cache, difference)

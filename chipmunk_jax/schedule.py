@@ -132,16 +132,16 @@ def by_phase(phase: jax.Array | int, branches: Sequence[Callable], *operands):
     return branches[phase](*operands) if isinstance(phase, int) else lax.switch(phase, branches, *operands)
 
 
-# What most steps are; the rest are the first two.
+# What most steps are; the rest are the first two, and one-sided ones are never the last.
 KINDS = (
-    (AttentionPhase.DELTA, MlpPhase.DELTA),
-    (AttentionPhase.DELTA, MlpPhase.SELECT_DELTA),
-    (AttentionPhase.REFRESH, MlpPhase.FULL),
+    dict(attention=AttentionPhase.DELTA, mlp=MlpPhase.DELTA),
+    dict(attention=AttentionPhase.DELTA, mlp=MlpPhase.SELECT_DELTA),
+    dict(attention=AttentionPhase.REFRESH, mlp=MlpPhase.FULL),
 )
 
 
-def by_kind(step: Step, run: Callable, *operands, delta: bool = False):
-    """run(step, *operands), on a GPU compiled once for any step, and once more for each of KINDS.
+def by_kind(step: Step, run: Callable, *operands):
+    """run(step, *operands), whose step.sides is 1 where it is one-sided; on a GPU compiled once more for each of KINDS.
 
     Their layers then have nothing to choose. A choice takes a GPU some 25 us, two in every layer of FLUX.1 3 ms of 79; and in a
     branch XLA copies every slice of a stack of weights.
@@ -150,22 +150,31 @@ def by_kind(step: Step, run: Callable, *operands, delta: bool = False):
         step: what is known of it as it runs.
         run: runs the blocks.
         operands: of run.
-        delta: whether it is known now that the step is no full one, but one of the first two KINDS: nothing else is compiled.
     """
-    shares = (step.attention, step.mlp)
-    apart = delta or choose(step.implementation, dtype=jnp.bfloat16) == "pallas"
-    if not (apart and any(shares)):
+    apart = choose(step.implementation, dtype=jnp.bfloat16) == "pallas" and (step.attention or step.mlp)
+    cases = [(True, step), *(_of_kinds(step, KINDS) if apart else [])]
+    if step.one_sided is not None:
+        halves = _of_kinds(step.replace(sides=1), KINDS[:2])
+        cases += [(step.one_sided & here, half) for here, half in halves]
+    if len(cases) == 1:
         return run(step, *operands)
-    known = lambda kind: tuple(share and phase for share, phase in zip(shares, kind, strict=True))
-    place, branches = 0, [] if delta else [partial(run, step)]
-    for phases in dict.fromkeys(map(known, KINDS[:2] if delta else KINDS)):
-        here = [share.phase == phase for share, phase in zip(shares, phases, strict=True) if share]
-        place = jnp.where(jnp.array(here).all(), len(branches), place)
-        attention, mlp = (
-            share and share.replace(phase=int(phase)) for share, phase in zip(shares, phases, strict=True)
-        )
-        branches.append(partial(run, step.replace(attention=attention, mlp=mlp)))
-    return lax.switch(place, branches, *operands)
+    place = 0  # the last that holds
+    for number, (here, _) in enumerate(cases):
+        place = jnp.where(here, number, place)
+    # One switch, one-sided steps in it: where none of its branches writes the attention's caches, as no delta step does, XLA copies
+    # all others once a switch is in a loop of one turn or none, see unless_skipped().
+    return lax.switch(place, [partial(run, case) for _, case in cases], *operands)
+
+
+def _of_kinds(step: Step, kinds: Sequence[dict[str, IntEnum]]) -> list[tuple[jax.Array | bool, Step]]:
+    """Whether the step is of a kind, and the step with its phases known, for all kinds that differ in what is sparse."""
+    shares = {name: share for name in ("attention", "mlp") if (share := getattr(step, name))}
+    found = []
+    for phases in dict.fromkeys(tuple(kind[name] for name in shares) for kind in kinds):
+        known = {name: shares[name].replace(phase=int(phase)) for name, phase in zip(shares, phases, strict=True)}
+        here = (share.phase == known[name].phase for name, share in shares.items())
+        found.append((functools.reduce(operator.and_, here, True), step.replace(**known)))
+    return found
 
 
 def plan_steps(

@@ -61,6 +61,9 @@ SPARSE = Sparsity(
 )
 SKIPPING = dataclasses.replace(SPARSE, step_cache=StepCache(skip_steps=(3, 5)))
 ONE_SIDED = dataclasses.replace(SPARSE, guidance_cache=GuidanceCache(one_sided_steps=(2, 5)))
+COMPOSED = dataclasses.replace(
+    SKIPPING, mlp=dataclasses.replace(SPARSE.mlp, cache="residual"), guidance_cache=ONE_SIDED.guidance_cache
+)
 DECIDING = dataclasses.replace(SPARSE, step_cache=StepCache(gate="easy", threshold=9.0, predict="residual", order=1))
 
 
@@ -447,8 +450,8 @@ def test_compiled_kernels_sample_what_the_references_do(cache):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("sparsity", "guidance"),
-    [(SPARSE, None), (SKIPPING, None), (ONE_SIDED, 2.0)],
-    ids=["sparse", "skipping", "one side"],
+    [(SPARSE, None), (SKIPPING, None), (ONE_SIDED, 2.0), (COMPOSED, 2.0)],
+    ids=["sparse", "skipping", "one side", "composed"],
 )
 def test_no_cache_is_copied_in_the_compiled_program(monkeypatch, sparsity, guidance):
     """A copy of a stacked cache at every layer costs more than the delta step saves. (Of one layer, the stack is its part.)"""
