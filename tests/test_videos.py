@@ -16,6 +16,7 @@ from chipmunk_jax.media import IMAGE_DESCRIPTION
 from chipmunk_jax.pipelines import VARIANTS, Pipeline
 from chipmunk_jax.pipelines.pixels import PixelPipeline
 from chipmunk_jax.quality import psnr
+from chipmunk_jax.report.ways import level
 from chipmunk_jax.sparsity import to_dict
 
 PROMPTS = ("red striped heart on meadow", "a Blue, plain ring on night.", "yellow checkered disc on sky")
@@ -217,7 +218,7 @@ def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, fold
     settings = SIZE | dict(num_inference_steps=3, callback_on_step_end=lambda *_: None, output_type="np")
     draw = lambda sparsity: pipeline([PROMPTS[0], PROMPTS[2]], **settings, sparsity=sparsity).frames
     dense, sparse = draw(None), draw(sparsity)
-    assert report["psnr"] == pytest.approx([psnr(a, b) for a, b in zip(sparse, dense, strict=True)])
+    assert report["psnr"] == pytest.approx([level(a, b) for a, b in zip(sparse, dense, strict=True)])
     frames = [[psnr(sparse[b, t], dense[b, t]) for t in range(5)] for b in range(2)]
     np.testing.assert_allclose(report["psnr_of_frames"], frames)
     assert f"frames  {np.min(frames):7.1f} to {np.max(frames):.1f} dB\n" in out
