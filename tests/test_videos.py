@@ -219,7 +219,7 @@ def test_verify_compares_clips_and_their_frames(video_checkpoint, pipeline, fold
     draw = lambda sparsity: pipeline([PROMPTS[0], PROMPTS[2]], **settings, sparsity=sparsity).frames
     dense, sparse = draw(None), draw(sparsity)
     assert report["psnr"] == pytest.approx([level(a, b) for a, b in zip(sparse, dense, strict=True)])
-    frames = [[psnr(sparse[b, t], dense[b, t]) for t in range(5)] for b in range(2)]
+    frames = [[level(sparse[b, t], dense[b, t]) for t in range(5)] for b in range(2)]
     np.testing.assert_allclose(report["psnr_of_frames"], frames)
     assert f"frames  {np.min(frames):7.1f} to {np.max(frames):.1f} dB\n" in out
     with Image.open("a.webp") as image:
