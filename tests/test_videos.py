@@ -15,7 +15,6 @@ from chipmunk_jax.errors import InputError
 from chipmunk_jax.media import IMAGE_DESCRIPTION
 from chipmunk_jax.pipelines import VARIANTS, Pipeline
 from chipmunk_jax.pipelines.pixels import PixelPipeline
-from chipmunk_jax.quality import psnr
 from chipmunk_jax.report.ways import level
 from chipmunk_jax.sparsity import to_dict
 

@@ -15,6 +15,7 @@ import numpy as np
 from chipmunk_jax.report.space import Candidate, Family
 
 SHRINK = 0.75  # of the best cost so far, where the search for a cheaper one of a quality begins
+FAIR = 2  # prompts that every rival meets before it may fall behind: one may be unlike the others
 FINE = 0.01  # of the dense cost: less is not worth another round of that search
 
 Judge = Callable[
@@ -228,11 +229,14 @@ class Search:
         found = {point.candidate.name: point for family in families if (point := self._look(family, budget))}
         return sorted(found.values(), key=lambda point: -point.levels[0])
 
-    def _race(self, points: Sequence[Point], budget: float) -> Point:
+    def _race(self, points: Sequence[Point], budget: float, least: int = 1) -> Point:
         """The best of some, measured on all prompts, of those that stay within a budget; where none does, of all.
 
         The one that is ahead, on the prompts that it shares with the one measured most, is measured on one more until it has all.
+        Each meets at least so many.
         """
+        for point in points:
+            self.measure(point.candidate, min(least, self.prompts))
         while True:
             inside = [point for point in points if point.cost <= budget] or points
             first = max(inside, key=lambda point: (len(point.levels), point.mean(len(point.levels))))
@@ -249,7 +253,7 @@ class Search:
             looks += self._looks(self.ways.gated(skipping.candidate.family), budget)
         for point in looks:
             kinds.setdefault(point.candidate.family.steps is None, []).append(point)
-        raced = [self._race(points, budget) for points in kinds.values()]
+        raced = [self._race(points, budget, FAIR) for points in kinds.values()]
         raced.sort(key=lambda point: -point.mean(self.prompts))
         self.strongest = [point.candidate.family for point in raced]
 
