@@ -52,8 +52,8 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
         every = min(max(1, _stretched(part.full_step_every, written, steps)), steps)
         schedule = dict(full_step_schedule=tuple(sorted(numbers)), full_step_every=every)
         fitted[name] = replace(part, **schedule) if delta else None
-    fitted["max_drift"] = sparsity.max_drift if any(fitted.values()) else None  # nothing is left out: nothing to guard
-    return replace(sparsity, **fitted, schedule_steps=None)
+    result = replace(sparsity, **fitted, schedule_steps=None)
+    return result if result.has_delta_or_skipped_steps else replace(result, max_drift=None)
 
 
 def check_schedules(sparsity: Sparsity, steps: int) -> None:

@@ -331,7 +331,7 @@ def sample(
     callback: Callable[[int, float, np.ndarray], None] | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """The samples, f32 [B, N, C], tokens in raster order; one after another under a gate that decides (step_cache.gate).
+    """The samples, f32 [B, N, C], tokens in raster order; one after another where a gate or max_drift decides (Sparsity.decides).
 
     The same arguments give the same bits; on a GPU, where XLA chooses algorithms by timing them, in another process only with a
     compilation cache (jax_compilation_cache_dir), as the command line keeps one.
@@ -352,8 +352,8 @@ def sample(
         seed: of the columns kept by chance.
         solver: None for Euler.
         progress: draws a bar.
-        callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order; under a gate that
-            decides, with all steps of one sample, x [1, N, C], and then with those of the next.
+        callback: called on the host as callback(step, t, x) after every step, x [B, N, C] in raster order; where samples
+            are made one after another, with all steps of one, x [1, N, C], and then with those of the next.
         implementation: of the kernels, see pallas_kernels.dispatch.choose.
 
     What the networks take, and how they are usually sampled (chipmunk_jax.pipelines.variant_of has all of it by config):
@@ -412,7 +412,7 @@ def run(
         reporter: entered; its callback(step, t, x, clean) sees the clean sample too, that x points at, in raster order.
         sparsity: that of the table.
         carried: what another network led to, whose steps came before: x and the solver go on from there, the caches are new.
-        apart: samples one after another, as gates that decide have it, in place of all at once.
+        apart: samples one after another, as gates that decide and the drift guard have it, in place of all at once.
 
     Raises:
         NotFiniteError: a sample is not finite; it says from which step on.

@@ -327,7 +327,8 @@ class Sparsity:
         check_types(self)
         written = self.schedule_steps
         require(written is None or 1 <= written <= MOST_STEPS, "schedule_steps", written, f"1 to {MOST_STEPS}, or null")
-        require(self.max_drift is None or self.max_drift > 0, "max_drift", self.max_drift, "above 0, or null")
+        fits = self.max_drift is None or 0 < self.max_drift < math.inf
+        require(fits, "max_drift", self.max_drift, "a finite number above 0, or null")
         require(_nested(self.patches), "patches", self.patches, "sides that divide each other, the largest first")
 
     @property
@@ -339,7 +340,12 @@ class Sparsity:
     def decides(self) -> bool:
         """Whether a gate or the drift guard decides while a sample runs, so that samples run one after another."""
         gate = self.step_cache is not None and self.step_cache.decides
-        return gate or (self.max_drift is not None and not self.saves_nothing)
+        return gate or (self.max_drift is not None and self.has_delta_or_skipped_steps)
+
+    @property
+    def has_delta_or_skipped_steps(self) -> bool:
+        """Whether the drift guard has something to decide: one-sided steps that compute everything are full ones to it."""
+        return bool(self.attention or self.mlp or self.step_cache)
 
 
 def _nested(patches: tuple[int | tuple[int, ...], ...]) -> bool:

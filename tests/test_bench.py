@@ -384,6 +384,8 @@ def test_a_sample_takes_what_its_steps_take():
     _, every, skipping = by_schedule(steps, 50, PRESETS["flux-step-cache"])
     assert skipping["counts"]["skipped"] == 25 and sum(skipping["counts"].values()) == 50
     assert every == sparse and skipping["sparsity"] == to_dict(PRESETS["flux-step-cache"])
+    # A drift guard decides by the sample, so of its steps there is the plan alone.
+    assert by_schedule(steps, 50, dataclasses.replace(PRESETS["flux"], max_drift=0.05)) == [dense, sparse]
     assert Counter(kinds(PRESETS["hunyuan-video"], 50)) == {"full": 1, "select": 3, "delta": 46}
 
 

@@ -131,10 +131,12 @@ def test_a_guard_decides_for_one_sample_and_of_a_dense_one_there_is_none(model):
     ):
         plan(guarded(COMPOSED, 0.05), 2)
     assert plan(guarded(Sparsity(mlp=None, attention=None), 0.05), 2).max_drift is None
+    sides_alone = guarded(dataclasses.replace(ALONE, step_cache=None, guidance_cache=COMPOSED.guidance_cache), 0.05)
+    assert not sides_alone.decides and fit(sides_alone, STEPS).max_drift is None
     few = guarded(COMPOSED, 0.05), fit(guarded(dataclasses.replace(PRESETS["flux"], mlp=None), 0.05), 2)
     assert few[0].decides and few[1].saves_nothing and few[1].max_drift is None
-    for bound in (0.0, -1.0):
-        with pytest.raises(InputError, match=f"max_drift={bound}: expected above 0, or null"):
+    for bound in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=f"max_drift={bound}: expected a finite number above 0, or null"):
             guarded(COMPOSED, bound)
 
 

@@ -22,7 +22,7 @@ from chipmunk_jax.pipelines.denoising import Span, computed
 from chipmunk_jax.progress import Reporter
 from chipmunk_jax.report.charts import kinds_strip
 from chipmunk_jax.report.price import step_kinds
-from chipmunk_jax.schedule import AttentionPhase, as_taken, density, plan_steps, taken
+from chipmunk_jax.schedule import AttentionPhase, Taken, as_taken, density, plan_steps, taken
 from chipmunk_jax.sparsity import PRESETS, to_dict
 
 ALONE = Sparsity(attention=None, mlp=None)
@@ -119,6 +119,9 @@ def test_a_result_says_which_steps_were_one_sided_whichever_network_ran_them():
     assert (found["one_sided_steps"], found["skipped_steps"]) == ((2, 3, 7), (8,))
     out = PipelineOutput(seconds=1.0, settings={"num_inference_steps": 10}, **found)
     assert "skipped 8, one-sided 2, 3, 7\n" in summary(out, 1, "video")
+    [one], other = found["steps_by_sample"], Taken(full=(0, 1), one_sided=(2,))
+    apart = dataclasses.replace(out, steps_by_sample=(one, other))
+    assert "in the mean 0.5 skipped, in the mean 2 one-sided, as was decided" in summary(apart, 2, "video")
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,9 @@ def summary(out: PipelineOutput, count: int, kind: str) -> str:
     named = {"full": out.full_steps, "skipped": out.skipped_steps, "one-sided": out.one_sided_steps}
     kinds = [f"{name} {_listed(numbers)}" for name, numbers in named.items() if numbers]
     if len(set(out.steps_by_sample)) > 1:
-        mean = lambda name: sum(len(getattr(taken, name)) for taken in out.steps_by_sample) / len(out.steps_by_sample)
-        kinds = [f"in the mean {mean(name):.3g} {name}" for name in ("full", "skipped")] + ["as was decided for each"]
+        count = lambda name: sum(len(getattr(taken, name)) for taken in out.steps_by_sample) / len(out.steps_by_sample)
+        means = {name: count(name.replace("-", "_")) for name in named}
+        kinds = [f"in the mean {mean:.3g} {name}" for name, mean in means.items() if mean] + ["as was decided for each"]
     return f"{first}sparse: {shares}\nof {steps} steps (0 to {steps - 1}) {', '.join(kinds)}\n{stages}"
 
 

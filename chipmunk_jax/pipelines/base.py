@@ -303,8 +303,8 @@ class Pipeline:
             image: of a pipeline that takes one.
             sparsity: "auto" is the model's own preset; a preset's name, a file, or a Sparsity; None samples densely.
             callback_on_step_end: called as callback(step, t, latents, clean) after every step: the time that it led to, 1 to 0,
-                the tokens [B, N, C], and the clean tokens that they point at, raster order. It returns None. Under a gate that
-                decides which steps are skipped, samples, [1, N, C] here, are made one after another.
+                the tokens [B, N, C], and the clean tokens that they point at, raster order. It returns None. Where a
+                gate or max_drift decides what steps compute, samples, [1, N, C] here, are made one after another.
             output_type: "pil", "np" (f32 in 0..1), or "latent" (as `latents`).
             progress: draws a bar.
             implementation: of the kernels, see pallas_kernels.dispatch.choose.
@@ -351,7 +351,12 @@ class Pipeline:
                 given = self.residents, noise, cond, uncond, reporter
                 tokens, done = run_spans(spans, *given, apart=request.apart)
             found = together([computed(spans, self.layers(request), request.at_once) for spans in done])
-            if not dense and request.sparsity.max_drift and len(found["full_steps"]) == steps:
+            planned = computed(spans, self.layers(request), 1)
+            if (
+                not dense
+                and request.sparsity.max_drift
+                and len(found["full_steps"]) == steps > len(planned["full_steps"])
+            ):
                 self.tell(f"max_drift={request.sparsity.max_drift:g}: all steps drifted too far to leave anything out")
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings, latent = request.settings, output_type == "latent"

@@ -97,8 +97,8 @@ def run_spans(
 ) -> tuple[np.ndarray, list[list[Span]]]:
     """Tokens [B, N, C], f32, in raster order, that all networks in turn make of the noise; arrays as of sample().
 
-    And the spans with the steps that were skipped, which a gate may have decided: those of all samples, or of each where they are
-    apart, one after another.
+    And the spans with their steps as they ran, whatever was decided: those of all samples, or of each where they are apart, one
+    after another.
     """
     states: list[sampling.SampleState] = []
     done: list[list[Span]] = [[] for _ in range(len(noise) if apart else 1)]

@@ -80,7 +80,7 @@ class Request:
 
     @property
     def apart(self) -> bool:
-        """Whether samples are made one after another, as a gate decides for each which steps are skipped."""
+        """Whether samples are made one after another, as a gate or the drift guard decides for each what its steps compute."""
         return self.sparsity is not None and self.sparsity.decides
 
     @property

@@ -179,7 +179,8 @@ def _panel(report: Mapping[str, Any]) -> str:
     rows.append(charts.step_axis(len(steps["kinds"])))
     hint = (
         "Above, drift: how far the clean sample that a sparse step points at lies from that of the dense step, relative to its "
-        "norm, the mean of all samples in bold. Beneath, what each step ran, and the share of the columns that each layer computed."
+        "norm, the mean of all samples in bold. Beneath, what each step of the first sample ran, and the share of the columns that "
+        "each layer computed in it."
     )
     return (
         f'<div class="card"><p class="hint">{hint}</p><div class="panel">{"".join(rows)}</div>'

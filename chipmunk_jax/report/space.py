@@ -77,7 +77,7 @@ class Space:
     def __init__(self, variant: Variant, settings: Settings, base: Sparsity, prices: Prices | None = None) -> None:
         """Args:
         variant, settings: the model, and its dense sample.
-        base: has the groups, patches and dense layers of all sparse ways.
+        base: has the groups, patches and drift guard of all sparse ways.
         prices: of a published model's steps, by which costs are told; None: by count of the dense sample's products.
         """
         self.variant, self.settings, self.base, self.prices = variant, settings, base, prices

@@ -103,7 +103,7 @@ def _likeness(key: str, form: str) -> Callable[[Entry], str]:
 
 LIKENESS = {  # percentages are of what the dense samples compute
     "variant": itemgetter("variant"),
-    "steps": lambda entry: f"{entry['steps'] - entry['skipped_steps']:g}",
+    "steps": lambda entry: f"{entry['steps'] - entry['skipped_steps']:.4g}",
     "keys %": lambda entry: _share(_of_dense(entry, "attention")),
     "MLP %": lambda entry: _share(_of_dense(entry, "mlp")),
     "work %": lambda entry: _share(entry.get("executed")),

@@ -86,7 +86,7 @@ def verify(
     Args:
         pipeline: of the model.
         prompts: sentences, one a sample.
-        at_once: samples in a batch; None: all. Where a gate decides while it samples, one.
+        at_once: samples in a batch; None: all. Where something is decided while it samples, one.
         against_rivals: whether the rivals are sampled, too.
         sparsity, settings: as a call of the pipeline takes them.
 
