@@ -69,14 +69,18 @@ def plan(
     samples = 1 if sparsity and sparsity.decides else noise.shape[0]  # at once
     batch = sides * samples
     stacks = model.stacks(tokens, cond)
-    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), cond)
     x = jax.ShapeDtypeStruct((samples, *noise.shape[1:]), jnp.float32)
     state, caching = jax.eval_shape((solver or Euler()).init, x), sparsity and sparsity.step_cache
     one_sided = sides == 2 and sparsity is not None and sparsity.guidance_cache is not None
     kept = samples if one_sided else batch
-    times = lambda entries: jax.ShapeDtypeStruct((steps, entries), jnp.float32)
-    own = jax.tree.map(lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), cond)
-    told = [(times(batch), rows)] + ([(times(samples), own)] if one_sided else [])
+    # Times and conditions of all entries, and where steps are one-sided of the prompt's.
+    told = [
+        (
+            jax.ShapeDtypeStruct((steps, entries), jnp.float32),
+            jax.tree.map(lambda a, entries=entries: jax.ShapeDtypeStruct((entries, *a.shape[1:]), a.dtype), cond),
+        )
+        for entries in [batch, samples][: 1 + one_sided]
+    ]
     return {
         "weights": nbytes(model),
         "noise and conditions": nbytes(noise) + sides * nbytes(cond),
