@@ -59,9 +59,8 @@ class PipelineOutput:
     frames: Any = None
     seconds: float  # of all of it, compilation included
     stages: dict[str, Stage] = field(default_factory=dict)  # "text", "transformer", "decoder"
-    density: dict[
-        str, float
-    ]  # shares of keys and neurons computed over all steps and layers, a mean: "attention", "mlp"
+    # Shares of keys and neurons computed over all steps, layers and samples: "attention", "mlp".
+    density: dict[str, float]
     full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything, of every sample
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block, of every sample
     one_sided_steps: tuple[int, ...] = ()  # steps that ran the prompt's side of guidance alone, of every sample
