@@ -29,7 +29,7 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
     A full step stays at its time of the path. A step is skipped where the number of skipped steps so far, in proportion, reaches a
     whole number; where that step must run, a later one that need not, or else an earlier one. Steps 0 and 1 are full in attention,
     step 0 in the MLP. Both sides of guidance run in full steps and in step 0. For as many steps as the schedules are written for
-    they are what they were.
+    they are what they were. Where nothing is left to save, tokens have no patches, either: samples are dense ones, bit for bit.
 
     Args:
         sparsity: its schedules are stretched from schedule_steps, or where that is None, as they are.
@@ -53,7 +53,8 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
         schedule = dict(full_step_schedule=tuple(sorted(numbers)), full_step_every=every)
         fitted[name] = replace(part, **schedule) if delta else None
     result = replace(sparsity, **fitted, schedule_steps=None)
-    return result if result.has_delta_or_skipped_steps else replace(result, max_drift=None)
+    result = result if result.has_delta_or_skipped_steps else replace(result, max_drift=None)
+    return replace(result, patches=()) if result.saves_nothing else result
 
 
 def check_schedules(sparsity: Sparsity, steps: int) -> None:

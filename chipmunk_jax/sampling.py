@@ -116,10 +116,10 @@ def plan(
     if fitted and fitted.decides and len(noise) > 1:
         what = f"gate={caching.gate!r}" if caching and caching.decides else f"max_drift={fitted.max_drift:g}"
         raise InputError(f"{what} with {len(noise)} samples: expected one at a time, as it decides for one")
-    order = patch_order(grid, sparsity.patches if sparsity else ())
+    order = patch_order(grid, fitted.patches if fitted else ())
     sides = 1 if guidance is None else 2
     stacks = model.stacks(noise.shape[1], cond)
-    step = plan_stacks(stacks, sparsity, steps, grid, sides) if sparsity else Step(sides=sides)
+    step = plan_stacks(stacks, fitted, steps, grid, sides) if fitted else Step(sides=sides)
     return Table(
         step=step.replace(key=key_of(seed), implementation=implementation),
         timesteps=timesteps,
@@ -382,11 +382,11 @@ def sample(
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r}: expected a function of (step, t, x), or None")
     noise, cond, uncond = placed(model, noise, cond, uncond)
-    check(model, noise, cond, uncond=uncond, **fixed)
+    fitted = check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
-    apart = sparsity is not None and sparsity.decides
+    apart = fitted is not None and fitted.decides
     table = plan(model, noise[:1] if apart else noise, cond, **fixed)
-    steps, dense = len(table.times), sparsity is None or fit(sparsity, len(table.times)).saves_nothing
+    steps, dense = len(table.times), fitted is None or fitted.saves_nothing
     with Reporter(steps * len(noise) if apart else steps, "dense" if dense else "sparse", progress, seen) as reporter:
         given = dict(uncond=uncond, sparsity=sparsity)
         return jnp.concatenate([state.x for state in run(model, noise, cond, table, reporter, apart=apart, **given)])

@@ -26,7 +26,7 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import WITH_SIZE, check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
-from chipmunk_jax.pipelines.denoising import computed, is_dense, plan_spans, run_spans, together
+from chipmunk_jax.pipelines.denoising import computed, plan_spans, run_spans, together
 from chipmunk_jax.pipelines.elsewhere import COMPONENTS, ELSEWHERE, NotHereError, check_known
 from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
@@ -341,7 +341,7 @@ class Pipeline:
         with self._timed(stages, "text"), phase("text", progress):
             noise, cond, uncond = self.inputs(request)
         with self._timed(stages, "transformer"):
-            steps, dense = request.settings["steps"], is_dense(spans)
+            steps, dense = request.settings["steps"], request.dense
             if dense and request.sparsity and not request.sparsity.saves_nothing:
                 self.tell(f"{steps} steps: too few for this sparsity to save anything, sampled densely")
             callback = callback_on_step_end and _without_result(callback_on_step_end)
