@@ -97,7 +97,7 @@ def check(
                 raise InputError(
                     f"uncond: condition {name} {x.shape}, expected {cond[name].shape}, as of cond: one batch holds both"
                 )
-    fitted = sparsity and fit(sparsity, steps)
+    fitted = sparsity and fit(sparsity, steps, guided=guidance is not None)
     memory.check_room(model, noise, cond, placed=True, sparsity=fitted, steps=steps, at_once=at_once, **fixed)
     return fitted
 

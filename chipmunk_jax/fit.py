@@ -23,7 +23,7 @@ Span = tuple[int, int]  # steps from the first to before the second
 Part = AttentionSparsity | MlpSparsity
 
 
-def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
+def fit(sparsity: Sparsity, steps: int, span: Span | None = None, guided: bool = True) -> Sparsity:
     """The Sparsity for so many steps: its schedules are lists of these steps, and a part that would save nothing is None.
 
     A full step stays at its time of the path. A step is skipped where the number of skipped steps so far, in proportion, reaches a
@@ -35,6 +35,7 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
         sparsity: its schedules are stretched from schedule_steps, or where that is None, as they are.
         steps: of the sampler.
         span: the steps that one of several networks runs, which has caches of its own; they count from 0 in the result. None: all.
+        guided: whether there are two sides of guidance; with one no step is one-sided.
 
     Raises:
         InputError: a schedule that names a step beyond those that it is written for, or a full one as skipped or one-sided.
@@ -42,11 +43,11 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
     check_schedules(sparsity, steps)
     written, span = sparsity.schedule_steps or steps, span or (0, steps)
     full = {name: _full(part, written, steps, span) for name, part in _parts(sparsity).items()}
-    whole, sides = set().union(*full.values()), sparsity.guidance_cache
+    whole, halved = set().union(*full.values()), sparsity.guidance_cache if guided else None
     cache = sparsity.step_cache and _fit_cache(sparsity.step_cache, written, steps, span, whole)
     skipped = cache.skip_steps if cache and cache.gate == "list" else ()
-    sides = sides and _fit_sides(sides, written, steps, span, whole, skipped)
-    fitted: dict[str, Any] = {"step_cache": cache, "guidance_cache": sides}
+    halved = halved and _fit_sides(halved, written, steps, span, whole, skipped)
+    fitted: dict[str, Any] = {"step_cache": cache, "guidance_cache": halved}
     for name, numbers in full.items():
         part, delta = getattr(sparsity, name), span[1] - span[0] > len(numbers.union(skipped))
         every = min(max(1, _stretched(part.full_step_every, written, steps)), steps)

@@ -73,7 +73,7 @@ def plan(
     stacks = model.stacks(tokens, cond)
     x = jax.ShapeDtypeStruct((samples, *noise.shape[1:]), jnp.float32)
     state, caching = jax.eval_shape((solver or Euler()).init, x), sparsity and sparsity.step_cache
-    one_sided = sides == 2 and sparsity is not None and sparsity.guidance_cache is not None
+    one_sided = sparsity is not None and sparsity.guidance_cache is not None
     kept = samples if one_sided else batch
     # Times and conditions of all entries, and where steps are one-sided of the prompt's.
     told = [

@@ -109,7 +109,7 @@ def plan(
     steps = len(timesteps) - 1
     fixed = dict(guidance=guidance, seed=seed, solver=solver, implementation=implementation)
     check_settings(noise, grid, sparsity=sparsity, **fixed)
-    fitted = sparsity and fit(sparsity, steps)
+    fitted = sparsity and fit(sparsity, steps, guided=guidance is not None)
     caching = fitted.step_cache and caching_of(fitted.step_cache, grid) if fitted else None
     if caching:
         check_caching(fitted.step_cache, model)

@@ -199,7 +199,7 @@ def plan_steps(
     Raises:
         InputError: a schedule that the steps cannot follow.
     """
-    fitted = fit(sparsity, steps)
+    fitted = fit(sparsity, steps, guided=sides > 1)
     attention, mlp = fitted.attention, fitted.mlp
     named = lambda numbers: np.isin(np.arange(steps), numbers)
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
@@ -211,7 +211,7 @@ def plan_steps(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
         skip=fitted.step_cache and named(fitted.step_cache.skip_steps),
-        one_sided=fitted.guidance_cache and named(fitted.guidance_cache.one_sided_steps) if sides > 1 else None,
+        one_sided=fitted.guidance_cache and named(fitted.guidance_cache.one_sided_steps),
         sides=sides,
     )
 

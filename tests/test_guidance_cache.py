@@ -82,6 +82,7 @@ def test_one_side_alone_has_nothing_to_leave_out():
     assert one.one_sided is None and density(one, 4) == {"attention": 1.0, "mlp": 1.0}
     assert two.one_sided.tolist() == [False] * 5 + [True] * 4 + [False]
     assert density(two, 4) == {"attention": 0.8, "mlp": 0.8}
+    assert [fit(sparsity, 10, guided=guided).saves_nothing for guided in (False, True)] == [True, False]
 
 
 def test_a_one_sided_step_counts_and_costs_half_of_one_that_runs_both():
@@ -217,7 +218,7 @@ def test_the_memory_plan_knows_the_difference_and_that_one_side_is_kept(model):
     noise, cond = inputs(1)
     skipping = dataclasses.replace(ALONE, step_cache=StepCache(skip_steps=(4,)))
     plan = lambda sparsity, guidance: plan_memory(
-        model, noise, cond, steps=8, sparsity=fit(sparsity, 8), guidance=guidance
+        model, noise, cond, steps=8, sparsity=fit(sparsity, 8, guided=guidance is not None), guidance=guidance
     )
     whole, half = plan(skipping, 2.0), plan(halved(skipping, after=0.5), 2.0)
     assert half["difference of both sides"] == TOKENS * CONFIG.in_channels * 4

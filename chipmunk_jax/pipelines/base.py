@@ -343,7 +343,7 @@ class Pipeline:
         with self._timed(stages, "transformer"):
             steps, dense = request.settings["steps"], request.dense
             if dense and request.sparsity and not request.sparsity.saves_nothing:
-                self.tell(f"{steps} steps: too few for this sparsity to save anything, sampled densely")
+                self.tell(f"this sparsity saves nothing in {steps} steps, sampled densely")
             callback = callback_on_step_end and _without_result(callback_on_step_end)
             runs = request.batch // request.at_once
             with Reporter(steps * runs, "dense" if dense else "sparse", progress, callback) as reporter:

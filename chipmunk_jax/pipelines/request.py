@@ -72,7 +72,7 @@ class Turn:
     role: str  # of the network
     span: Span  # its steps
     guidance: float | None  # scale of true guidance; None: it sees one side
-    sparsity: Sparsity | None  # fitted to its steps
+    sparsity: Sparsity | None  # fitted to its steps and sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Request:
         for (role, name), span in spans.items():
             if span[0] < span[1]:
                 guidance = self.settings[name] if guides(self.settings[name]) else None
-                sparsity = self.sparsity and fit(self.sparsity, steps, span)
+                sparsity = self.sparsity and fit(self.sparsity, steps, span, guided=guidance is not None)
                 turns.append(Turn(role=role, span=span, guidance=guidance, sparsity=sparsity))
         return turns
 
