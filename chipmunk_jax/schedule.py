@@ -270,7 +270,7 @@ def _kept(share: Share) -> float:
 class Taken:
     """What the steps of a sample were, by number; those that are not named are delta steps."""
 
-    full: tuple[int, ...] = ()  # attention or the MLP computed everything, or nothing was sparse
+    full: tuple[int, ...] = ()  # attention or the MLP computed everything for all sides, or nothing was sparse
     skipped: tuple[int, ...] = ()  # no block ran
     one_sided: tuple[int, ...] = ()  # of guidance the prompt's side ran alone
 
@@ -284,7 +284,7 @@ def taken(table: Step, steps: int, first: int = 0) -> Taken:
         first: the number of the table's first step.
     """
     skip, one = (np.broadcast_to(False if flags is None else flags, steps) for flags in (table.skip, table.one_sided))
-    flags = np.broadcast_to(table.is_full, steps), skip, one & ~skip
+    flags = table.is_full & ~one, skip, one & ~skip
     return Taken(*(tuple((first + np.flatnonzero(where)).tolist()) for where in flags))
 
 

@@ -111,15 +111,15 @@ def test_a_one_sided_step_counts_and_costs_half_of_one_that_runs_both():
     assert found["counts"]["delta, one side"] == 3 and whole["ms"] - found["ms"] == pytest.approx(3 * 4.0 / 2)
 
 
-def test_a_result_says_which_steps_were_one_sided_whichever_network_ran_them():
-    """And not of those that a gate has skipped."""
+def test_a_step_of_a_result_is_full_or_skipped_or_one_sided_whichever_network_ran_it():
     step = plan_steps(halved(one_sided_steps=(2, 3)), 5, **SIZES, sides=2)
     table = lambda step: SimpleNamespace(step=step, times=range(5))
     span = lambda first, step: Span(role="", first=first, table=table(step), need=0, options={})
     found = computed([span(0, step), span(5, step.replace(skip=np.arange(5) == 3))], 4, 1)
     assert (found["one_sided_steps"], found["skipped_steps"]) == ((2, 3, 7), (8,))
+    assert found["full_steps"] == (0, 1, 4, 5, 6, 9)
     out = PipelineOutput(seconds=1.0, settings={"num_inference_steps": 10}, **found)
-    assert "skipped 8, one-sided 2, 3, 7\n" in summary(out, 1, "video")
+    assert "full 0, 1, 4, 5, 6, 9, skipped 8, one-sided 2, 3, 7\n" in summary(out, 1, "video")
     [one], other = found["steps_by_sample"], Taken(full=(0, 1), one_sided=(2,))
     apart = dataclasses.replace(out, steps_by_sample=(one, other))
     assert "in the mean 0.5 skipped, in the mean 2 one-sided, as was decided" in summary(apart, 2, "video")

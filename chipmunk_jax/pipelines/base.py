@@ -61,7 +61,8 @@ class PipelineOutput:
     stages: dict[str, Stage] = field(default_factory=dict)  # "text", "transformer", "decoder"
     # Shares of keys and neurons computed over all steps, layers and samples: "attention", "mlp".
     density: dict[str, float]
-    full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything, of every sample
+    # Steps in which attention or the MLP computed everything for all sides of guidance, of every sample.
+    full_steps: tuple[int, ...]
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block, of every sample
     one_sided_steps: tuple[int, ...] = ()  # steps that ran the prompt's side of guidance alone, of every sample
     # The same of each sample: where something is decided while it samples, they differ.
