@@ -184,11 +184,12 @@ def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(pipeline
     assert np.any(draw(PROMPTS[1]) != image)
 
 
-def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
+def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline, capsys):
     """The model's own preset where nothing is said: over and over a full, a delta and a skipped step."""
     options = SIZE | dict(num_inference_steps=28, guidance_scale=1, seed=3)
     guarded, preset = pipeline(PROMPTS[0], **options), replace(PRESETS["mini-flux"], max_drift=None)
     assert guarded.full_steps == tuple(range(28))  # random weights drift
+    assert "max_drift=0.05: all steps drifted too far to leave anything out\n" in capsys.readouterr().err
     options |= {"sparsity": preset}
     out = pipeline(PROMPTS[0], **options, num_images_per_prompt=2)
     assert [image.size for image in out.images] == [(12, 20)] * 2 and out.frames is None and out.seconds > 0
