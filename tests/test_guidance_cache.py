@@ -125,6 +125,15 @@ def test_a_step_of_a_result_is_full_or_skipped_or_one_sided_whichever_network_ra
     assert "in the mean 0.5 skipped, in the mean 2 one-sided, as was decided" in summary(apart, 2, "video")
 
 
+@pytest.mark.parametrize("sparsity", [ALONE, Sparsity(mlp=None)], ids=["alone", "with deltas"])
+def test_steps_as_they_were_taken_are_told_as_they_were(sparsity):
+    """A gate may run, on one side or on both, what it may skip."""
+    gated = halved(dataclasses.replace(sparsity, step_cache=StepCache(gate="easy")), after=0.3, every=4)
+    step, found = plan_steps(gated, 9, **SIZES, sides=2), Taken(full=(0, 1, 2, 5, 8), skipped=(3, 6), one_sided=(4, 7))
+    assert step.skip[3:8].all() and step.one_sided[[4, 7]].all() and taken(step, 9) != found
+    assert taken(as_taken(step, 9, found), 9) == found
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [
@@ -209,7 +218,7 @@ def test_sides_that_are_alike_give_the_sample_of_one_side_whatever_is_composed(m
         with Reporter(8, "", False, None) as reporter:
             [state] = sampling.run(model, noise, cond, table, reporter, uncond=cond, sparsity=sparsity)
         x.append(state.x)
-        skipped.append(np.flatnonzero(state.gate.skipped).tolist())
+        skipped.append(np.flatnonzero(state.taken[1]).tolist())
     assert listed(composed, 8) == [2, 3, 5, 6, 7] and skipped[0] == skipped[1] == [2, 5]
     np.testing.assert_allclose(*x, **CLOSE)
 
