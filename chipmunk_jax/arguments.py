@@ -77,8 +77,13 @@ def check(
     seed: int,
     solver: Solver | None,
     implementation: Implementation | None,
-) -> None:
-    """Raises InputError where the arguments of sample() do not fit together, or there is no room. Arrays are those of placed()."""
+    at_once: int | None = None,
+) -> Sparsity | None:
+    """The sparsity as fit() makes it of arguments of sample(), arrays as of placed(); at_once as of memory.plan().
+
+    Raises:
+        InputError: arguments that do not fit together, or no room.
+    """
     fixed = dict(guidance=guidance, solver=solver, implementation=implementation)
     steps = len(parse_timesteps(timesteps)) - 1
     check_settings(noise, grid, sparsity=sparsity, seed=seed, **fixed)
@@ -92,8 +97,9 @@ def check(
                 raise InputError(
                     f"uncond: condition {name} {x.shape}, expected {cond[name].shape}, as of cond: one batch holds both"
                 )
-    sparsity = sparsity and fit(sparsity, steps)
-    memory.check_room(model, noise, cond, placed=True, sparsity=sparsity, steps=steps, **fixed)
+    fitted = sparsity and fit(sparsity, steps, guided=guidance is not None)
+    memory.check_room(model, noise, cond, placed=True, sparsity=fitted, steps=steps, at_once=at_once, **fixed)
+    return fitted
 
 
 def check_settings(noise, grid, *, sparsity, guidance, seed, solver, implementation) -> None:

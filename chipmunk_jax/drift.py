@@ -30,22 +30,20 @@ LEFT = 0.3  # before it is known, and at least; of samples of the small Wan at 4
 class DriftGuard:
     """What the guard carries from step to step; velocities are guided, f32 [B, N, C]; all numbers f32."""
 
-    base: jax.Array | None  # velocity of the last full step
-    last: jax.Array | None  # velocity of the last step that ran
+    base: jax.Array  # velocity of the last full step
+    last: jax.Array  # velocity of the last step that ran
     base_time: jax.Array  # of the last full step
     time: jax.Array  # of the last step that ran
     drift: jax.Array  # relative change between these two
     rate: jax.Array  # relative change over time between the last two that ran; 0 before there are two
     left: jax.Array
-    full: jax.Array  # bool [steps], those that computed everything
-    skipped: jax.Array  # bool [steps]
 
     @classmethod
-    def start(cls, steps: int, x: jax.Array) -> "DriftGuard":
-        """Before any of so many steps; x [B, N, C]."""
-        velocity, flags = jnp.zeros(x.shape, jnp.float32), jnp.zeros(steps, bool)
+    def start(cls, x: jax.Array) -> "DriftGuard":
+        """Before any step; x [B, N, C]."""
+        velocity = jnp.zeros(x.shape, jnp.float32)
         numbers = map(jnp.float32, (jnp.inf, jnp.inf, 0, 0, LEFT))  # no step was at an infinite time
-        return cls(velocity, velocity, *numbers, flags, flags)
+        return cls(velocity, velocity, *numbers)
 
     def allowed(self, step: Step, bound: jax.Array, t: jax.Array) -> Step:
         """The step at time t with as much left out of its plan as errs up to the bound, as far as two steps tell."""
@@ -55,8 +53,8 @@ class DriftGuard:
             return step
         return step.replace(skip=step.skip & (self.left * self.drift + change <= bound))
 
-    def after(self, step: Step, index: jax.Array, t: jax.Array, velocity: jax.Array) -> "DriftGuard":
-        """This after a step as it was taken, its number, its time, and its velocity, f32 [B, N, C]."""
+    def after(self, step: Step, t: jax.Array, velocity: jax.Array) -> "DriftGuard":
+        """This after a step as it was taken, its time, and its velocity, f32 [B, N, C]."""
         skipped = np.False_ if step.skip is None else step.skip
         # Before two steps nothing over it is no number.
         rate = jnp.where(jnp.isinf(self.time), 0, relative_change(velocity, self.last) / (self.time - t))
@@ -69,8 +67,6 @@ class DriftGuard:
             drift=relative_change(last, base),
             rate=jnp.where(skipped, self.rate, rate),
             left=jnp.where(step.is_full & (self.drift > 0), self._left_before(t, velocity), self.left),
-            full=self.full.at[index].set(step.is_full),
-            skipped=self.skipped.at[index].set(skipped),
         )
 
     def _left_before(self, t: jax.Array, velocity: jax.Array) -> jax.Array:

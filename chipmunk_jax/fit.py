@@ -23,18 +23,19 @@ Span = tuple[int, int]  # steps from the first to before the second
 Part = AttentionSparsity | MlpSparsity
 
 
-def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
+def fit(sparsity: Sparsity, steps: int, span: Span | None = None, guided: bool = True) -> Sparsity:
     """The Sparsity for so many steps: its schedules are lists of these steps, and a part that would save nothing is None.
 
     A full step stays at its time of the path. A step is skipped where the number of skipped steps so far, in proportion, reaches a
     whole number; where that step must run, a later one that need not, or else an earlier one. Steps 0 and 1 are full in attention,
     step 0 in the MLP. Both sides of guidance run in full steps and in step 0. For as many steps as the schedules are written for
-    they are what they were.
+    they are what they were. Where nothing is left to save, tokens have no patches, either: samples are dense ones, bit for bit.
 
     Args:
         sparsity: its schedules are stretched from schedule_steps, or where that is None, as they are.
         steps: of the sampler.
         span: the steps that one of several networks runs, which has caches of its own; they count from 0 in the result. None: all.
+        guided: whether there are two sides of guidance; with one no step is one-sided.
 
     Raises:
         InputError: a schedule that names a step beyond those that it is written for, or a full one as skipped or one-sided.
@@ -42,18 +43,19 @@ def fit(sparsity: Sparsity, steps: int, span: Span | None = None) -> Sparsity:
     check_schedules(sparsity, steps)
     written, span = sparsity.schedule_steps or steps, span or (0, steps)
     full = {name: _full(part, written, steps, span) for name, part in _parts(sparsity).items()}
-    whole, sides = set().union(*full.values()), sparsity.guidance_cache
+    whole, halved = set().union(*full.values()), sparsity.guidance_cache if guided else None
     cache = sparsity.step_cache and _fit_cache(sparsity.step_cache, written, steps, span, whole)
     skipped = cache.skip_steps if cache and cache.gate == "list" else ()
-    sides = sides and _fit_sides(sides, written, steps, span, whole, skipped)
-    fitted: dict[str, Any] = {"step_cache": cache, "guidance_cache": sides}
+    halved = halved and _fit_sides(halved, written, steps, span, whole, skipped)
+    fitted: dict[str, Any] = {"step_cache": cache, "guidance_cache": halved}
     for name, numbers in full.items():
         part, delta = getattr(sparsity, name), span[1] - span[0] > len(numbers.union(skipped))
         every = min(max(1, _stretched(part.full_step_every, written, steps)), steps)
         schedule = dict(full_step_schedule=tuple(sorted(numbers)), full_step_every=every)
         fitted[name] = replace(part, **schedule) if delta else None
     result = replace(sparsity, **fitted, schedule_steps=None)
-    return result if result.has_delta_or_skipped_steps else replace(result, max_drift=None)
+    result = result if result.has_delta_or_skipped_steps else replace(result, max_drift=None)
+    return replace(result, patches=()) if result.saves_nothing else result
 
 
 def check_schedules(sparsity: Sparsity, steps: int) -> None:

@@ -60,18 +60,20 @@ def plan(
     guidance: float | None = None,
     solver: Solver | None = None,
     implementation: Implementation | None = None,
+    at_once: int | None = None,
 ) -> Parts:
     """Bytes by name of all that a sample holds on its device.
 
-    The arguments are those of sample(), or their shapes alone; sparsity is what fit() makes of it.
+    The arguments are those of sample(), or their shapes alone; sparsity is what fit() makes of it. at_once is how many of the
+    samples the network sees at once; None: all, or one where the sparsity decides.
     """
     sides, tokens = 1 if guidance is None else 2, noise.shape[1]
-    samples = 1 if sparsity and sparsity.decides else noise.shape[0]  # at once
+    samples = at_once or (1 if sparsity and sparsity.decides else noise.shape[0])
     batch = sides * samples
     stacks = model.stacks(tokens, cond)
     x = jax.ShapeDtypeStruct((samples, *noise.shape[1:]), jnp.float32)
     state, caching = jax.eval_shape((solver or Euler()).init, x), sparsity and sparsity.step_cache
-    one_sided = sides == 2 and sparsity is not None and sparsity.guidance_cache is not None
+    one_sided = sparsity is not None and sparsity.guidance_cache is not None
     kept = samples if one_sided else batch
     # Times and conditions of all entries, and where steps are one-sided of the prompt's.
     told = [

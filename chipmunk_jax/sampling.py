@@ -81,13 +81,11 @@ class SampleState:
     # f32 [B, N, C], of the velocities of both sides of guidance in the last step that ran both; None: each step does
     difference: jax.Array | None = None
     drift: DriftGuard | None = None
+    taken: jax.Array | None = None  # bool [3, steps], the Step.kind of those until here; None: all are what was planned
 
     def as_run(self, step: Step) -> Step:
         """The table's steps as they ran until here, with what was decided on the way."""
-        if self.drift is not None:
-            step = step.made_full(np.asarray(self.drift.full) & ~step.is_full)
-        decided = self.drift or self.gate
-        return step if decided is None or step.skip is None else step.replace(skip=np.asarray(decided.skipped))
+        return step if self.taken is None else step.as_kind(*np.asarray(self.taken))
 
 
 @usual_modes()
@@ -109,17 +107,17 @@ def plan(
     steps = len(timesteps) - 1
     fixed = dict(guidance=guidance, seed=seed, solver=solver, implementation=implementation)
     check_settings(noise, grid, sparsity=sparsity, **fixed)
-    fitted = sparsity and fit(sparsity, steps)
+    fitted = sparsity and fit(sparsity, steps, guided=guidance is not None)
     caching = fitted.step_cache and caching_of(fitted.step_cache, grid) if fitted else None
     if caching:
         check_caching(fitted.step_cache, model)
     if fitted and fitted.decides and len(noise) > 1:
         what = f"gate={caching.gate!r}" if caching and caching.decides else f"max_drift={fitted.max_drift:g}"
         raise InputError(f"{what} with {len(noise)} samples: expected one at a time, as it decides for one")
-    order = patch_order(grid, sparsity.patches if sparsity else ())
+    order = patch_order(grid, fitted.patches if fitted else ())
     sides = 1 if guidance is None else 2
     stacks = model.stacks(noise.shape[1], cond)
-    step = plan_stacks(stacks, sparsity, steps, grid, sides) if sparsity else Step(sides=sides)
+    step = plan_stacks(stacks, fitted, steps, grid, sides) if fitted else Step(sides=sides)
     return Table(
         step=step.replace(key=key_of(seed), implementation=implementation),
         timesteps=timesteps,
@@ -171,17 +169,18 @@ def start(
     x = jnp.asarray(noise, jnp.float32)
     stacks = model.stacks(x.shape[1], cond)
     batch, caching, both = _entries(x, table), table.caching, table.step.one_sided is None
+    gate = start_gate(caching, x, partial(_first_signal, model, x, cond, table)) if caching else None
+    drift = None if table.max_drift is None else DriftGuard.start(x)
     return SampleState(
         x=x,
         solver=table.solver.init(x[:, table.order]),
         cache=caches.zeros(stacks, sparsity, batch, model.dtype) if sparsity else None,
         kept=start_kept(caching, model, stacks, x, batch if both else len(x)) if caching else None,
         broken=jnp.full(len(x), -1, jnp.int32),
-        gate=start_gate(caching, len(table.times), x, partial(_first_signal, model, x, cond, table))
-        if caching
-        else None,
+        gate=gate,
         difference=None if both else jnp.zeros_like(x),
-        drift=None if table.max_drift is None else DriftGuard.start(len(table.times), x),
+        drift=drift,
+        taken=jnp.zeros((3, len(table.times)), bool) if gate or drift else None,
     )
 
 
@@ -251,21 +250,24 @@ def denoise(
 
             if gate is not None:
                 seen = signal_of(model, table, state.x, tokens, told.mods, now)
-                skip, gate = decide(caching, gate, skip, index, seen)
+                skip, gate = decide(caching, gate, skip, seen)
             # tokens + (hidden - tokens) is not hidden bit for bit, so a step that runs hands hidden on beside the residual.
             hidden = own_tokens + state.kept.at(now) if caching.predict == "residual" else None
             carried = state.cache, state.kept, gate, state.difference, hidden
             cache, kept, gate, difference, hidden = unless_skipped(skip, run, *carried)
             found = kept.at(now) if hidden is None else hidden
             velocity = found if caching.predict == "velocity" else guided(found, difference)
+        step, taken = step.replace(skip=skip), state.taken
         if drift is not None:
-            drift = drift.after(step.replace(skip=skip), index, now, velocity)
+            drift = drift.after(step, now, velocity)
+        if taken is not None:
+            taken = taken.at[:, index].set(jnp.stack(step.kind))
         x, solver = table.solver.step(state.x, state.solver, velocity, now, timesteps[index + 1])
         if on_step:
             on_step(index, timesteps[index + 1], x[:, back], (state.x - now * velocity)[:, back])
         cache = None if state.cache is None else cache
         broken = jnp.where((state.broken < 0) & ~jnp.isfinite(x).all((1, 2)), index, state.broken)
-        return SampleState(x, solver, cache, kept, broken, gate, difference, drift), None
+        return SampleState(x, solver, cache, kept, broken, gate, difference, drift, taken), None
 
     state, _ = lax.scan(body, state.replace(x=state.x[:, order]), jnp.arange(*span, dtype=jnp.int32))
     return state.replace(x=state.x[:, back])
@@ -382,11 +384,11 @@ def sample(
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r}: expected a function of (step, t, x), or None")
     noise, cond, uncond = placed(model, noise, cond, uncond)
-    check(model, noise, cond, uncond=uncond, **fixed)
+    fitted = check(model, noise, cond, uncond=uncond, **fixed)
     seen = callback and (lambda step, t, x, _: callback(step, t, x))
-    apart = sparsity is not None and sparsity.decides
+    apart = fitted is not None and fitted.decides
     table = plan(model, noise[:1] if apart else noise, cond, **fixed)
-    steps, dense = len(table.times), sparsity is None or fit(sparsity, len(table.times)).saves_nothing
+    steps, dense = len(table.times), fitted is None or fitted.saves_nothing
     with Reporter(steps * len(noise) if apart else steps, "dense" if dense else "sparse", progress, seen) as reporter:
         given = dict(uncond=uncond, sparsity=sparsity)
         return jnp.concatenate([state.x for state in run(model, noise, cond, table, reporter, apart=apart, **given)])
@@ -424,10 +426,7 @@ def run(
         state = _run_together(model, *one, table, reporter, sparsity, carried[i] if carried else None)
         broken[i : i + len(state.broken)] = state.broken
         check_finite(broken, table, model.dtype, first=reporter.first)
-        # Of a gate and the guard only what they decided: what they have seen is as large as the tokens.
-        gate = state.gate and state.gate.replace(signal=None, ran_x=None, ran_velocity=None)
-        drift = state.drift and state.drift.replace(base=None, last=None)
-        states.append(state.replace(cache=None, kept=None, difference=None, gate=gate, drift=drift))
+        states.append(state.replace(cache=None, kept=None, difference=None, gate=None, drift=None))
     return states
 
 

@@ -7,7 +7,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from functools import partial
 
@@ -99,6 +99,16 @@ class Step:
         unless = lambda flags: None if flags is None else flags & ~full
         shares = dict(attention=share(self.attention, AttentionPhase.DELTA), mlp=share(self.mlp, MlpPhase.SELECT_DELTA))
         return self.replace(**shares, skip=unless(self.skip), one_sided=unless(self.one_sided))
+
+    @property
+    def kind(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Whether it is a full one for all sides, a skipped one, a one-sided one, as Taken has them; bool, of a table [steps]."""
+        skip, one = (np.False_ if flags is None else flags for flags in (self.skip, self.one_sided))
+        return self.is_full & ~one, skip, one & ~skip
+
+    def as_kind(self, full: jax.Array, skipped: jax.Array, one_sided: jax.Array) -> "Step":
+        """This with the kind that it had in a sample where something was decided; arguments as of kind."""
+        return self.made_full(full & ~self.is_full).replace(skip=skipped, one_sided=one_sided)
 
     def at_step(self, index: jax.Array) -> "Step":
         """Row `index` of a plan, with a key of its own."""
@@ -199,7 +209,7 @@ def plan_steps(
     Raises:
         InputError: a schedule that the steps cannot follow.
     """
-    fitted = fit(sparsity, steps)
+    fitted = fit(sparsity, steps, guided=sides > 1)
     attention, mlp = fitted.attention, fitted.mlp
     named = lambda numbers: np.isin(np.arange(steps), numbers)
     share = attention and _share(attention, attention_phases(attention, steps), tokens)
@@ -211,7 +221,7 @@ def plan_steps(
         attention=share,
         mlp=mlp and _share(mlp, mlp_phases(mlp, steps), mlp_width),
         skip=fitted.step_cache and named(fitted.step_cache.skip_steps),
-        one_sided=fitted.guidance_cache and named(fitted.guidance_cache.one_sided_steps) if sides > 1 else None,
+        one_sided=fitted.guidance_cache and named(fitted.guidance_cache.one_sided_steps),
         sides=sides,
     )
 
@@ -270,7 +280,7 @@ def _kept(share: Share) -> float:
 class Taken:
     """What the steps of a sample were, by number; those that are not named are delta steps."""
 
-    full: tuple[int, ...] = ()  # attention or the MLP computed everything, or nothing was sparse
+    full: tuple[int, ...] = ()  # attention or the MLP computed everything for all sides, or nothing was sparse
     skipped: tuple[int, ...] = ()  # no block ran
     one_sided: tuple[int, ...] = ()  # of guidance the prompt's side ran alone
 
@@ -283,16 +293,13 @@ def taken(table: Step, steps: int, first: int = 0) -> Taken:
         steps: of the sampler.
         first: the number of the table's first step.
     """
-    skip, one = (np.broadcast_to(False if flags is None else flags, steps) for flags in (table.skip, table.one_sided))
-    flags = np.broadcast_to(table.is_full, steps), skip, one & ~skip
-    return Taken(*(tuple((first + np.flatnonzero(where)).tolist()) for where in flags))
+    numbers = lambda flags: tuple((first + np.flatnonzero(np.broadcast_to(flags, steps))).tolist())
+    return Taken(*map(numbers, table.kind))
 
 
 def as_taken(table: Step, steps: int, taken: Taken) -> Step:
     """The table of a sample whose steps were these, where something was decided while it ran; table and steps as of taken()."""
-    among = lambda numbers: np.isin(np.arange(steps), numbers)
-    made = table.made_full(among(taken.full) & ~np.broadcast_to(table.is_full, steps))
-    return made.replace(skip=among(taken.skipped), one_sided=among(taken.one_sided))
+    return table.as_kind(*(np.isin(np.arange(steps), numbers) for numbers in astuple(taken)))
 
 
 def _full(config: AttentionSparsity | MlpSparsity, steps: int) -> np.ndarray:

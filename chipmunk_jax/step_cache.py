@@ -79,7 +79,6 @@ class GateState:
 
     total: jax.Array  # f32, estimated change since the last step that ran
     row: jax.Array  # i32, steps skipped since then
-    skipped: jax.Array  # bool [steps]
     signal: jax.Array  # of the step before: what the model's method gives, filtered; of "easy" x, f32 [B, N, C]
     # Of "easy" alone: x and the velocity of the last step that ran, and the ratio of their changes, infinite before there are two.
     ran_x: jax.Array | None = None
@@ -157,11 +156,11 @@ def start_kept(caching: Caching, model: Model, stacks: dict[str, Stack], x: jax.
     return Kept(last, jnp.zeros_like(last) if caching.order else None, jnp.float32(jnp.inf))
 
 
-def start_gate(caching: Caching, steps: int, x: jax.Array, signal: Callable[[], jax.Array]) -> GateState | None:
+def start_gate(caching: Caching, x: jax.Array, signal: Callable[[], jax.Array]) -> GateState | None:
     """Before any step; signal() has the shape of what the gate sees. None: all is decided already."""
     if not caching.decides:
         return None
-    nothing = dict(total=jnp.float32(0), row=jnp.int32(0), skipped=jnp.zeros(steps, bool))
+    nothing = dict(total=jnp.float32(0), row=jnp.int32(0))
     zeros = jnp.zeros(x.shape, jnp.float32)
     if caching.gate == "easy":
         return GateState(**nothing, signal=zeros, ran_x=zeros, ran_velocity=zeros, ratio=jnp.float32(jnp.inf))
@@ -169,9 +168,7 @@ def start_gate(caching: Caching, steps: int, x: jax.Array, signal: Callable[[], 
     return GateState(**nothing, signal=jnp.zeros(shape.shape, shape.dtype))
 
 
-def decide(
-    caching: Caching, gate: GateState, allowed: jax.Array, index: jax.Array, signal: jax.Array
-) -> tuple[jax.Array, GateState]:
+def decide(caching: Caching, gate: GateState, allowed: jax.Array, signal: jax.Array) -> tuple[jax.Array, GateState]:
     """Whether this step is skipped, bool, and the state with it; signal as of GateState."""
     if caching.gate == "easy":
         moved, speed = jnp.abs(signal - gate.signal).mean(), jnp.abs(gate.ran_velocity).mean()
@@ -182,12 +179,7 @@ def decide(
         change = jnp.polyval(caching.coefficients, change)
     total = gate.total + change
     skip = allowed & (total < caching.threshold) & (caching.threshold > 0) & (gate.row < caching.most)
-    return skip, gate.replace(
-        total=jnp.where(skip, total, 0),
-        row=jnp.where(skip, gate.row + 1, 0),
-        skipped=gate.skipped.at[index].set(skip),
-        signal=signal,
-    )
+    return skip, gate.replace(total=jnp.where(skip, total, 0), row=jnp.where(skip, gate.row + 1, 0), signal=signal)
 
 
 def ran(gate: GateState, x: jax.Array, velocity: jax.Array) -> GateState:

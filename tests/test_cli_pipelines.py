@@ -15,6 +15,7 @@ from chipmunk_jax import progress
 from chipmunk_jax.cli import verify
 from chipmunk_jax.cli.main import main
 from chipmunk_jax.cli.prompts import calls_of, read_prompts
+from chipmunk_jax.convert.source import Source
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.pipelines.residents import Residents
 from chipmunk_jax.progress import Reporter, phase
@@ -163,14 +164,18 @@ def test_prompts_of_flags_are_a_batch_and_those_of_a_file_come_in_turn(tmp_path)
     assert calls_of(SimpleNamespace(**given)) == expected
 
 
-def test_a_folder_is_converted_once_however_often_it_is_asked_for(flux, folder, capsys):
+def test_a_folder_is_converted_once_however_often_it_is_asked_for(flux, folder, capsys, monkeypatch):
+    """And a conversion matches a component with its model once."""
     assert run("convert", flux, "flux-dev", "--component", "vae") == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("flux-dev/vae: flux_vae, ") and captured.out.count("\n") == 1
     assert run("inspect", "flux-dev") == 1
     out = capsys.readouterr().out
     assert "  missing: tokenizer_2 " in out and "  missing: transformer     no samples\n" in out
+    matched, match = [], Source.match
+    monkeypatch.setattr(Source, "match", lambda self: matched.append(self.layout.model) or match(self))
     assert run("convert", flux, "flux-dev") == 0
+    assert matched == ["clip_text", "t5", "flux", "flux_vae"]
     captured = capsys.readouterr()
     assert "kept, as converted before from the same files: vae\n" in captured.err and "converted: 100%" in captured.err
     assert run("convert", flux, "flux-dev") == 0

@@ -140,6 +140,14 @@ def test_a_guard_decides_for_one_sample_and_of_a_dense_one_there_is_none(model):
             guarded(COMPOSED, bound)
 
 
+def test_samples_that_too_few_steps_make_dense_run_at_once_with_the_bits_of_no_sparsity(model):
+    few, seen = guarded(dataclasses.replace(PRESETS["flux"], mlp=None), 0.05), []
+    options = dict(timesteps=flux_timesteps(2, TOKENS), grid=GRID, callback=lambda step, t, x: seen.append(len(x)))
+    x, dense = (sampling.sample(model, *inputs(2), sparsity=sparsity, **options) for sparsity in (few, None))
+    np.testing.assert_array_equal(x, dense)
+    assert few.decides and seen == [2] * 4
+
+
 def test_the_memory_plan_knows_the_velocities(model):
     (noise, cond), fixed = inputs(1), dict(steps=STEPS, guidance=3.0)
     with_guard, without = (

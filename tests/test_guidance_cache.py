@@ -82,6 +82,7 @@ def test_one_side_alone_has_nothing_to_leave_out():
     assert one.one_sided is None and density(one, 4) == {"attention": 1.0, "mlp": 1.0}
     assert two.one_sided.tolist() == [False] * 5 + [True] * 4 + [False]
     assert density(two, 4) == {"attention": 0.8, "mlp": 0.8}
+    assert [fit(sparsity, 10, guided=guided).saves_nothing for guided in (False, True)] == [True, False]
 
 
 def test_a_one_sided_step_counts_and_costs_half_of_one_that_runs_both():
@@ -110,18 +111,27 @@ def test_a_one_sided_step_counts_and_costs_half_of_one_that_runs_both():
     assert found["counts"]["delta, one side"] == 3 and whole["ms"] - found["ms"] == pytest.approx(3 * 4.0 / 2)
 
 
-def test_a_result_says_which_steps_were_one_sided_whichever_network_ran_them():
-    """And not of those that a gate has skipped."""
+def test_a_step_of_a_result_is_full_or_skipped_or_one_sided_whichever_network_ran_it():
     step = plan_steps(halved(one_sided_steps=(2, 3)), 5, **SIZES, sides=2)
     table = lambda step: SimpleNamespace(step=step, times=range(5))
     span = lambda first, step: Span(role="", first=first, table=table(step), need=0, options={})
     found = computed([span(0, step), span(5, step.replace(skip=np.arange(5) == 3))], 4, 1)
     assert (found["one_sided_steps"], found["skipped_steps"]) == ((2, 3, 7), (8,))
+    assert found["full_steps"] == (0, 1, 4, 5, 6, 9)
     out = PipelineOutput(seconds=1.0, settings={"num_inference_steps": 10}, **found)
-    assert "skipped 8, one-sided 2, 3, 7\n" in summary(out, 1, "video")
+    assert "full 0, 1, 4, 5, 6, 9, skipped 8, one-sided 2, 3, 7\n" in summary(out, 1, "video")
     [one], other = found["steps_by_sample"], Taken(full=(0, 1), one_sided=(2,))
     apart = dataclasses.replace(out, steps_by_sample=(one, other))
     assert "in the mean 0.5 skipped, in the mean 2 one-sided, as was decided" in summary(apart, 2, "video")
+
+
+@pytest.mark.parametrize("sparsity", [ALONE, Sparsity(mlp=None)], ids=["alone", "with deltas"])
+def test_steps_as_they_were_taken_are_told_as_they_were(sparsity):
+    """A gate may run, on one side or on both, what it may skip."""
+    gated = halved(dataclasses.replace(sparsity, step_cache=StepCache(gate="easy")), after=0.3, every=4)
+    step, found = plan_steps(gated, 9, **SIZES, sides=2), Taken(full=(0, 1, 2, 5, 8), skipped=(3, 6), one_sided=(4, 7))
+    assert step.skip[3:8].all() and step.one_sided[[4, 7]].all() and taken(step, 9) != found
+    assert taken(as_taken(step, 9, found), 9) == found
 
 
 @pytest.mark.parametrize(
@@ -208,7 +218,7 @@ def test_sides_that_are_alike_give_the_sample_of_one_side_whatever_is_composed(m
         with Reporter(8, "", False, None) as reporter:
             [state] = sampling.run(model, noise, cond, table, reporter, uncond=cond, sparsity=sparsity)
         x.append(state.x)
-        skipped.append(np.flatnonzero(state.gate.skipped).tolist())
+        skipped.append(np.flatnonzero(state.taken[1]).tolist())
     assert listed(composed, 8) == [2, 3, 5, 6, 7] and skipped[0] == skipped[1] == [2, 5]
     np.testing.assert_allclose(*x, **CLOSE)
 
@@ -217,7 +227,7 @@ def test_the_memory_plan_knows_the_difference_and_that_one_side_is_kept(model):
     noise, cond = inputs(1)
     skipping = dataclasses.replace(ALONE, step_cache=StepCache(skip_steps=(4,)))
     plan = lambda sparsity, guidance: plan_memory(
-        model, noise, cond, steps=8, sparsity=fit(sparsity, 8), guidance=guidance
+        model, noise, cond, steps=8, sparsity=fit(sparsity, 8, guided=guidance is not None), guidance=guidance
     )
     whole, half = plan(skipping, 2.0), plan(halved(skipping, after=0.5), 2.0)
     assert half["difference of both sides"] == TOKENS * CONFIG.in_channels * 4

@@ -15,8 +15,11 @@ from chipmunk_jax import MlpSparsity, Sparsity, sampling
 from chipmunk_jax.convert import convert, inspect, load, read
 from chipmunk_jax.convert.files import read_weights
 from chipmunk_jax.errors import InputError
+from chipmunk_jax.memory import nbytes
 from chipmunk_jax.pipelines import Pipeline
+from chipmunk_jax.pipelines.denoising import plan_spans
 from chipmunk_jax.pipelines.pixels import PixelFluxPipeline, WordTable
+from chipmunk_jax.pipelines.residents import Residents
 from chipmunk_jax.sparsity import PRESETS
 
 MINI = Path(__file__).parents[1] / "examples/mini-flux"
@@ -181,11 +184,12 @@ def test_seed_prompt_guidance_and_negative_prompt_each_change_the_image(pipeline
     assert np.any(draw(PROMPTS[1]) != image)
 
 
-def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline):
+def test_a_result_says_how_it_was_made_and_comes_in_three_kinds(pipeline, capsys):
     """The model's own preset where nothing is said: over and over a full, a delta and a skipped step."""
     options = SIZE | dict(num_inference_steps=28, guidance_scale=1, seed=3)
     guarded, preset = pipeline(PROMPTS[0], **options), replace(PRESETS["mini-flux"], max_drift=None)
     assert guarded.full_steps == tuple(range(28))  # random weights drift
+    assert "max_drift=0.05: all steps drifted too far to leave anything out\n" in capsys.readouterr().err
     options |= {"sparsity": preset}
     out = pipeline(PROMPTS[0], **options, num_images_per_prompt=2)
     assert [image.size for image in out.images] == [(12, 20)] * 2 and out.frames is None and out.seconds > 0
@@ -231,6 +235,41 @@ def test_a_gate_decides_for_each_sample_as_for_that_sample_alone_in_one_program(
     twice = pipeline(PROMPTS[1], **options, num_images_per_prompt=2, seed=6)
     np.testing.assert_array_equal(twice.images[0], alone[1].images[0])
     assert np.any(twice.images[1] != twice.images[0])
+
+
+def test_a_dense_sample_of_a_guarded_preset_runs_all_prompts_at_once_with_the_bits_of_no_sparsity(pipeline):
+    assert PRESETS["mini-flux"].decides and pipeline.check(PROMPTS, **SIZE | dict(num_inference_steps=28)).apart
+    seen, options = [], SIZE | dict(seed=5, output_type="np", progress=False)
+    tell = lambda step, t, latents, clean: seen.append((step, latents.shape))
+    dense = pipeline(PROMPTS[:2], **options, callback_on_step_end=tell)
+    np.testing.assert_array_equal(dense.images, pipeline(PROMPTS[:2], **options, sparsity=None).images)
+    assert seen == [(step, (2, 60, 12)) for step in range(3)]
+
+
+@pytest.mark.parametrize("bound", [None, 0.05])
+def test_memory_is_planned_for_the_samples_that_run_at_once_whichever_network_decides(pipeline, bound):
+    """With two networks, of which the second has too few steps to leave anything out."""
+    sparsity, network = replace(PRESETS["mini-flux"], max_drift=bound), pipeline.network
+    residents, need = Residents(None, dict.fromkeys(("transformer", "transformer_2"), network), "none"), {}
+    for batch in (1, 2):
+        found = pipeline.check(PROMPTS[:batch], **SIZE | dict(num_inference_steps=28), sparsity=sparsity)
+        two = replace(found, boundary=found.timesteps[26], settings=found.settings | {"guidance_2": 1.0})
+        assert [(turn.role, turn.span) for turn in two.turns] == [("transformer", (0, 27)), ("transformer_2", (27, 28))]
+        first, second = (turn.sparsity for turn in two.turns)
+        assert (first.decides, second.decides, second.saves_nothing, two.dense) == (
+            bound is not None,
+            False,
+            True,
+            False,
+        )
+        assert two.at_once == (1 if bound else batch)
+        need[batch] = [
+            span.need for span in plan_spans(two, pipeline.variant, residents, *pipeline.shapes(two)[1:], None)
+        ]
+    *_, noise, cond = pipeline.shapes(found)
+    given = [(nbytes(noise) + sides * nbytes(cond)) // 2 for sides in (2, 1)]
+    more = np.subtract(need[2], need[1])
+    assert (more == given).all() if bound else (more > given).all()
 
 
 def test_the_callback_sees_step_time_latents_and_the_clean_ones(pipeline):

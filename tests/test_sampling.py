@@ -311,7 +311,7 @@ def test_two_spans_give_the_bits_of_one_and_of_sample(model, sparsity, solver, g
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.any(np.asarray(middle.x) != np.asarray(whole.x))
-    assert sparsity is None or whole.gate.skipped.tolist() == [False, False, True, True, False, False]
+    assert sparsity is None or whole.taken[1].tolist() == [False, False, True, True, False, False]
     np.testing.assert_array_equal(draw(model, noise, cond, sparsity=sparsity, **options), whole.x)
 
 

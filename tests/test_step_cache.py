@@ -212,7 +212,7 @@ def test_a_gate_decides_as_a_plain_loop_of_its_formula_and_skips_nothing_at_thre
     """tea with guidance: the prompt's side decides for both."""
     options = WAYS[gate] | dict(threshold=THRESHOLD[gate], max_skips=2)
     x, velocities, state = draw(model, with_cache(**options), GUIDANCE.get(gate))
-    found = np.flatnonzero(state.gate.skipped).tolist()
+    found = np.flatnonzero(state.taken[1]).tolist()
     assert found == decisions(gate, model, x, velocities, options) and longest_row(found) == 2 < len(found)
     run, *_ = draw(model, with_cache(**options | dict(threshold=0.0)), GUIDANCE.get(gate))
     dense, *_ = draw(model, None, GUIDANCE.get(gate))

@@ -234,7 +234,7 @@ def test_ways_of_the_space_are_within_the_budget_and_one_step_more_is_not(real):
                 assert (sparsity.step_cache.gate, sparsity.step_cache.threshold > 0) == (family.gate, True)
                 assert real.cost(one.configuration, Taken(skipped=range(2, 8))) < real.cost(one.configuration, Taken())
             assert not (sparsity and sparsity.attention) or sparsity.attention.share_sides
-            assert one.rival == (not family.sparse and family.steps in (None, 12))
+            assert one.rival == (not family.sparse and family.drift is None and family.steps in (None, 12))
             assert (family.keys is not None) == bool(sparsity and sparsity.attention)
     fewer, skipping = (real.at(family, 0.55) for family in rivals[:2])
     assert fewer.cost == skipping.cost == 0.5 and fewer.configuration.steps == 6
@@ -245,6 +245,23 @@ def test_moves_change_one_choice_and_those_that_do_not_matter_make_no_family(rea
     for move in real.moves(start):
         assert sum(getattr(move, name) != getattr(start, name) for name in vars(start)) == 1 or not move.sparse
     assert len({move.plain() for move in real.moves(start)}) == len(real.moves(start))
+
+
+def test_the_drift_guard_is_a_choice_of_compositions_and_returned_where_it_is_the_best(real):
+    """It costs more than is planned, of which its samples tell. No other way has the guard of the model's preset."""
+    gain = {None: 0.0, 0.08: 6.0, 0.05: 9.0, 0.03: 2.0}
+
+    def judge(one, prompt):
+        sparsity, drift = one.configuration.sparsity, one.family.drift
+        assert (sparsity and sparsity.max_drift) == drift and (drift is None or not one.rival)
+        return 20 + 30 * one.cost + gain[drift] + drawn(one.name, prompt), one.cost * (1 + 0.25 * bool(drift))
+
+    assert real.base.max_drift == 0.05
+    unguarded = Space(real.variant, real.settings, replace(real.base, max_drift=None))
+    for ways in (real, unguarded):
+        best = Search(ways, judge, prompts=2).run(Goal(budget=0.5)).best
+        assert best.candidate.family.drift == 0.05 and best.cost <= 0.5 and "drift up to 0.05" in best.candidate.name
+    assert real.at(replace(best.candidate.family, drift=None), 0.5).cost == real.at(best.candidate.family, 0.5).cost
 
 
 def test_a_sample_of_a_gate_that_decides_costs_what_it_did_not_skip(checkpoint):

@@ -24,7 +24,8 @@ for name, value in CHANGES.items():
     SMALL += [f"--sparsity.{name.replace('_', '-')}", "null" if value is None else str(value)]
 NUMBERS = {
     *("model", "checkpoint", "solver", "dtype", "version", "prompts", "seeds", "height", "width", "steps", "guidance", "seed"),
-    *("sparsity", "density", "executed", "dense_seconds", "sparse_seconds", "psnr", "median_psnr", "rivals", "device", "jax"),
+    *("sparsity", "density", "executed", "steps_by_sample", "dense_seconds", "sparse_seconds", "psnr", "median_psnr", "rivals"),
+    *("device", "jax"),
 }  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def test_verify_writes_its_sheet_and_numbers(verified):
     assert (numbers["steps"], numbers["jax"]) == (4, jax.__version__)
     assert len(set(numbers["psnr"])) == 4 and numbers["median_psnr"] == pytest.approx(np.median(numbers["psnr"]))
     # Attention: 1 of 3 layers in 2 of 4 steps keeps 64 of 76 keys. MLP: 3 of 4 steps keep 64 of 128 neurons.
+    assert numbers["steps_by_sample"] == [{"full": [0, 1], "skipped": [], "one_sided": []}] * 4
     assert numbers["density"] == pytest.approx({"attention": 1 - 12 / 76 / 6, "mlp": 1 - 3 / 4 / 2})
     with Image.open(folder / "sheet.png") as sheet:
         assert json.loads(sheet.text["settings"]) == numbers
@@ -81,6 +83,7 @@ def test_a_report_holds_all_numbers_and_replaces_its_own_files_alone(verified, r
     assert f"{folder}/out/index.html\n{folder}/out/report.json\n" in printed
     page = (folder / "out/index.html").read_text()
     assert_whole(page)
+    assert "steps_by_sample" not in page
     assert page.count('src="data:image/webp;base64,') == 4 * 5  # dense, sparse, two rivals and the difference of each
 
 

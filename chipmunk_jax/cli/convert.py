@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from chipmunk_jax.cli.inspect import missing, sampled, strange_tokenizer
 from chipmunk_jax.cli.parser import Parser
-from chipmunk_jax.convert import Inspection, PipelineInspection, convert, inspect, open_folder
+from chipmunk_jax.convert import Folder, PipelineInspection, convert, inspect, open_folder, open_source
+from chipmunk_jax.convert.folder import TOKENIZERS
 from chipmunk_jax.errors import InputError
 
 DESCRIPTION = """\
@@ -63,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     """Exit status of `chipmunk convert`."""
     found = open_folder(args.source)
     if args.component is None and found.several:
-        check_whole(inspect(found.path), args.quiet)
+        check_whole(found, args.quiet)
     options = dict(component=args.component, dtype=args.dtype, progress=not args.quiet, overwrite=args.overwrite)
-    convert(args.source, args.target, **options)
+    convert(found.path, args.target, **options)
     if not args.quiet:
         made = inspect(args.target)
         for one in made.components.values() if isinstance(made, PipelineInspection) else [made]:
@@ -75,15 +76,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_whole(found: Inspection | PipelineInspection, quiet: bool) -> None:
+def check_whole(found: Folder, quiet: bool) -> None:
     """Says which components a pipeline lacks, and what that forbids, before any work.
 
     Raises:
         InputError: a tokenizer of another model, or a damaged one.
     """
-    if not isinstance(found, PipelineInspection):
-        return
-    if strange := strange_tokenizer(found):
+    encoders = {role: place for role, place in found.components.items() if role in TOKENIZERS}
+    rows = {role: open_source(place).config.vocab_size for role, place in encoders.items()}
+    if strange := strange_tokenizer(found.tokenizers, rows):
         raise InputError(strange)
     for name, forbids in missing(found).items() if not quiet else ():
         print(f"{name}  {forbids}", file=sys.stderr)

@@ -1,13 +1,13 @@
 """chipmunk inspect: what a checkpoint holds, and what a sample of it takes."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chipmunk_jax.cli.activations import add_activation_flags, run_activations
 from chipmunk_jax.cli.parser import Parser
 from chipmunk_jax.cli.plan import add_plan_flags, run_plan
-from chipmunk_jax.convert import Inspection, PipelineInspection, inspect
+from chipmunk_jax.convert import Folder, Inspection, PipelineInspection, inspect
 from chipmunk_jax.convert.folder import TOKENIZER_FILES, TOKENIZERS, lack
 from chipmunk_jax.errors import InputError, listed
 from chipmunk_jax.models import MODELS, Network
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(found, PipelineInspection):
         print(describe(found))
         return 0 if found.whole else 1
-    strange = strange_tokenizer(found)
+    rows = {role: one.config["vocab_size"] for role, one in found.components.items() if role in TOKENIZERS}
+    strange = strange_tokenizer(found.tokenizers, rows)
     print(describe_pipeline(found, strange))
     return 0 if found.whole and not strange else 1
 
@@ -115,10 +116,14 @@ def describe(found: Inspection) -> str:
     return aligned(found.path, rows)
 
 
-def strange_tokenizer(found: PipelineInspection) -> str:
-    """What is wrong with the tokenizers of a pipeline; empty where nothing is, as far as the packages here can tell."""
-    folders = {role: found.tokenizers[name] for role, name in TOKENIZERS.items() if name in found.tokenizers}
-    rows = {role: found.components[role].config["vocab_size"] for role in folders if role in found.components}
+def strange_tokenizer(tokenizers: Mapping[str, Path], rows: Mapping[str, int]) -> str:
+    """What is wrong with the tokenizers of a pipeline; empty where nothing is, as far as the packages here can tell.
+
+    Args:
+        tokenizers: folders by name.
+        rows: embeddings of the text encoders that are there, by role.
+    """
+    folders = {role: tokenizers[name] for role, name in TOKENIZERS.items() if name in tokenizers}
     try:
         load_tokenizers(folders, rows)
     except MissingPackageError:
@@ -149,7 +154,7 @@ def describe_pipeline(found: PipelineInspection, strange: str = "") -> str:
     return aligned(found.path, rows)
 
 
-def missing(found: PipelineInspection) -> dict[str, str]:
+def missing(found: PipelineInspection | Folder) -> dict[str, str]:
     """What components that are missing forbid; of one whose folder is there, that it holds no weights."""
     here = lambda name: "" if (said := lack(found.path, name)) == f"no {name}" else f"{said}: "
     return {f"missing: {name}": here(name) + FORBIDS[name.removesuffix("_2")] for name in found.missing}

@@ -31,8 +31,9 @@ from chipmunk_jax.whole import whole
 DESCRIPTION = """\
 Search for the way to sample this model that comes nearest to its dense samples at a cost, or the cheapest one of a quality:
 how many steps run, which are skipped, what these give, shares of keys and neurons, full steps, neighbourhoods, block
-means. What is compared was sampled here, with the same prompts and seeds. Fewer steps and skipped steps alone are measured
-first; a composition is taken only where it beats them at its own cost by more than the standard error, and else they are.
+means, drift guard. What is compared was sampled here, with the same prompts and seeds. Fewer steps and skipped steps alone
+are measured first; a composition is taken only where it beats them at its own cost by more than the standard error, and
+else they are.
 
 The cost is a share of the dense sample's: of its time on a GPU; on a CPU, which runs plain references of the kernels, of
 its matrix products, by count; with --cost-of of its time on a published model, whose steps `chipmunk bench step` timed.

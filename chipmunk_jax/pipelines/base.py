@@ -26,7 +26,7 @@ from chipmunk_jax.model import Condition, Model
 from chipmunk_jax.models import MODELS, Component, Network
 from chipmunk_jax.models.checkpoint import WITH_SIZE, check_weights, describe, is_checkpoint, load
 from chipmunk_jax.models.leaves import abstract, parse_dtype
-from chipmunk_jax.pipelines.denoising import computed, is_dense, plan_spans, run_spans, together
+from chipmunk_jax.pipelines.denoising import computed, plan_spans, run_spans, together
 from chipmunk_jax.pipelines.elsewhere import COMPONENTS, ELSEWHERE, NotHereError, check_known
 from chipmunk_jax.pipelines.request import Arguments, Auto, Prompts, Request, Side, read_request
 from chipmunk_jax.pipelines.residents import Offload, Residents
@@ -61,7 +61,8 @@ class PipelineOutput:
     stages: dict[str, Stage] = field(default_factory=dict)  # "text", "transformer", "decoder"
     # Shares of keys and neurons computed over all steps, layers and samples: "attention", "mlp".
     density: dict[str, float]
-    full_steps: tuple[int, ...]  # steps in which attention or the MLP computed everything, of every sample
+    # Steps in which attention or the MLP computed everything for all sides of guidance, of every sample.
+    full_steps: tuple[int, ...]
     skipped_steps: tuple[int, ...] = ()  # steps that ran no block, of every sample
     one_sided_steps: tuple[int, ...] = ()  # steps that ran the prompt's side of guidance alone, of every sample
     # The same of each sample: where something is decided while it samples, they differ.
@@ -341,21 +342,16 @@ class Pipeline:
         with self._timed(stages, "text"), phase("text", progress):
             noise, cond, uncond = self.inputs(request)
         with self._timed(stages, "transformer"):
-            steps, dense = request.settings["steps"], is_dense(spans)
+            steps, dense = request.settings["steps"], request.dense
             if dense and request.sparsity and not request.sparsity.saves_nothing:
-                self.tell(f"{steps} steps: too few for this sparsity to save anything, sampled densely")
+                self.tell(f"this sparsity saves nothing in {steps} steps, sampled densely")
             callback = callback_on_step_end and _without_result(callback_on_step_end)
             runs = request.batch // request.at_once
             with Reporter(steps * runs, "dense" if dense else "sparse", progress, callback) as reporter:
                 given = self.residents, noise, cond, uncond, reporter
                 tokens, done = run_spans(spans, *given, apart=request.apart)
             found = together([computed(spans, self.layers(request), request.at_once) for spans in done])
-            planned = computed(spans, self.layers(request), 1)
-            if (
-                not dense
-                and request.sparsity.max_drift
-                and len(found["full_steps"]) == steps > len(planned["full_steps"])
-            ):
+            if not dense and request.sparsity.max_drift and len(found["full_steps"]) == steps:
                 self.tell(f"max_drift={request.sparsity.max_drift:g}: all steps drifted too far to leave anything out")
         with self._timed(stages, "decoder"), phase("decoding", progress and output_type != "latent"):
             settings, latent = request.settings, output_type == "latent"

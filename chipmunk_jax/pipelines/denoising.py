@@ -10,9 +10,8 @@ import numpy as np
 
 from chipmunk_jax import memory, sampling
 from chipmunk_jax.arguments import check, placed
-from chipmunk_jax.fit import fit
 from chipmunk_jax.model import Condition
-from chipmunk_jax.pipelines.request import Request, guides
+from chipmunk_jax.pipelines.request import Request
 from chipmunk_jax.pipelines.residents import Residents
 from chipmunk_jax.pipelines.variant import Variant
 from chipmunk_jax.progress import Reporter
@@ -43,10 +42,10 @@ def plan_spans(
     cond: Condition,
     implementation: Implementation | None,
 ) -> list[Span]:
-    """What each network does: all steps, or those before and after the variant's boundary.
+    """What each network does, planned.
 
     Args:
-        request: what is sampled.
+        request: what is sampled, and in which turns.
         variant: its model.
         residents: of the pipeline.
         noise, cond: shapes of [B, N, C], and of the conditions of one side of guidance.
@@ -55,24 +54,18 @@ def plan_spans(
     Raises:
         InputError: no room.
     """
-    settings, solver = request.settings, request.solver
-    steps, boundary = settings["steps"], variant.boundary
-    switch = steps if boundary is None else int(np.sum(solver.times(request.timesteps) >= np.float32(boundary)))
-    parts = [("transformer", 0, switch, settings["guidance"])]
-    parts += [("transformer_2", switch, steps, settings["guidance_2"])] if boundary is not None else []
+    solver, grid = request.solver, variant.grid(request.settings)
     one = jax.ShapeDtypeStruct((request.at_once, *noise.shape[1:]), noise.dtype)
     spans = []
-    for role, first, stop, scale in parts:
-        if first == stop:
-            continue
+    for turn in request.turns:
+        role, (first, stop) = turn.role, turn.span
         shapes = residents.shapes[role], noise, cond
-        guidance = scale if guides(scale) else None
-        sparsity = request.sparsity and fit(request.sparsity, steps, (first, stop))
-        fixed = dict(sparsity=sparsity, guidance=guidance, solver=solver, implementation=implementation)
-        memory.check_room(*shapes, placed=role in residents, spare=residents.releasable, steps=stop - first, **fixed)
-        planned = memory.plan(*shapes, steps=stop - first, **fixed)
+        fixed = dict(sparsity=turn.sparsity, guidance=turn.guidance, solver=solver, implementation=implementation)
+        sizes = fixed | dict(steps=stop - first, at_once=request.at_once)
+        memory.check_room(*shapes, placed=role in residents, spare=residents.releasable, **sizes)
+        planned = memory.plan(*shapes, **sizes)
         # The seed is of the columns kept by chance, which must not depend on a sample's place in its batch.
-        options = fixed | dict(timesteps=request.timesteps[first : stop + 1], grid=variant.grid(settings), seed=0)
+        options = fixed | dict(timesteps=request.timesteps[first : stop + 1], grid=grid, seed=0)
         spans.append(
             Span(
                 role=role,
@@ -106,7 +99,7 @@ def run_spans(
         reporter.pause("loading")
         model = residents.place(span.role, span.need)
         *arrays, other = placed(model, noise, cond, uncond if span.options["guidance"] is not None else None)
-        check(model, *arrays, uncond=other, **span.options)
+        check(model, *arrays, uncond=other, **span.options, at_once=1 if apart else None)
         reporter.first = span.first
         given = dict(uncond=other, sparsity=span.options["sparsity"], carried=states, apart=apart)
         states = sampling.run(model, *arrays, span.table, reporter, **given)
@@ -114,12 +107,6 @@ def run_spans(
             found.append(span.as_run(state))
         del model, arrays, other  # whose room the next one may need
     return np.concatenate([state.x for state in states]), done
-
-
-def is_dense(spans: Sequence[Span]) -> bool:
-    """Whether every step of all networks computes everything."""
-    found = [span.options["sparsity"] for span in spans]
-    return all(sparsity is None or sparsity.saves_nothing for sparsity in found)
 
 
 def computed(spans: Sequence[Span], layers: int, samples: int) -> dict[str, Any]:

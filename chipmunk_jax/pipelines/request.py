@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from chipmunk_jax.arguments import check_guidance, check_seed, is_whole, parse_timesteps
 from chipmunk_jax.errors import InputError
 from chipmunk_jax.finite import finite
+from chipmunk_jax.fit import Span, fit
 from chipmunk_jax.pipelines.variant import Settings, Variant
 from chipmunk_jax.solvers import Euler, Solver, UniPC
 from chipmunk_jax.sparsity import Sparsity, load_sparsity
@@ -64,6 +66,16 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one network does of a sample."""
+
+    role: str  # of the network
+    span: Span  # its steps
+    guidance: float | None  # scale of true guidance; None: it sees one side
+    sparsity: Sparsity | None  # fitted to its steps and sides
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """Samples that fit their pipeline."""
 
@@ -77,11 +89,31 @@ class Request:
     seed: int
     latents: np.ndarray | None  # the noise, as the pipeline gives latents; None: drawn from the seed
     sparsity: Sparsity | None
+    boundary: float | None  # time at which a second network takes over; None: there is one
+
+    @cached_property
+    def turns(self) -> list[Turn]:
+        """What the networks do, one after another: all steps, or those before and after the boundary."""
+        steps, times = self.settings["steps"], self.solver.times(self.timesteps)
+        switch = steps if self.boundary is None else int(np.sum(times >= np.float32(self.boundary)))
+        spans = {("transformer", "guidance"): (0, switch), ("transformer_2", "guidance_2"): (switch, steps)}
+        turns = []
+        for (role, name), span in spans.items():
+            if span[0] < span[1]:
+                guidance = self.settings[name] if guides(self.settings[name]) else None
+                sparsity = self.sparsity and fit(self.sparsity, steps, span, guided=guidance is not None)
+                turns.append(Turn(role=role, span=span, guidance=guidance, sparsity=sparsity))
+        return turns
+
+    @property
+    def dense(self) -> bool:
+        """Whether every step computes everything."""
+        return all(turn.sparsity is None or turn.sparsity.saves_nothing for turn in self.turns)
 
     @property
     def apart(self) -> bool:
         """Whether samples are made one after another, as a gate or the drift guard decides for each what its steps compute."""
-        return self.sparsity is not None and self.sparsity.decides
+        return any(turn.sparsity is not None and turn.sparsity.decides for turn in self.turns)
 
     @property
     def at_once(self) -> int:
@@ -174,6 +206,7 @@ def read_request(pipeline: Reader, given: Arguments) -> Request:
         seed=int(given.seed),
         latents=None if given.latents is None else numbers("latents", given.latents),
         sparsity=found,
+        boundary=variant.boundary,
     )
     pipeline.check_request(request)
     return request if request.guided else replace(request, unwanted=None)

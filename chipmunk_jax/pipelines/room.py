@@ -38,8 +38,9 @@ class PlannedSample:
 
     @property
     def fitted(self) -> Sparsity | None:
-        """The sparsity for these steps."""
-        return self.sparsity and fit(with_constants(self.sparsity, self.variant.name), self.settings["steps"])
+        """The sparsity for these steps, and for the usual sides of guidance."""
+        found = self.sparsity and with_constants(self.sparsity, self.variant.name)
+        return found and fit(found, self.settings["steps"], guided=self.variant.guidance is not None)
 
     def stages(self) -> dict[str, memory.Parts]:
         """Role -> bytes by name, with a reserve, of each component while it works, in the order of their use."""

@@ -15,7 +15,7 @@ CLASSES = {"dense": "dense", "fewer steps": "fewer", "skipped steps": "skipping"
 # Settings that stand elsewhere on the page, and lists of numbers.
 ELSEWHERE = (
     "prompts", "seeds", "sparsity", "density", "executed", "dense_seconds", "sparse_seconds", "psnr", "median_psnr", "rivals",
-    "psnr_of_frames", "ways", "drift", "steps_of", "noise_floor", "machine",
+    "psnr_of_frames", "ways", "drift", "steps_of", "steps_by_sample", "noise_floor", "machine",
 )  # fmt: skip
 
 

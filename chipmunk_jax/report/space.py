@@ -26,6 +26,7 @@ VOXELS = (0, 1, 3)  # along a side of the neighbourhood
 MEANS = (0, 64)  # keys a block
 DENSE_LAYERS = (0, 2)  # at the start of the model
 PREDICTIONS: tuple[tuple[Predict, int], ...] = (("hidden", 1), ("residual", 1), ("residual", 0), ("hidden", 0))
+DRIFTS = (None, 0.08, 0.05, 0.03)  # bounds of the drift guard; None: there is none
 FEWER = (1.0, 0.75, 0.5)  # of the usual steps, of which some are skipped
 GATES: tuple[Gate, ...] = (
     "share",
@@ -47,6 +48,7 @@ class Family:
     voxels: int = 0
     means: int = 0
     dense_layers: int = 0
+    drift: float | None = None
 
     @property
     def sparse(self) -> bool:
@@ -57,7 +59,8 @@ class Family:
         """The family with one value for all choices that do not matter, so that equal ones compare equal."""
         family = self if self.keys is not None else replace(self, voxels=0, means=0)
         family = family if self.sparse else replace(family, full_every=5, dense_layers=0)
-        return family if self.steps is not None else replace(family, gate=GATES[0], predict=PREDICTIONS[0])
+        family = family if self.steps is not None else replace(family, gate=GATES[0], predict=PREDICTIONS[0])
+        return family if self.sparse or self.steps is not None else replace(family, drift=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class Candidate:
     family: Family
     configuration: Configuration
     rival: bool  # whether it is fewer steps, or skipped steps of the usual number, alone
-    cost: float  # as it is planned, as a share of the dense sample's; under a gate that decides a guess
+    cost: float  # as it is planned, as a share of the dense sample's; where something is decided a guess
 
 
 class Space:
@@ -77,7 +80,7 @@ class Space:
     def __init__(self, variant: Variant, settings: Settings, base: Sparsity, prices: Prices | None = None) -> None:
         """Args:
         variant, settings: the model, and its dense sample.
-        base: has the groups, patches and drift guard of all sparse ways.
+        base: has the groups and patches of all sparse ways.
         prices: of a published model's steps, by which costs are told; None: by count of the dense sample's products.
         """
         self.variant, self.settings, self.base, self.prices = variant, settings, base, prices
@@ -97,8 +100,9 @@ class Space:
         keys, neurons = _nearest(KEYS, attention and attention.top_keys), _nearest(NEURONS, mlp and mlp.top_keys)
         # Steps of a known number: a gate takes several looks to be of a cost.
         skipping = replace(rival, steps=rival.steps or self.steps, gate=GATES[0], means=64, full_every=3)
-        # The first is what measured best on mini-wan, benchmarks/frontier-mini-wan.yaml.
-        found = [replace(skipping, keys=keys or 0.2, full_every=5, predict=("residual", 0))]
+        # The first is what measured best on mini-wan, benchmarks/frontier-mini-wan.yaml; the second has the model's own guard.
+        best = replace(skipping, keys=keys or 0.2, full_every=5, predict=("residual", 0))
+        found = [best, replace(best, drift=_nearest(DRIFTS, self.base.max_drift))]
         found += [replace(skipping, keys=keys or 0.2, full_every=every) for every in (5, 3)]
         if neurons:
             found += [replace(skipping, keys=keys or 0.2, neurons=neurons), replace(skipping, neurons=neurons)]
@@ -113,6 +117,7 @@ class Space:
         found = self.gated(family)
         found += [replace(family, keys=keys) for keys in beside(KEYS, family.keys)]
         found += [replace(family, means=means) for means in MEANS]
+        found += [replace(family, drift=drift) for drift in beside(DRIFTS, family.drift)]
         found += [replace(family, full_every=every) for every in beside(FULL_EVERY, family.full_every)]
         found += [replace(family, neurons=neurons) for neurons in beside(NEURONS, family.neurons)]
         found += [replace(family, predict=predict) for predict in PREDICTIONS]
@@ -124,7 +129,7 @@ class Space:
     def at(self, family: Family, budget: float) -> Candidate | None:
         """The way of a family that runs the most steps at up to a planned cost; None: none does, or they are all that there are.
 
-        Under a gate that decides, the way is planned as one that skips as many steps evenly.
+        Under a gate that decides, the way is planned as one that skips as many steps evenly; under a guard, as one without.
         """
         evenly = replace(family, gate=GATES[0])
         for run in range(min(self.steps, family.steps or self.steps), 0, -1):
@@ -172,14 +177,14 @@ class Space:
             keys = dict(local_voxels=family.voxels, block_means=family.means, share_sides=True)
             parts["attention"] = replace(parts["attention"], **keys)
         cache = _step_cache(family, run, steps) if run < steps else None
-        return replace(base, **parts, step_cache=cache, schedule_steps=None)
+        return replace(base, **parts, step_cache=cache, max_drift=family.drift, schedule_steps=None)
 
     def cost(self, one: Configuration, taken: Taken | None = None) -> float:
         """Share of the dense sample's cost.
 
         Args:
             one: the way.
-            taken: what its steps were; None: what they are planned to be, or under a gate that decides, may be.
+            taken: what its steps were; None: what they are planned to be, or where something is decided, may be.
 
         Raises:
             InputError: a neighbourhood that the grid has no room for, or too few steps for its sparse deltas to save anything.
@@ -197,7 +202,7 @@ class Space:
         return self._work.executed(density(plan, self._layers), float(np.mean(run_shares(plan)))) * steps / self.steps
 
     def _rival(self, family: Family) -> bool:
-        return not family.sparse and family.steps in (None, self.steps)
+        return not family.sparse and family.drift is None and family.steps in (None, self.steps)
 
     def _name(self, family: Family, one: Configuration) -> str:
         return ", ".join(_words(family, one, self.steps))
@@ -253,6 +258,8 @@ def _words(family: Family, one: Configuration, usual: int) -> Iterator[str]:
         yield f"{100 * family.neurons:g} % of the neurons"
     if family.sparse:
         yield f"full every {family.full_every}{f' and {family.dense_layers} layers' * bool(family.dense_layers)}"
+    if family.drift is not None:
+        yield f"drift up to {family.drift:g}"
 
 
 def _beside(place: int, count: int) -> list[int]:

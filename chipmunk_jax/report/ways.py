@@ -111,6 +111,7 @@ def measured(one: Configuration, drawn: Drawn, dense: Drawn, work: Work, dense_s
         "method": one.method(dense_steps),
         "steps": steps,
         **drawn.shares(work, steps, dense_steps),
+        "steps_by_sample": [asdict(taken) for out in drawn.outs for taken in out.steps_by_sample],
         "psnr": levels,
         "median_psnr": float(np.median(levels)),
         "ssim": [ssim(*pair) for pair in pairs] if min(dense.pixels.shape[-3:-1]) >= TAPS else None,
