@@ -1,6 +1,7 @@
 """Shared by all tests: which bodies of a kernel run here, and how a GPU test says that it needs one."""
 
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish():
+    """What lives until the end is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -97,6 +104,13 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def compiled_thoroughly(monkeypatch):
+    """Samples that run for longer than they compile are not compiled in a hurry."""
+    compile, options = jax.stages.Lowered.compile, {"xla_backend_optimization_level": 1}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile(lowered, compiler_options=options))
 
 
 @contextlib.contextmanager
