@@ -32,6 +32,9 @@ from chipmunk_jax.convert import save
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.wan import Wan, WanConfig
 
+# Float32 means float32 on a GPU too, where JAX multiplies in TF32 unless told; in fixtures as in tests, which then share programs.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 WORDS = {
     "shape": ["disc", "ring", "heart"],
     "colour": ["red", "yellow", "blue", "white"],
@@ -61,13 +64,10 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def full_precision(request):
-    """Float32 means float32 on a GPU too, where JAX multiplies in TF32 unless told. Tests of compiled kernels run as users do."""
-    if request.node.get_closest_marker("gpu"):
+def precision_of_users(request):
+    """Tests of compiled kernels run as users do."""
+    with jax.default_matmul_precision(None) if request.node.get_closest_marker("gpu") else contextlib.nullcontext():
         yield
-    else:
-        with jax.default_matmul_precision("highest"):
-            yield
 
 
 @pytest.fixture(params=["reference", "interpret", pytest.param("pallas", marks=pytest.mark.gpu)])
