@@ -1,6 +1,7 @@
 """Shared by all tests: which bodies of a kernel run here, and how a GPU test says that it needs one."""
 
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -19,6 +20,9 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     hurry = ["--xla_backend_optimization_level=0"]
     if jax.__version_info__ < (0, 11):
         hurry.append("--xla_cpu_use_fusion_emitters=false")  # twice as quick; XLA no longer knows it
+        hurry.append(
+            "--xla_cpu_parallel_codegen_split_count=1"
+        )  # of a program in parts much is compiled in each of them
     if platform.machine() in ("x86_64", "AMD64"):
         # In a hurry LLVM contracts a product and a sum here and there, which would cost two programs of one sample a last bit.
         hurry.append("--xla_cpu_max_isa=AVX")
@@ -27,6 +31,9 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
 from chipmunk_jax.convert import save
 from chipmunk_jax.models.flux import Flux, FluxConfig
 from chipmunk_jax.models.wan import Wan, WanConfig
+
+# Float32 means float32 on a GPU too, where JAX multiplies in TF32 unless told; in fixtures as in tests, which then share programs.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 WORDS = {
     "shape": ["disc", "ring", "heart"],
@@ -43,6 +50,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def pytest_collection_finish():
+    """What lives until the end is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter):
     """Shows the figures that tests record."""
     for report in terminalreporter.stats.get("passed", []):
@@ -51,13 +64,10 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def full_precision(request):
-    """Float32 means float32 on a GPU too, where JAX multiplies in TF32 unless told. Tests of compiled kernels run as users do."""
-    if request.node.get_closest_marker("gpu"):
+def precision_of_users(request):
+    """Tests of compiled kernels run as users do."""
+    with jax.default_matmul_precision(None) if request.node.get_closest_marker("gpu") else contextlib.nullcontext():
         yield
-    else:
-        with jax.default_matmul_precision("highest"):
-            yield
 
 
 @pytest.fixture(params=["reference", "interpret", pytest.param("pallas", marks=pytest.mark.gpu)])
@@ -97,6 +107,13 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def compiled_thoroughly(monkeypatch):
+    """Samples that run for longer than they compile are not compiled in a hurry."""
+    compile, options = jax.stages.Lowered.compile, {"xla_backend_optimization_level": 1}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile(lowered, compiler_options=options))
 
 
 @contextlib.contextmanager

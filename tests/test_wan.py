@@ -166,6 +166,7 @@ def test_what_stands_on_the_grid_goes_where_its_tokens_go():
 SOLVERS = {"unipc": UniPC(), "euler": Euler()}
 
 
+@pytest.mark.usefixtures("compiled_thoroughly")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_small_trained_model_samples_as_by_diffusers(name):
     """16 steps with guidance 3, in float32 on both sides; values reach 2. Were UniPC's times not whole thousandths: 2e-1."""

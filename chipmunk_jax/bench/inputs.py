@@ -97,13 +97,14 @@ def random_weights(component: Component, deviation: float = 0.02) -> Component:
     """
     graph, state = nnx.split(component)
     leaves, tree = jax.tree.flatten(state)
+    most = max((a.size for a in leaves if a.size <= FEW), default=0)
     few = deviation * np.random.default_rng(0).standard_normal(
-        FEW, np.float32
-    )  # a program for each of many shapes takes longer
+        most, np.float32
+    )  # a program for each shape takes longer
     draw = jax.jit(lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = (
-        jax.device_put(np.resize(few, a.shape).astype(a.dtype)) if a.size <= FEW else draw(key, a.shape, a.dtype)
+        jax.device_put(few[: a.size].reshape(a.shape).astype(a.dtype)) if a.size <= FEW else draw(key, a.shape, a.dtype)
         for key, a in zip(keys, leaves, strict=True)
     )
     return nnx.merge(graph, tree.unflatten(drawn))
