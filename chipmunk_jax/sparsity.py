@@ -223,7 +223,10 @@ class StepCache:
         "steps that run no block, by number, counted from 0 among schedule_steps, none of them a full one; with a gate other than "
         "'list' those that it may skip; null for the paper's 25 of 50, or for all after warm_up but the last",
     )
-    share: float = option(0.5, "fraction of the steps that the gate 'share' skips: above 0 and below 1")
+    share: float = option(
+        0.5,
+        "fraction of the steps that the gate 'share' skips: above 0 and up to 1, for all, among which max_drift then chooses",
+    )
     warm_up: float = option(0.1, "fraction of the steps, at the start, that gates other than 'list' run: from 0 to 1")
     max_skips: int = option(4, "most steps in a row that gates other than 'list' skip")
     threshold: float | None = option(
@@ -241,7 +244,7 @@ class StepCache:
             value = getattr(self, name)
             require(value in get_args(kind), name, value, f"one of {', '.join(get_args(kind))}")
         require(self.order in (0, 1), "order", self.order, "0 or 1")
-        require(0 < self.share < 1, "share", self.share, "a fraction above 0 and below 1")
+        require(0 < self.share <= 1, "share", self.share, "a fraction above 0 and up to 1")
         require(0 <= self.warm_up <= 1, "warm_up", self.warm_up, "a fraction from 0 to 1")
         require(1 <= self.max_skips < 2**31, "max_skips", self.max_skips, "at least 1")
         fits = self.threshold is None or 0 <= self.threshold < math.inf

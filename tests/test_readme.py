@@ -129,7 +129,9 @@ TESTED = {
     "benchmarks/README.md": {
         "FLUX.1-dev, 50 steps", "prompt to pixels, seconds", "one step", "FLUX.1-dev, over dense", "video, seconds", "kernel",
         "exact top-k", "run of the MLP", "model and preset, or a rival at its cost",
-        "setting", "pattern", "idea", "Chipmunk paper, H100", "pattern of images", "pattern of 50 steps", "bound",
+        "setting", "pattern", "idea", "Chipmunk paper, H100", "pattern of images", "pattern of 50 steps", "pattern under the guard",
+        "images under the guard", "50 steps under the guard", "gate, extrapolated or not", "dB, by the number of tokens",
+        "which keys",
         "one-sided steps, and predictions", "13 steps", "cost by the steps of one H200",
     },
 }  # fmt: skip
@@ -452,7 +454,9 @@ def fewer_steps() -> list[tuple[str, list[str]]]:
 
 FRONTIER, LARGER = "frontier-mini-wan-h200", "frontier-mini-wan-128-h200"  # at 4,096 and 16,384 tokens
 IMAGES, EXTRAPOLATED = "frontier-mini-flux-h200", "frontier-mini-flux-extrapolated-h200"
-FIFTY, DRIFT, ONE_SIDED = "frontier-50-mini-wan-h200", "drift-mini-wan-h200", "one-sided-mini-wan-h200"
+FIFTY, ONE_SIDED = "frontier-50-mini-wan-h200", "one-sided-mini-wan-h200"
+GUARD, GUARD_LARGER = "guard-mini-wan-h200", "guard-mini-wan-128-h200"
+GUARD_IMAGES, GUARD_FIFTY, TREND = "guard-mini-flux-h200", "guard-50-mini-wan-h200", "trend-mini-wan-h200"
 Row = list[dict | None]  # records of one setting: at the smaller size by guidance, then at the larger
 
 
@@ -484,14 +488,15 @@ def shown(entries: Row, *columns: str) -> list[str]:
         ("pattern", (FRONTIER, LARGER), "0 cost,0 dB,0 SSIM,1 dB,1 SSIM,2 cost,2 dB,2 SSIM,3 dB,3 SSIM"),
         ("pattern of images", (IMAGES, EXTRAPOLATED), "0 cost,0 dB,1 dB,2 cost,2 dB,3 dB"),
         ("pattern of 50 steps", (FIFTY,), "0 cost,0 dB,0 SSIM,1 dB,1 SSIM"),
-        ("bound", (DRIFT,), "0 cost,0 dB,1 cost,1 dB,2 cost,2 dB,3 cost,3 dB"),
+        ("pattern under the guard", (GUARD, GUARD_LARGER), "0 cost,0 dB,1 cost,1 dB,2 cost,2 dB,3 cost,3 dB"),
+        ("images under the guard", (GUARD_IMAGES,), "0 cost,0 dB,1 cost,1 dB,2 cost,2 dB,3 cost,3 dB"),
+        ("50 steps under the guard", (GUARD_FIFTY,), "0 cost,0 dB,1 cost,1 dB"),
         ("one-sided steps, and predictions", (ONE_SIDED,), "0 cost,0 dB,0 SSIM,1 dB,1 SSIM"),
     ],
 )
 def test_the_tables_of_the_frontiers_are_the_committed_records(first, files, columns):
     """All rows, in their order."""
-    some = {"pattern of images": "extrapolated", "bound": "FDSDS"}.get(first, "")
-    every = {name: row for name, row in frontier(*files, some=some).items() if first != "bound" or row[0]}
+    every = frontier(*files, some="extrapolated" if first == "pattern of images" else "")
     assert table(BENCHMARKS, first) == [[f"`{name}`", *shown(row, *columns.split(","))] for name, row in every.items()]
 
 
@@ -522,11 +527,52 @@ def test_block_means_and_skipped_steps_beat_every_rival_of_their_cost_or_less():
             assert any(e["mean_psnr"] > entry["mean_psnr"] and e["cost"] < entry["cost"] for e in of("skipped steps ("))
 
 
-def beaten() -> tuple[dict, dict]:
-    """The pattern measured apart at 16,384 tokens and guidance 3, and the rival that is nearer for less, as both pages say."""
-    apart, rival = frontier(DRIFT)["FDS"][2], frontier(LARGER)["FS alone, hidden, extrapolated"][2]
-    assert rival["mean_psnr"] > apart["mean_psnr"] and rival["cost"] < apart["cost"]
-    return apart, rival
+def test_skipped_steps_alone_under_the_guard_are_nearest_from_about_half_of_the_cost_up():
+    """As both pages say, of the small Wan and, at the usual guidance, of the small FLUX."""
+    videos, images = frontier(FRONTIER, LARGER), frontier(IMAGES, EXTRAPOLATED)
+    guarded = frontier(GUARD, GUARD_LARGER), frontier(GUARD_IMAGES)
+    for (others, ours), places in zip(zip((videos, images), guarded, strict=True), (range(4), (0, 2)), strict=True):
+        for place, cost in itertools.product(places, (0.55, 0.6, 0.7, 0.8)):
+            rows = [
+                row[place] for row in (*others.values(), *ours.values()) if row[place] and row[place]["cost"] <= cost
+            ]
+            assert max(rows, key=lambda entry: entry["mean_psnr"])["method"].startswith("guarded skipped steps")
+    fifty = frontier(GUARD_FIFTY)
+    for bound in ("0.05", "0.08", "0.12"):
+        pattern = fifty[f"FSDSDSDS of 50, drift below {bound}"][0]
+        alone = [
+            row[0] for name, row in fifty.items() if name.startswith("S of 50") and row[0]["cost"] <= pattern["cost"]
+        ]
+        assert pattern["cost"] < 0.44 and all(pattern["mean_psnr"] > entry["mean_psnr"] for entry in alone)
+
+
+def test_the_table_of_gates_is_the_committed_records():
+    assert table(BENCHMARKS, "gate, extrapolated or not") == [
+        [f"`{e['variant']}`", percent(e["executed"]), f"{e['mean_psnr']:.1f}", f"{e['worst_psnr']:.1f}"]
+        for e in records("gates-mini-flux-cpu")
+    ]
+
+
+def test_the_table_by_the_number_of_tokens_is_the_committed_records():
+    """All rows that were measured at each; fewer steps lose with every size at the usual guidance."""
+    small, larger = frontier(TREND), frontier(FRONTIER, LARGER)
+    every = {name: [*row[:2], *larger[name]] for name, row in small.items() if all(larger.get(name, [None]))}
+    columns = "0 dB", "2 dB", "4 dB", "1 dB", "3 dB", "5 dB"
+    shown_rows = [[f"`{name}`", *shown(row, *columns)] for name, row in every.items()]
+    assert table(BENCHMARKS, "dB, by the number of tokens") == shown_rows
+    for name, row in every.items():
+        levels = [row[place]["mean_psnr"] for place in (0, 2, 4)]
+        assert not name.endswith("of 30 steps") or levels == sorted(levels, reverse=True)
+        assert not name.endswith("5 %") or levels[2] > levels[0]
+
+
+def test_the_table_of_shares_by_need_is_the_committed_records():
+    found: dict[str, dict] = {}
+    for entry in records("shares-mini-wan-h200"):
+        name, pattern = entry["variant"].rsplit(", ", 1)
+        found.setdefault(name, {})[pattern, entry["guidance"]] = entry
+    of = lambda row, g: [percent(row["FDSDS", g]["keys"]), *(f"{row[p, g]['mean_psnr']:.1f}" for p in ("FDSDS", "FDD"))]
+    assert table(BENCHMARKS, "which keys") == [[name, *of(row, 3), *of(row, 6)] for name, row in found.items()]
 
 
 def test_of_images_the_patterns_win_at_the_larger_size_and_at_the_smaller_what_is_said():
@@ -646,14 +692,25 @@ def test_numbers_in_the_prose_of_the_readme_are_the_committed_records():
     """Those with a unit; each is asserted above or here."""
     demos = [record(f"benchmarks/results/{name}-demo-cpu.json") for name in ("mini-flux", "mini-wan")]
     expected = [f"{demo_seconds(entry):.0f}" for entry in demos]
-    drift, fifty, costs = frontier(DRIFT)["FDSDS, drift below 0.05"], list(frontier(FIFTY).values()), preset_costs()
+    alone, fifty, costs = (
+        "S alone, hidden, extrapolated, drift below {}",
+        list(frontier(FIFTY).values()),
+        preset_costs(),
+    )
+    guarded, images = frontier(GUARD)[alone.format(0.05)][0], frontier(GUARD_IMAGES)
     level = lambda entry: [f"{entry['mean_psnr']:.1f}", f"{100 * entry['cost']:.1f}"]
-    apart, rival = beaten()
-    expected += [*level(apart), *level(rival), *level(drift[0]), *level(drift[2]), "60"]
+    rival = frontier(IMAGES, EXTRAPOLATED)["FS alone, hidden, extrapolated"][0]
+    nearest = [guarded, *(images[alone.format(bound)][0] for bound in (0.05, 0.03)), rival]
+    expected += [number for entry in nearest for number in level(entry)]
     expected += [f"{1 / cost:.2f}" for name in ("hunyuan-video", "wan-14b", "flux") for cost in costs[name][2:]]
     expected += [*level(fifty[4][0]), *level(fifty[9][0])]
     assert re.findall(MEASURED, prose(README)) == expected
-    assert {row[0]["prompts"] for file in (FRONTIER, FIFTY, DRIFT) for row in frontier(file).values() if row[0]} == {16}
+    assert {
+        row[0]["prompts"]
+        for file in (FRONTIER, FIFTY, GUARD, GUARD_IMAGES)
+        for row in frontier(file).values()
+        if row[0]
+    } == {16}
     assert f"PSNR to its dense samples of {records(FRONTIER)[0]['steps']} steps, 16 prompts" in prose(README)
 
 
@@ -681,6 +738,10 @@ def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
     every = {name: found for name, found in frontier(FRONTIER, LARGER).items() if found[0] and found[2]}
     gained = {name: found[2]["mean_psnr"] - found[0]["mean_psnr"] for name, found in every.items()}
     lost = [-gained[name] for name in gained if name.endswith("of 30 steps")]
+    under = frontier(GUARD, GUARD_LARGER)
+    told = [under["S alone, hidden, extrapolated, drift below 0.05"][0], under["FDSDS, hidden"][0]]
+    told += [under["S alone, hidden, extrapolated, drift below 0.08"][3], under["FDS, hidden"][3]]
+    guarded = [number for e in told for number in (f"{e['mean_psnr']:.1f}", f"{100 * e['cost']:.1f}")]
     assert len(lost) >= 5 and all(gain > -0.6 for name, gain in gained.items() if name.endswith("5 %"))
     expected = [
         "0.3",  # seconds a kernel runs
@@ -695,12 +756,12 @@ def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
             for name in ("query-stride-4", "preset-flux")
         ),
         *right,
-        f"{beaten()[0]['mean_psnr']:.1f}",
-        f"{100 * beaten()[0]['cost']:.1f}",
         f"{max(lost):.0f}",
         "5",  # per cent of the keys, in names of patterns
         f"{100 * records(IMAGES)[0]['sparsity']['mlp']['top_keys']:.0f}",
         *("60", "60", "50", "2", "35"),  # costs and gains of test_of_images_the_patterns_win_at_the_larger_size_...
+        *guarded,
+        "44",  # per cent, of test_skipped_steps_alone_under_the_guard_are_nearest_...
         *(cost.split()[2] for cost in costs),
         f"{100 * PRESETS['hunyuan-video'].attention.top_keys:.0f}",
     ]
