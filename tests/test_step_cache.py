@@ -288,7 +288,7 @@ def test_constants_are_of_published_models_and_fill_only_what_is_not_given():
         (lambda: StepCache(gate="teacache"), "gate=teacache: expected one of list, share, mag, tea, sea, easy"),
         (lambda: StepCache(predict="x0"), "predict=x0: expected one of hidden, residual, velocity"),
         (lambda: StepCache(order=2), "order=2: expected 0 or 1"),
-        (lambda: StepCache(share=1.0), "share=1.0: expected a fraction above 0 and below 1"),
+        (lambda: StepCache(share=1.1), "share=1.1: expected a fraction above 0 and up to 1"),
         (lambda: StepCache(warm_up=-0.1), "warm_up=-0.1: expected a fraction from 0 to 1"),
         (lambda: StepCache(max_skips=0), "max_skips=0: expected at least 1"),
         (lambda: StepCache(threshold=-1.0), "threshold=-1.0: expected 0 or more, or null"),
@@ -335,3 +335,5 @@ def test_the_memory_plan_knows_what_is_kept(model):
 def test_a_planned_gate_is_in_the_table_and_the_shares():
     table = plan_steps(with_cache(Sparsity(mlp=MlpSparsity()), gate="share"), 20, tokens=1000, mlp_width=1000)
     assert 0 < table.skip.sum() <= 10 and table.skip.dtype == bool
+    every = fit(with_cache(Sparsity(attention=None, mlp=None), gate="share", share=1.0, max_skips=30), 30).step_cache
+    assert every.skip_steps == tuple(range(3, 29))  # after the first tenth, but for the last
