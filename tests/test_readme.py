@@ -131,7 +131,7 @@ TESTED = {
         "exact top-k", "run of the MLP", "model and preset, or a rival at its cost",
         "setting", "pattern", "idea", "Chipmunk paper, H100", "pattern of images", "pattern of 50 steps", "pattern under the guard",
         "images under the guard", "50 steps under the guard", "gate, extrapolated or not", "dB, by the number of tokens",
-        "which keys",
+        "which keys", "of one step, in per cent",
         "one-sided steps, and predictions", "13 steps", "cost by the steps of one H200",
     },
 }  # fmt: skip
@@ -566,6 +566,15 @@ def test_the_table_by_the_number_of_tokens_is_the_committed_records():
         assert not name.endswith("5 %") or levels[2] > levels[0]
 
 
+def test_the_table_of_activations_is_the_committed_record():
+    rows = []
+    for measure in record("benchmarks/results/activations-mini-flux-cpu.json")["measures"].values():
+        values = np.array(measure["values"], float)
+        means = np.nanmean(values.mean(2) if "side" in measure["axes"] else values, (0, 1))
+        rows.append([measure["what"], " / ".join(f"{100 * mean:.1f}" for mean in np.atleast_1d(means))])
+    assert table(BENCHMARKS, "of one step, in per cent") == rows
+
+
 def test_the_table_of_shares_by_need_is_the_committed_records():
     found: dict[str, dict] = {}
     for entry in records("shares-mini-wan-h200"):
@@ -762,6 +771,8 @@ def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
         *("60", "60", "50", "2", "35"),  # costs and gains of test_of_images_the_patterns_win_at_the_larger_size_...
         *guarded,
         "44",  # per cent, of test_skipped_steps_alone_under_the_guard_are_nearest_...
+        "25",
+        "90",  # per cent, of the paper
         *(cost.split()[2] for cost in costs),
         f"{100 * PRESETS['hunyuan-video'].attention.top_keys:.0f}",
     ]
