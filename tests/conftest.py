@@ -20,9 +20,7 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     hurry = ["--xla_backend_optimization_level=0"]
     if jax.__version_info__ < (0, 11):
         hurry.append("--xla_cpu_use_fusion_emitters=false")  # twice as quick; XLA no longer knows it
-        hurry.append(
-            "--xla_cpu_parallel_codegen_split_count=1"
-        )  # of a program in parts much is compiled in each of them
+        hurry.append("--xla_cpu_parallel_codegen_split_count=1")  # much of a program in parts is compiled in each
     if platform.machine() in ("x86_64", "AMD64"):
         # In a hurry LLVM contracts a product and a sum here and there, which would cost two programs of one sample a last bit.
         hurry.append("--xla_cpu_max_isa=AVX")

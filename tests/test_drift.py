@@ -1,6 +1,7 @@
 """The drift guard: it decides as a plain loop of its formulas does, and leaves alone what does not drift."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ TIMES = flux_timesteps(STEPS, TOKENS)
 PART = dict(first_n_dense_layers=0, full_step_schedule=(0, 1, 6), group=64)
 COMPOSED = Sparsity(
     attention=AttentionSparsity(**PART),
-    mlp=None,
+    mlp=MlpSparsity(**PART),
     step_cache=StepCache(predict="residual", skip_steps=(3, 5, 8, 9)),
     guidance_cache=GuidanceCache(one_sided_steps=(4, 10)),
 )
@@ -108,8 +109,7 @@ def test_a_gate_that_decides_skips_no_step_that_the_guard_has_run(model):
 
 @pytest.mark.parametrize(("again", "phase"), [(False, AttentionPhase.REFRESH), (True, AttentionPhase.SELECT)])
 def test_a_step_made_full_is_one_of_the_schedule(again, phase):
-    parts = dict(attention=AttentionSparsity(**PART, recompute_mask=again), mlp=MlpSparsity(**PART))
-    config = dataclasses.replace(COMPOSED, **parts)
+    config = dataclasses.replace(COMPOSED, attention=AttentionSparsity(**PART, recompute_mask=again))
     table = plan_steps(config, STEPS, tokens=TOKENS, mlp_width=256, sides=2)
     made = table.made_full(np.isin(np.arange(STEPS), (1, 4, 8)))
     assert (
@@ -154,3 +154,13 @@ def test_the_memory_plan_knows_the_velocities(model):
         plan_memory(model, noise, cond, sparsity=fit(one, STEPS), **fixed) for one in (guarded(COMPOSED, 0.1), COMPOSED)
     )
     assert sum(with_guard.values()) - sum(without.values()) == 2 * TOKENS * CONFIG.in_channels * 4
+
+
+def test_samples_of_one_call_are_guarded_each(model):
+    noise, cond = inputs(2)
+    fixed = dict(timesteps=TIMES, grid=GRID, sparsity=guarded(COMPOSED, 0.05), guidance=3.0)
+    both = sampling.sample(model, noise, cond, **fixed)
+    take = lambda i: (noise[i : i + 1], {name: x[i : i + 1] for name, x in cond.items()})
+    alone = [sampling.sample(model, *take(i), **fixed) for i in range(2)]
+    np.testing.assert_array_equal(both, np.concatenate(alone))
+    assert not any((a == b).all() for a, b in itertools.combinations(map(np.asarray, alone), 2))

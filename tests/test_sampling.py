@@ -401,7 +401,7 @@ sys.path.insert(0, {folder!r})
 import jax, test_sampling as t
 compile = jax.stages.Lowered.compile
 jax.stages.Lowered.compile = lambda self: (os.kill(os.getpid(), signal.SIGINT), compile(self))[1]
-t.draw(t.make(), *t.inputs(), progress=True)
+t.draw(t.make(), *t.inputs(), sparsity=t.SPARSE, progress=True)
 """
 
 

@@ -97,10 +97,9 @@ def random_weights(component: Component, deviation: float = 0.02) -> Component:
     """
     graph, state = nnx.split(component)
     leaves, tree = jax.tree.flatten(state)
+    # A program for each of many shapes takes longer.
     most = max((a.size for a in leaves if a.size <= FEW), default=0)
-    few = deviation * np.random.default_rng(0).standard_normal(
-        most, np.float32
-    )  # a program for each shape takes longer
+    few = deviation * np.random.default_rng(0).standard_normal(most, np.float32)
     draw = jax.jit(lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = (
