@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from chipmunk_jax.fit import fit
 from chipmunk_jax.pipelines import VARIANTS
 from chipmunk_jax.report.price import read_prices
 from chipmunk_jax.report.records import sparsity_of
 from chipmunk_jax.sampling import plan_stacks
-from chipmunk_jax.sparsity import PRESETS
+from chipmunk_jax.sparsity import PRESETS, load_sparsity
 
 ROOT = Path(__file__).parents[1]
 README, BENCHMARKS, NOTES = (
@@ -457,6 +458,7 @@ IMAGES, EXTRAPOLATED = "frontier-mini-flux-h200", "frontier-mini-flux-extrapolat
 FIFTY, ONE_SIDED = "frontier-50-mini-wan-h200", "one-sided-mini-wan-h200"
 GUARD, GUARD_LARGER = "guard-mini-wan-h200", "guard-mini-wan-128-h200"
 GUARD_IMAGES, GUARD_FIFTY, TREND = "guard-mini-flux-h200", "guard-50-mini-wan-h200", "trend-mini-wan-h200"
+SKIPPED = "S alone, hidden, extrapolated, drift below"  # and the bound
 Row = list[dict | None]  # records of one setting: at the smaller size by guidance, then at the larger
 
 
@@ -469,6 +471,16 @@ def frontier(*files: str, some: str = "") -> dict[str, Row]:
             if file != files[-1] or some in entry["variant"]:
                 found.setdefault(entry["variant"], [None] * 4)[place] = entry
     return found
+
+
+def level(entry: dict) -> list[str]:
+    """Mean PSNR and cost, as prose has them."""
+    return [f"{entry['mean_psnr']:.1f}", f"{100 * entry['cost']:.1f}"]
+
+
+def work_and_levels(entry: dict) -> list[str]:
+    """Work by count, mean and worst PSNR, as tables have them."""
+    return [percent(entry["executed"]), f"{entry['mean_psnr']:.1f}", f"{entry['worst_psnr']:.1f}"]
 
 
 def shown(entries: Row, *columns: str) -> list[str]:
@@ -527,30 +539,50 @@ def test_block_means_and_skipped_steps_beat_every_rival_of_their_cost_or_less():
             assert any(e["mean_psnr"] > entry["mean_psnr"] and e["cost"] < entry["cost"] for e in of("skipped steps ("))
 
 
+def test_patterns_that_lose_to_rivals_are_those_that_are_named():
+    """FSFDS, those that extrapolate, FSSDSSDSS of 5 % under the guard; of the small Wan, patterns measured beside its frontier."""
+    every, beaten = frontier(FRONTIER, LARGER), set()
+    for (name, row), place in itertools.product(frontier(GUARD, GUARD_LARGER).items(), range(4)):
+        rivals = [found[place] for found in every.values() if found[place] and found[place]["method"].startswith(RIVAL)]
+        if row[place] and not name.startswith("S alone"):
+            cost, here = row[place]["cost"], row[place]["mean_psnr"]
+            if any(rival["cost"] <= cost and rival["mean_psnr"] >= here for rival in rivals):
+                beaten.add((name, place))
+    assert ("FSFDS, hidden", 2) in beaten
+    extrapolated = {(name, place) for name, place in beaten if name.endswith(", extrapolated")}
+    guarded = {(name, place) for name, place in beaten if name.startswith("FSSDSSDSS, 5 %, drift")}
+    assert beaten == {("FSFDS, hidden", 2)} | extrapolated | guarded and len(guarded) == 2
+
+
 def test_skipped_steps_alone_under_the_guard_are_nearest_from_about_half_of_the_cost_up():
-    """As both pages say, of the small Wan and, at the usual guidance, of the small FLUX."""
-    videos, images = frontier(FRONTIER, LARGER), frontier(IMAGES, EXTRAPOLATED)
-    guarded = frontier(GUARD, GUARD_LARGER), frontier(GUARD_IMAGES)
-    for (others, ours), places in zip(zip((videos, images), guarded, strict=True), (range(4), (0, 2)), strict=True):
+    """As both pages say, of the small Wan and, at the usual guidance, of the small FLUX; and at 50 steps what is said of them."""
+    videos = frontier(FRONTIER, LARGER), frontier(GUARD, GUARD_LARGER)
+    images = frontier(IMAGES, EXTRAPOLATED), frontier(GUARD_IMAGES)
+    for found, places in ((videos, range(4)), (images, (0, 2))):
+        rows = [row for some in found for row in some.values()]
         for place, cost in itertools.product(places, (0.55, 0.6, 0.7, 0.8)):
-            rows = [
-                row[place] for row in (*others.values(), *ours.values()) if row[place] and row[place]["cost"] <= cost
-            ]
-            assert max(rows, key=lambda entry: entry["mean_psnr"])["method"].startswith("guarded skipped steps")
+            affordable = [row[place] for row in rows if row[place] and row[place]["cost"] <= cost]
+            assert max(affordable, key=lambda entry: entry["mean_psnr"])["method"].startswith("guarded skipped steps")
     fifty = frontier(GUARD_FIFTY)
-    for bound in ("0.05", "0.08", "0.12"):
-        pattern = fifty[f"FSDSDSDS of 50, drift below {bound}"][0]
-        alone = [
-            row[0] for name, row in fifty.items() if name.startswith("S of 50") and row[0]["cost"] <= pattern["cost"]
-        ]
-        assert pattern["cost"] < 0.44 and all(pattern["mean_psnr"] > entry["mean_psnr"] for entry in alone)
+    alone = [row[0] for name, row in fifty.items() if name.startswith("S of 50")]
+    for pattern in (fifty[f"FSDSDSDS of 50, drift below {bound}"][0] for bound in ("0.05", "0.08", "0.12")):
+        cheaper = [entry for entry in alone if entry["cost"] <= pattern["cost"]]
+        assert pattern["cost"] < 0.44 and all(pattern["mean_psnr"] > entry["mean_psnr"] for entry in cheaper)
+
+
+def test_the_setting_that_the_page_names_is_the_one_measured():
+    named = re.search(r"`({attention: null.*?})` is this setting", BENCHMARKS, re.DOTALL).group(1)
+    found, measured = yaml.safe_load(named), sparsity_of(frontier(GUARD)[f"{SKIPPED} 0.05"][0])
+    steps = records(GUARD)[0]["steps"]
+    said, ran = (fit(one, steps) for one in (load_sparsity("flux", found), measured))
+    assert (said.step_cache.skip_steps, said.step_cache.predict) == (ran.step_cache.skip_steps, ran.step_cache.predict)
+    assert (said.attention, said.mlp, said.step_cache.order, said.max_drift) == (None, None, 1, ran.max_drift)
 
 
 def test_the_table_of_gates_is_the_committed_records():
-    assert table(BENCHMARKS, "gate, extrapolated or not") == [
-        [f"`{e['variant']}`", percent(e["executed"]), f"{e['mean_psnr']:.1f}", f"{e['worst_psnr']:.1f}"]
-        for e in records("gates-mini-flux-cpu")
-    ]
+    entries = records("gates-mini-flux-cpu")
+    rows = [[f"`{entry['variant']}`", *work_and_levels(entry)] for entry in entries]
+    assert table(BENCHMARKS, "gate, extrapolated or not") == rows
 
 
 def test_the_table_by_the_number_of_tokens_is_the_committed_records():
@@ -602,7 +634,7 @@ def test_of_images_the_patterns_win_at_the_larger_size_and_at_the_smaller_what_i
 def test_the_table_of_few_steps_is_the_committed_records():
     entries = records("few-steps-mini-wan-cpu")
     rows = table(BENCHMARKS, "13 steps")
-    assert cells(rows) == [[percent(e["executed"]), f"{e['mean_psnr']:.1f}", f"{e['worst_psnr']:.1f}"] for e in entries]
+    assert cells(rows) == [work_and_levels(entry) for entry in entries]
     assert {e["steps"] for e in entries} == {13, 10, 8} and entries[0]["worst_psnr"] >= 30
     assert fit(sparsity_of(entries[0]), 13) == fit(PRESETS["mini-wan"], 13)
 
@@ -701,25 +733,16 @@ def test_numbers_in_the_prose_of_the_readme_are_the_committed_records():
     """Those with a unit; each is asserted above or here."""
     demos = [record(f"benchmarks/results/{name}-demo-cpu.json") for name in ("mini-flux", "mini-wan")]
     expected = [f"{demo_seconds(entry):.0f}" for entry in demos]
-    alone, fifty, costs = (
-        "S alone, hidden, extrapolated, drift below {}",
-        list(frontier(FIFTY).values()),
-        preset_costs(),
-    )
-    guarded, images = frontier(GUARD)[alone.format(0.05)][0], frontier(GUARD_IMAGES)
-    level = lambda entry: [f"{entry['mean_psnr']:.1f}", f"{100 * entry['cost']:.1f}"]
+    fifty, costs = list(frontier(FIFTY).values()), preset_costs()
+    guarded, images = frontier(GUARD)[f"{SKIPPED} 0.05"][0], frontier(GUARD_IMAGES)
     rival = frontier(IMAGES, EXTRAPOLATED)["FS alone, hidden, extrapolated"][0]
-    nearest = [guarded, *(images[alone.format(bound)][0] for bound in (0.05, 0.03)), rival]
+    nearest = [guarded, *(images[f"{SKIPPED} {bound}"][0] for bound in (0.05, 0.03)), rival]
     expected += [number for entry in nearest for number in level(entry)]
     expected += [f"{1 / cost:.2f}" for name in ("hunyuan-video", "wan-14b", "flux") for cost in costs[name][2:]]
     expected += [*level(fifty[4][0]), *level(fifty[9][0])]
     assert re.findall(MEASURED, prose(README)) == expected
-    assert {
-        row[0]["prompts"]
-        for file in (FRONTIER, FIFTY, GUARD, GUARD_IMAGES)
-        for row in frontier(file).values()
-        if row[0]
-    } == {16}
+    rows = [row for file in (FRONTIER, FIFTY, GUARD, GUARD_IMAGES) for row in frontier(file).values()]
+    assert {row[0]["prompts"] for row in rows if row[0]} == {16}
     assert f"PSNR to its dense samples of {records(FRONTIER)[0]['steps']} steps, 16 prompts" in prose(README)
 
 
@@ -748,9 +771,10 @@ def test_numbers_in_the_prose_of_the_benchmarks_are_the_committed_records():
     gained = {name: found[2]["mean_psnr"] - found[0]["mean_psnr"] for name, found in every.items()}
     lost = [-gained[name] for name in gained if name.endswith("of 30 steps")]
     under = frontier(GUARD, GUARD_LARGER)
-    told = [under["S alone, hidden, extrapolated, drift below 0.05"][0], under["FDSDS, hidden"][0]]
-    told += [under["S alone, hidden, extrapolated, drift below 0.08"][3], under["FDS, hidden"][3]]
-    guarded = [number for e in told for number in (f"{e['mean_psnr']:.1f}", f"{100 * e['cost']:.1f}")]
+    told = [under[f"{SKIPPED} 0.05"][0], under["FDSDS, hidden"][0]]
+    told += [under[f"{SKIPPED} 0.08"][3], under["FDS, hidden"][3]]
+    told += [under["FSFDS, hidden"][2], frontier(LARGER)["FS alone, hidden, extrapolated"][2]]
+    guarded = [number for entry in told for number in level(entry)]
     assert len(lost) >= 5 and all(gain > -0.6 for name, gain in gained.items() if name.endswith("5 %"))
     expected = [
         "0.3",  # seconds a kernel runs
